@@ -1,0 +1,41 @@
+"""phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
+
+`export` and `verify` need the extra `[export]`, `PhiMoE` needs an ONNX Runtime, `[cpu]` or `[gpu]`; each is imported when it is
+first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phimoe_onnx._version import __version__
+from phimoe_onnx.errors import BundleError, CheckpointError, ConfigError, DeviceError, ExportError, GenerationError, PhiMoEError
+
+if TYPE_CHECKING:
+    from phimoe_onnx.export.pipeline import export
+    from phimoe_onnx.parity.verify import verify
+    from phimoe_onnx.runtime.model import PhiMoE
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "ExportError",
+    "GenerationError",
+    "PhiMoE",
+    "PhiMoEError",
+    "__version__",
+    "export",
+    "verify",
+]
+
+_LAZY = {"export": "phimoe_onnx.export.pipeline", "verify": "phimoe_onnx.parity.verify", "PhiMoE": "phimoe_onnx.runtime.model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'phimoe_onnx' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,135 @@
+"""A bundle on disk: its files, its manifest and the names in its graph; what the exporter and the runtime agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phimoe_onnx.errors import BundleError, ConfigError
+from phimoe_onnx.config import read_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+HASH_LIMIT = 256 << 20  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
+
+INPUT_IDS = "input_ids"  # int64 [batch, sequence]
+ATTENTION_MASK = "attention_mask"  # int64 [batch, past + sequence]: 1 for a real token; rows are padded on the right
+LOGITS = "logits"  # float32 [batch, sequence or logits_to_keep, vocab_size]
+LOGITS_TO_KEEP = "logits_to_keep"  # optional int64 [1]: how many last positions get logits; 0, the default, is all
+ROPE_LENGTH = "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
+
+
+def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
+    """The cache's names in graph order; `prefix` is "past_key_values" or "present"; each [batch, kv_heads, length, head_dim]."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(num_hidden_layers) for part in ("key", "value")]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph file over the bundle's weights, and the least ONNX Runtime release that loads it."""
+
+    file: str
+    minimum_onnxruntime: str
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The chat template as plain strings: a turn is prefix + content + suffix, and `generation` opens the answer.
+
+    `turns` maps a role to (prefix, suffix). None in the manifest where the template cannot be said this way.
+    """
+
+    turns: dict[str, tuple[str, str]]
+    generation: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json.
+
+    Attributes:
+        target: "cpu", "cuda" or "portable"; a portable graph's `present` is past + new, the others' may be one buffer.
+        quantize: "none", "fp16", "int8" or "int4".
+        dtype: activations and cache, "float32", "float16" or "bfloat16".
+        weights: how each kind of weight is stored, as {"experts": "int4, block 32", ...}.
+        graphs: in order of preference.
+        files: size in bytes and SHA-256 of every other file, by name.
+        parity: the summary of the last `phimoe-verify`, if one was run.
+    """
+
+    tool_version: str
+    source: str
+    task: str
+    target: str
+    quantize: str
+    dtype: str
+    weights: dict[str, str]
+    graphs: tuple[Graph, ...]
+    files: dict[str, dict[str, Any]]
+    chat: ChatFormat | None = None
+    parity: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def write(self, bundle: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Reads `bundle`/manifest.json.
+
+    Raises:
+        BundleError: there is no bundle here, or its manifest is damaged or of a newer format.
+    """
+    try:
+        raw = read_json(bundle / MANIFEST)
+    except ConfigError as error:
+        raise BundleError(f"not a bundle of phimoe-export: {error}") from None
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{bundle / MANIFEST}: format_version is {version}, this release reads {FORMAT_VERSION}; upgrade phimoe-onnx")
+    try:
+        raw["graphs"] = tuple(Graph(**graph) for graph in raw["graphs"])
+        if chat := raw.get("chat"):
+            turns = {role: (prefix, suffix) for role, (prefix, suffix) in chat["turns"].items()}
+            raw["chat"] = ChatFormat(turns, chat["generation"])
+        return Manifest(**raw)
+    except (TypeError, KeyError, ValueError) as error:
+        raise BundleError(f"{bundle / MANIFEST}: is damaged ({error}); export the bundle again") from None
+
+
+def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = False) -> None:
+    """Holds every file against the manifest: its size always, its SHA-256 up to `HASH_LIMIT` bytes or when asked.
+
+    Raises:
+        BundleError: a file is missing, or is not the one that was exported.
+    """
+    for name, expected in manifest.files.items():
+        path = bundle / name
+        if not path.is_file():
+            raise BundleError(f"{path}: is missing; the bundle is incomplete, copy or export it again")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise BundleError(f"{path}: has {size} bytes, the manifest says {expected['size']}; copy or export the bundle again")
+        if (hash_everything or size <= HASH_LIMIT) and sha256(path) != expected["sha256"]:
+            raise BundleError(f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again")
+
+
+def describe_files(bundle: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `bundle` but the manifest, by name."""
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in _files(bundle)}
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(bundle: Path) -> Iterator[Path]:
+    return (path for path in sorted(bundle.iterdir()) if path.is_file() and path.name != MANIFEST)

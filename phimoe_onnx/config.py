@@ -1,0 +1,204 @@
+"""config.json of a PhiMoE, in either writer's spelling, checked into one frozen dataclass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phimoe_onnx.errors import ConfigError
+
+ARCHITECTURES = ("PhiMoEForCausalLM", "PhimoeForCausalLM")
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Two sets of rope factors: `short` up to `original_max_position_embeddings` tokens, `long` for every position beyond.
+
+    `short_factor` and `long_factor` hold head_dim / 2 numbers that divide the inverse frequencies; the mscales multiply
+    cos and sin. Source: LongRoPE, arXiv 2402.13753, with the mscales that PhiMoE's config.json gives.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    short_mscale: float
+    long_mscale: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class PhiMoEConfig:
+    """The shape of a PhiMoE; names and meanings are config.json's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    longrope: LongRope | None
+    sliding_window: int | None
+    router_jitter_noise: float
+    attention_bias: bool
+    lm_head_bias: bool
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window where it hides anything, else None."""
+        if self.sliding_window is None or self.sliding_window >= self.max_position_embeddings:
+            return None
+        return self.sliding_window
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, a Git LFS pointer, or holds no JSON object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a folder with a {path.name} in it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if text.startswith("version https://git-lfs"):
+        raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> PhiMoEConfig:
+    """Reads and checks `folder`/config.json.
+
+    Raises:
+        ConfigError: there is no config.json, it is another model's, or a value is missing, misspelt or not supported.
+    """
+    return parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfig:
+    """Checks a parsed config.json; `where` names it in errors.
+
+    Raises:
+        ConfigError: as for `read_config`.
+    """
+    architectures = raw.get("architectures") or []
+    if raw.get("model_type") != "phimoe":
+        raise ConfigError(f"{where}: model_type is {raw.get('model_type')!r}, expected 'phimoe'")
+    if not isinstance(architectures, list) or not set(architectures) <= set(ARCHITECTURES):
+        raise ConfigError(f"{where}: architectures is {architectures}, expected one of {', '.join(ARCHITECTURES)}")
+    read = _Reader(raw, where)
+    if read.get("hidden_act", str, "silu") != "silu":
+        raise ConfigError(f"{where}: hidden_act is {raw['hidden_act']!r}, only 'silu' is supported")
+    if read.count("num_experts_per_tok", 2) != 2:
+        raise ConfigError(f"{where}: num_experts_per_tok is {raw['num_experts_per_tok']}, SparseMixer routes to 2")
+    hidden_size = read.count("hidden_size")
+    heads = read.count("num_attention_heads")
+    kv_heads = read.count("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+    if raw.get("head_dim") is None and hidden_size % heads:
+        raise ConfigError(f"{where}: hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads}) and no head_dim is given")
+    head_dim = read.count("head_dim", hidden_size // heads)
+    if head_dim % 2:
+        raise ConfigError(f"{where}: head_dim is {head_dim}, rope needs an even number")
+    experts = read.count("num_local_experts", 16)
+    if experts < 2:
+        raise ConfigError(f"{where}: num_local_experts is {experts}, expected 2 or more")
+    max_positions = read.count("max_position_embeddings")
+    rope_theta, longrope = _rope(read, head_dim, max_positions)
+    eos = raw.get("eos_token_id")
+    return PhiMoEConfig(
+        vocab_size=read.count("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=read.count("intermediate_size"),
+        num_hidden_layers=read.count("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_local_experts=experts,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=read.number("rms_norm_eps", 1e-5),
+        rope_theta=rope_theta,
+        longrope=longrope,
+        sliding_window=None if raw.get("sliding_window") is None else read.count("sliding_window"),
+        router_jitter_noise=read.number("router_jitter_noise", 0.01),
+        attention_bias=read.get("attention_bias", bool, False),
+        lm_head_bias=read.get("lm_head_bias", bool, False),
+        tie_word_embeddings=read.get("tie_word_embeddings", bool, False),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    )
+
+
+class _Reader:
+    """Typed look-ups in one JSON object whose errors name the file and the key."""
+
+    def __init__(self, raw: dict[str, Any], where: str) -> None:
+        self.raw = raw
+        self.where = where
+
+    def get(self, key: str, kind: Any, default: Any = None) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"{self.where}: {key} is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{self.where}: {key} is {value!r}, which has the wrong type")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, int, default)
+        if value < 1:
+            raise ConfigError(f"{self.where}: {key} is {value}, expected a positive integer")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self.get(key, (int, float), default))
+
+    def factors(self, key: str, length: int) -> tuple[float, ...]:
+        values = self.get(key, list)
+        if len(values) != length or not all(isinstance(v, int | float) and v > 0 for v in values):
+            raise ConfigError(f"{self.where}: {key} has {len(values)} entries, expected head_dim / 2 = {length} positive numbers")
+        return tuple(float(v) for v in values)
+
+
+def _rope(read: _Reader, head_dim: int, max_positions: int) -> tuple[float, LongRope | None]:
+    """rope_theta and the longrope factors, from `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    name = "rope_parameters" if read.raw.get("rope_parameters") else "rope_scaling"
+    scaling = read.raw.get(name) or {}
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"{read.where}: {name} is {scaling!r}, expected an object or null")
+    theta = scaling.get("rope_theta", read.raw.get("rope_theta"))
+    inner = _Reader({**scaling, "rope_theta": theta}, f"{read.where}: {name}")
+    rope_theta = inner.number("rope_theta", 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return rope_theta, None
+    if kind != "longrope":
+        raise ConfigError(f"{read.where}: rope type {kind!r} is not supported, expected 'longrope' or none")
+    return rope_theta, LongRope(
+        short_factor=inner.factors("short_factor", head_dim // 2),
+        long_factor=inner.factors("long_factor", head_dim // 2),
+        short_mscale=inner.number("short_mscale"),
+        long_mscale=inner.number("long_mscale"),
+        original_max_position_embeddings=inner.count(
+            "original_max_position_embeddings", read.raw.get("original_max_position_embeddings", max_positions)
+        ),
+    )

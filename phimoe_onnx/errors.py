@@ -1,0 +1,29 @@
+"""The errors that phimoe-onnx raises on purpose; every message says what was found, what was expected and what to do."""
+
+
+class PhiMoEError(Exception):
+    """Base of every error raised on purpose; a command line prints its text and exits with code 1."""
+
+
+class ConfigError(PhiMoEError):
+    """config.json is missing, is another model's, or describes a PhiMoE that is not supported."""
+
+
+class CheckpointError(PhiMoEError):
+    """A checkpoint's files or tensors are missing, damaged or misshapen."""
+
+
+class BundleError(PhiMoEError):
+    """A bundle's files are missing, changed, or written by a newer version."""
+
+
+class ExportError(PhiMoEError):
+    """An export cannot be done as asked: the output is in the way, cannot be written, or a pass did not apply."""
+
+
+class DeviceError(PhiMoEError):
+    """The asked device or ONNX Runtime release cannot run the bundle."""
+
+
+class GenerationError(PhiMoEError, ValueError):
+    """A prompt or an option of `generate` or `score` is out of range."""

@@ -1,0 +1,185 @@
+"""Reads a PhiMoE checkpoint's safetensors lazily, under every writer's tensor names."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from phimoe_onnx.config import PhiMoEConfig, read_json
+from phimoe_onnx.errors import CheckpointError, ConfigError
+from phimoe_onnx.export.weights import Rows
+
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its shard, dtype ("BF16", ...) and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint in `folder` by its stored name, from the shards' headers alone.
+
+    Raises:
+        CheckpointError: no safetensors, a shard is missing, truncated, a Git LFS pointer or not safetensors, or the index
+            names a tensor that its shard lacks.
+    """
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder}: holds neither {INDEX} nor {SINGLE}; only safetensors checkpoints are read")
+        return _read_header(folder / SINGLE)
+    try:
+        weight_map = read_json(folder / INDEX).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensor names to files")
+    shards = {file: _read_header(folder / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise CheckpointError(f"{folder / file}: {INDEX} promises the tensor {name} here, but the shard lacks it")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def parameters(config: PhiMoEConfig, stored: dict[str, Stored]) -> dict[str, tuple[Rows, ...]]:
+    """Each parameter of `modeling.PhiMoEForCausalLM`, by its name there, as the stored rows that make it up.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen, of another dtype, or not accounted for by config.json.
+    """
+    rows = {name: tuple(parts) for name, parts in _parameters(config, _Names(stored))}
+    known = {name for name, _ in stored.items() if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        known.add("lm_head.weight")
+    used = {part.tensor for parts in rows.values() for part in parts}
+    if extra := sorted(set(stored) - used - known):
+        raise CheckpointError(
+            f"{stored[extra[0]].file}: {extra[0]} ({len(extra)} such) has no place in the model that config.json describes; "
+            "compare attention_bias, lm_head_bias, num_hidden_layers and num_local_experts with the checkpoint"
+        )
+    return {name: tuple(part.rows(stored) for part in parts) for name, parts in rows.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stored tensor, or with `index` the 2-d slices of a fused one: expert, first row, last row."""
+
+    tensor: str
+    index: tuple[int, int, int] | None = None
+
+    def rows(self, stored: dict[str, Stored]) -> Rows:
+        where = stored[self.tensor]
+        shape = where.shape if self.index is None else (self.index[2] - self.index[1], where.shape[2])
+        return Rows(shape, lambda: _read(where.file, self.tensor, self.index))
+
+
+class _Names:
+    """Looks up a tensor under any of its spellings and checks its shape."""
+
+    def __init__(self, stored: dict[str, Stored]) -> None:
+        self.stored = stored
+
+    def has(self, name: str) -> bool:
+        return name in self.stored
+
+    def part(self, shape: tuple[int, ...], *names: str) -> _Part:
+        for name in names:
+            if where := self.stored.get(name):
+                if where.shape != shape:
+                    raise CheckpointError(f"{where.file}: {name} has the shape {list(where.shape)}, config.json makes it {list(shape)}")
+                if where.dtype not in DTYPES:
+                    raise CheckpointError(f"{where.file}: {name} is stored as {where.dtype}, expected one of {', '.join(DTYPES)}")
+                return _Part(name)
+        raise CheckpointError(f"the checkpoint lacks the tensor {names[0]}" + "".join(f" (or {name})" for name in names[1:]))
+
+
+def _parameters(config: PhiMoEConfig, names: _Names) -> Iterator[tuple[str, list[_Part]]]:
+    h, v = config.hidden_size, config.vocab_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    e, i = config.num_local_experts, config.intermediate_size
+
+    def plain(name: str, *shape: int) -> tuple[str, list[_Part]]:
+        return name, [names.part(shape, name)]
+
+    yield plain("model.embed_tokens.weight", v, h)
+    for layer in (f"model.layers.{n}." for n in range(config.num_hidden_layers)):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield plain(f"{layer}{norm}.weight", h)
+            yield plain(f"{layer}{norm}.bias", h)
+        for proj, rows, columns in (("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)):
+            yield plain(f"{layer}self_attn.{proj}_proj.weight", rows, columns)
+            if config.attention_bias:
+                yield plain(f"{layer}self_attn.{proj}_proj.bias", rows)
+        moe, mlp = f"{layer}block_sparse_moe.", f"{layer}mlp."
+        yield f"{moe}gate.weight", [names.part((e, h), f"{moe}gate.weight", f"{mlp}router.weight", f"{mlp}gate.weight")]
+        gate_up, down = f"{moe}experts.gate_up_proj", f"{moe}experts.down_proj"
+        fused = next((name for name in (f"{mlp}experts.gate_up_proj", gate_up) if names.has(name)), None)
+        if fused:
+            names.part((e, 2 * i, h), fused)
+            fused_down = names.part((e, h, i), fused.replace("gate_up_proj", "down_proj")).tensor
+            yield gate_up, [_Part(fused, (n, first, first + i)) for n in range(e) for first in (0, i)]
+            yield down, [_Part(fused_down, (n, 0, h)) for n in range(e)]
+        else:
+            expert = [f"{moe}experts.{n}." for n in range(e)]
+            yield gate_up, [names.part((i, h), f"{n}{w}.weight") for n in expert for w in ("w1", "w3")]
+            yield down, [names.part((h, i), f"{n}w2.weight") for n in expert]
+    yield plain("model.norm.weight", h)
+    yield plain("model.norm.bias", h)
+    if not config.tie_word_embeddings:
+        yield plain("lm_head.weight", v, h)
+    if config.lm_head_bias:
+        yield plain("lm_head.bias", v)
+
+
+def _read(file: Path, tensor: str, index: tuple[int, int, int] | None) -> torch.Tensor:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            if index is None:
+                return shard.get_tensor(tensor)
+            expert, first, last = index
+            return shard.get_slice(tensor)[expert, first:last]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {tensor} cannot be read ({error})") from None
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    """The header of one safetensors file: 8 bytes of its length, little endian, then JSON; offsets count from its end."""
+    try:
+        with file.open("rb") as shard:
+            start = shard.read(8)
+            if start.startswith(b"version "):
+                raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in that folder")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            size = file.stat().st_size
+            header = json.loads(shard.read(length)) if 0 < length <= size - 8 else None
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: the shard is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: is no readable safetensors file ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: is truncated or no safetensors file; download it again")
+    header.pop("__metadata__", None)
+    return {name: _stored(file, name, entry, size - 8 - length) for name, entry in header.items()}
+
+
+def _stored(file: Path, name: str, entry: Any, data_bytes: int) -> Stored:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{file}: the header's entry for {name} is damaged; download the shard again") from None
+    if not 0 <= begin <= end <= data_bytes:
+        raise CheckpointError(f"{file}: is truncated, {name} ends {end - data_bytes} bytes past its end; download it again")
+    return Stored(file, dtype, shape)

@@ -1,0 +1,164 @@
+"""Attention -> GroupQueryAttention, with Q, K and V packed into one projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from phimoe_onnx import bundle, modeling
+from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.errors import ExportError
+from phimoe_onnx.export.functions import DOMAIN
+from phimoe_onnx.export.passes._edit import MICROSOFT, constant, expect, initializer, nodes, op, parameter, replace
+from phimoe_onnx.export.weights import Parameter, Weight, job_piece, stacked
+
+
+def check(config: PhiMoEConfig) -> None:
+    """Raises ExportError for a shape that GroupQueryAttention does not take."""
+    if config.head_dim % 16:
+        raise ExportError(
+            f"head_dim is {config.head_dim}, ONNX Runtime's GroupQueryAttention with rope needs a multiple of 16; use --target portable"
+        )
+
+
+class FuseAttention(ir.passes.InPlacePass):
+    """Replaces each `phimoe::Attention` and the three projections before it.
+
+    1. The projections MatMul(x, Transpose(W)), each with or without an Add of a bias, become one with the rows of W_q, W_k
+       and W_v (and the biases) below each other.
+    2. Attention becomes com.microsoft.GroupQueryAttention with rope inside, over tables of cos and sin that hold a row per
+       position. With longrope the rows of the short factors come first and those of the long factors after them, and
+       `position_ids` point into one or the other by the length of each row of the batch.
+    3. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
+
+    Matches exactly `num_hidden_layers` places.
+    """
+
+    def __init__(self, config: PhiMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        matches = nodes(model, "Attention", DOMAIN)
+        expect("attention", len(matches), self.config.num_hidden_layers)
+        shared = _shared_inputs(model.graph, self.config, matches[0].inputs[3].dtype, before=model.graph[0])
+        for node in matches:
+            self._fuse(model.graph, node, shared)
+        model.opset_imports[MICROSOFT] = 1
+        return ir.passes.PassResult(model, modified=True)
+
+    def _fuse(self, graph: ir.Graph, attention: ir.Node, shared: list[ir.Value | None]) -> None:
+        projections = [_projection(value) for value in attention.inputs[:3]]
+        prefix = projections[0].weight.name.removesuffix("q_proj.weight")
+        x = projections[0].x
+
+        weight = initializer(graph, stacked(f"{prefix}qkv_proj.weight", [p.weight for p in projections]))
+        transposed = op("Transpose", [weight], f"{prefix}qkv_proj/Transpose", {"perm": [1, 0]})
+        qkv = op("MatMul", [x, transposed.outputs[0]], f"{prefix}qkv_proj/MatMul")
+        packed = [transposed, qkv]
+        biases = [p.bias for p in projections if p.bias is not None]
+        if biases:
+            bias = initializer(graph, stacked(f"{prefix}qkv_proj.bias", biases))
+            packed.append(op("Add", [qkv.outputs[0], bias], f"{prefix}qkv_proj/Add"))
+        attributes: dict[str, int | float | str | list[int]] = {
+            "num_heads": self.config.num_attention_heads,
+            "kv_num_heads": self.config.num_key_value_heads,
+            "do_rotary": 1,
+        }
+        if self.config.window is not None:
+            attributes["local_window_size"] = self.config.window
+        fused = op(
+            "GroupQueryAttention",
+            [packed[-1].outputs[0], None, None, *attention.inputs[5:7], *shared],
+            f"{prefix}GroupQueryAttention",
+            attributes,
+            MICROSOFT,
+            outputs=("", "/present_key", "/present_value"),
+        )
+        old = [node for p in projections for node in p.nodes] + [attention]
+        replace(graph, old, [*packed, fused], list(zip(attention.outputs, fused.outputs, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Projection:
+    x: ir.Value
+    weight: Parameter
+    bias: Parameter | None
+    nodes: list[ir.Node]  # in graph order
+
+
+def _projection(value: ir.Value) -> _Projection:
+    """MatMul(x, Transpose(W)), with or without an Add of a bias, that computes `value`."""
+    matched: list[ir.Node] = []
+    bias = None
+    node = value.producer()
+    if node is not None and node.op_type == "Add":
+        bias = parameter(node.inputs[1])
+        matched.append(node)
+        node = node.inputs[0].producer()
+    if node is not None and node.op_type == "MatMul":
+        transpose = node.inputs[1].producer()
+        weight = parameter(transpose.inputs[0]) if transpose is not None and transpose.op_type == "Transpose" else None
+        if weight is not None:
+            return _Projection(node.inputs[0], weight, bias, [transpose, node, *matched])
+    raise ExportError(f"{value.name}: expected a projection before attention; this is a bug of phimoe-onnx, please report it")
+
+
+def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, before: ir.Node) -> list[ir.Value | None]:
+    """seqlens_k, total_sequence_length, cos_cache, sin_cache and position_ids, the same for every layer."""
+    named = {value.name: value for value in graph.inputs}
+    mask = named[bundle.ATTENTION_MASK]
+    new: list[ir.Node] = []
+
+    def add(op_type: str, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
+        new.append(op(op_type, inputs, name, dict(attributes)))
+        return new[-1].outputs[0]
+
+    zero, one, axis = constant(graph, "zero", 0), constant(graph, "one", 1), constant(graph, "axis_1", [1])
+    lengths = add("ReduceSum", mask, axis, name="lengths", keepdims=1)  # [B, 1]: each row's tokens, cached and new
+    last = add("Sub", add("Squeeze", lengths, axis, name="lengths/Squeeze"), one, name="lengths/Sub")
+    seqlens_k = add("Cast", last, name="seqlens_k", to=ir.DataType.INT32)
+    width = add("Squeeze", add("Shape", mask, name="total/Shape", start=1), name="total/Squeeze")
+    total = add("Cast", width, name="total_sequence_length", to=ir.DataType.INT32)
+    position_ids = None
+    if config.longrope:  # otherwise the operator's own positions are right
+        new_tokens = add("Shape", named[bundle.INPUT_IDS], name="sequence/Shape", start=1)
+        past = add("Max", add("Sub", lengths, new_tokens, name="past/Sub"), zero, name="past")  # 0 for a padded first prompt
+        steps = add("Range", zero, add("Squeeze", new_tokens, name="sequence/Squeeze"), one, name="steps")
+        positions = add("Add", past, steps, name="positions")
+        rope_length = add("Max", lengths, named[bundle.ROPE_LENGTH], name="rope_length/Max")
+        boundary = constant(graph, "original_max_position_embeddings", config.longrope.original_max_position_embeddings)
+        is_long = add("Greater", rope_length, boundary, name="rope_is_long")
+        beyond = add("Add", positions, constant(graph, "long_rope_rows", _short_rows(config)), name="long_positions")
+        position_ids = add("Where", is_long, beyond, positions, name="position_ids")
+    graph.insert_before(before, new)
+    cos, sin = (initializer(graph, table) for table in rope_tables(config, dtype))
+    return [seqlens_k, total, cos, sin, position_ids]
+
+
+def _short_rows(config: PhiMoEConfig) -> int:
+    assert config.longrope
+    return min(config.longrope.original_max_position_embeddings, config.max_position_embeddings)
+
+
+def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weight]:
+    """cos and sin, each [rows, head_dim / 2]: max_position_embeddings rows, with longrope the short factors' rows before."""
+    longest = config.max_position_embeddings
+    sections = [(_short_rows(config), 1), (longest, np.iinfo(np.int64).max)] if config.longrope else [(longest, 1)]
+    half = config.head_dim // 2
+
+    def table(part: int, rows: int, length: int) -> torch.Tensor:
+        rope = modeling.Rope(config)
+        values = rope(torch.arange(rows)[None], torch.tensor([[length]]))[part][0]
+        return values.to(torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32)
+
+    def weight(name: str, part: int) -> Weight:
+        pieces = [
+            job_piece(lambda rows=rows, length=length: table(part, rows, length), (rows, half), dtype) for rows, length in sections
+        ]
+        return Weight(name, dtype, (sum(rows for rows, _ in sections), half), pieces)
+
+    return weight("cos_cache", 0), weight("sin_cache", 1)

@@ -1,0 +1,42 @@
+"""Weights stored as float16 under a float32 graph."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from phimoe_onnx.export.passes._edit import initializer, op
+from phimoe_onnx.export.weights import Job, Piece, Weight
+
+KEPT = (".gate.weight.transposed", "cos_cache", "sin_cache")  # the router and the rope stay exact
+
+
+class StoreHalf(ir.passes.InPlacePass):
+    """Stores every float32 weight of two or more dimensions as float16, with a Cast to float32 behind it.
+
+    ONNX Runtime folds the Cast when it loads the graph, so it computes in float32 with the rounded weights. Vectors, the
+    router and the rope tables stay float32.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        for value in list(graph.initializers.values()):
+            weight = value.const_value
+            if not isinstance(weight, Weight) or weight.dtype != ir.DataType.FLOAT or len(weight.shape) < 2:
+                continue
+            if weight.name.endswith(KEPT):
+                continue
+            half = initializer(graph, Weight(f"{weight.name}.half", ir.DataType.FLOAT16, weight.shape.numpy(), _halved(weight.pieces)))
+            cast = op("Cast", [half], f"{weight.name}/Cast", {"to": ir.DataType.FLOAT})
+            cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+            graph.insert_before(graph[0], cast)
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            del graph.initializers[value.name]
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _halved(pieces: tuple[Piece, ...]) -> list[Piece]:
+    def job(piece: Piece) -> Job:
+        return Job(lambda: (piece.job.run()[piece.index].to(torch.float16),), (piece.nbytes // 2,))
+
+    return [Piece(job(piece), 0) for piece in pieces]

@@ -1,0 +1,254 @@
+"""export(): checkpoint -> bundle, the steps in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from phimoe_onnx import bundle
+from phimoe_onnx._version import __version__
+from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
+from phimoe_onnx.errors import ConfigError, ExportError, PhiMoEError
+from phimoe_onnx.export.chat_format import chat_format
+from phimoe_onnx.export.checkpoint import parameters, read_headers
+from phimoe_onnx.export.genai import genai_config
+from phimoe_onnx.export.passes import attention
+from phimoe_onnx.export.passes.attention import FuseAttention
+from phimoe_onnx.export.passes.branches import BranchExperts
+from phimoe_onnx.export.passes.embedding import QuantizeEmbedding
+from phimoe_onnx.export.passes.half import StoreHalf
+from phimoe_onnx.export.passes.logits import AddOptionalInputs
+from phimoe_onnx.export.passes.moe import FuseExperts
+from phimoe_onnx.export.passes.norms import FuseSkipLayerNorm
+from phimoe_onnx.export.passes.projections import StoreProjections
+from phimoe_onnx.export.quantize.rtn import Format
+from phimoe_onnx.export.source import resolve
+from phimoe_onnx.export.trace import trace
+from phimoe_onnx.export.write import Layout, write_weights
+
+TARGETS = ("cpu", "cuda", "portable")
+QUANTIZE = ("none", "fp16", "int8", "int4")
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+Progress = Callable[[str, int, int], None]
+
+
+def export(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    quantize: str = "none",
+    target: str = "cpu",
+    block_size: int = 32,
+    revision: str | None = None,
+    token: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the bundle of the PhiMoE checkpoint `source`.
+
+    Args:
+        source: a local folder or a hub id.
+        output: the bundle's folder; by default `<name>-<target>-<quantize>` in the working directory.
+        quantize: "none" (float32 for the CPU, float16 for CUDA), "fp16" (weights stored as float16), "int8" or "int4"
+            (experts, attention and lm_head block-wise in that width, embeddings int8, router float32).
+        target: "cpu", "cuda", or "portable" for standard ONNX operators only.
+        block_size: how many neighbours of a row share a scale.
+        revision: branch, tag or commit, for a hub id; `token` likewise.
+        overwrite: replace an existing bundle; otherwise an existing output is an error.
+        progress: called with a phase, the bytes done and the bytes to do.
+
+    Returns:
+        The bundle's folder, which appears only when it is complete.
+
+    Raises:
+        ConfigError, CheckpointError: the source is no PhiMoE that is supported, or is damaged.
+        ExportError: the options do not fit, or the output cannot be written.
+    """
+    report = progress or (lambda phase, done, total: None)
+    if target not in TARGETS:
+        raise ExportError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    if quantize not in QUANTIZE:
+        raise ExportError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZE)}")
+    folder = resolve(source, revision, token)
+    config = read_config(folder)
+    output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
+    _check_output(output, overwrite)
+    _check_shape(config, target, quantize, block_size)
+    rows = parameters(config, read_headers(folder))
+
+    report("tracing", 0, 0)
+    dtype = ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
+    format = Format(int(quantize[3:]), block_size) if quantize.startswith("int") else None
+    model = trace(config, rows, dtype)
+    if target == "portable":
+        _portable(model)
+    else:
+        _fuse(model, config, format)
+    if quantize == "fp16" and dtype == ir.DataType.FLOAT:
+        StoreHalf()(model)
+    model.producer_name, model.producer_version = "phimoe-onnx", __version__
+    models = {"model.onnx": model}
+    if target == "cpu" and format is not None:
+        branched = model.clone()
+        BranchExperts(config.num_hidden_layers)(branched)
+        _clean(branched)
+        models["model.branches.onnx"] = branched
+
+    with _staged(output, overwrite) as staging:
+        layout = Layout()
+        for file, graph in models.items():
+            layout.save(graph, staging / file)
+        _check_room(staging, layout.nbytes)
+        done = 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report("writing weights", done, layout.nbytes)
+
+        write_weights(layout, staging, advance)
+        generation = _copy(folder, staging)
+        if target != "portable":
+            genai = genai_config(config, generation, "model.onnx", target)
+            (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+        report("hashing", 0, 0)
+        bundle.Manifest(
+            tool_version=__version__,
+            source=str(source) if not Path(source).exists() else folder.resolve().name,
+            task="text-generation",
+            target=target,
+            quantize=quantize,
+            dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
+            weights=_describe(quantize, target, format),
+            graphs=tuple(bundle.Graph(file, MINIMUM_ONNXRUNTIME[_kind(file, target, format)]) for file in models),
+            files=bundle.describe_files(staging),
+            chat=chat_format(folder),
+        ).write(staging)
+    return output
+
+
+# The least releases on which each kind of graph was loaded and gave the right tokens (tests/test_onnxruntime_versions.py).
+MINIMUM_ONNXRUNTIME = {"portable": "1.29", "float": "1.29", "qmoe": "1.31", "branches": "1.29"}
+
+
+def _kind(file: str, target: str, format: Format | None) -> str:
+    if target == "portable":
+        return "portable"
+    if "branches" in file:
+        return "branches"
+    return "float" if format is None else "qmoe"
+
+
+def _fuse(model: ir.Model, config: PhiMoEConfig, format: Format | None) -> None:
+    """The graph for ONNX Runtime's own operators."""
+    layers = config.num_hidden_layers
+    FuseAttention(config)(model)
+    FuseExperts(layers, format)(model)
+    FuseSkipLayerNorm(layers)(model)
+    AddOptionalInputs()(model)
+    formats = {} if format is None else dict.fromkeys(("qkv_proj", "o_proj", "lm_head", "embed_tokens"), format)
+    StoreProjections(formats)(model)
+    if format is not None:
+        QuantizeEmbedding(Format(8, format.block_size))(model)
+    common.InlinePass()(model)
+    _clean(model)
+
+
+def _portable(model: ir.Model) -> None:
+    """The graph in standard operators."""
+    AddOptionalInputs()(model)
+    StoreProjections({})(model)
+    common.InlinePass()(model)
+    _clean(model)
+
+
+def _clean(model: ir.Model) -> None:
+    """Folds small constants and drops what nothing reads."""
+    optimizer.fold_constants(model, input_size_limit=1024, output_size_limit=1024)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.TopologicalSortPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+
+
+def _check_shape(config: PhiMoEConfig, target: str, quantize: str, block_size: int) -> None:
+    """Raises ExportError for what the target or the quantiser does not take, before any work is done."""
+    if target == "portable" and quantize.startswith("int"):
+        raise ExportError(f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; use none or fp16")
+    if target != "portable":
+        attention.check(config)
+    if not quantize.startswith("int"):
+        return
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
+    }
+    fitting = [size for size in BLOCK_SIZES if not any(width % size for width in widths.values())]
+    if block_size not in fitting:
+        shapes = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ExportError(f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise ExportError(f"{output}: exists already; name another --output, or pass --overwrite")
+    if output.exists() and not (output / bundle.MANIFEST).exists():
+        raise ExportError(f"{output}: exists and is no bundle, so --overwrite leaves it alone; name another --output")
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise ExportError(f"{folder.parent}: the weights need {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
+
+
+@contextlib.contextmanager
+def _staged(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `output` that takes its name on success and goes on failure."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise ExportError(f"{output}: cannot be written ({error.strerror})") from None
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if overwrite and output.exists():
+            shutil.rmtree(output)
+        staging.rename(output)
+    except OSError as error:
+        raise ExportError(f"{output}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _copy(source: Path, staging: Path) -> dict[str, Any]:
+    """Copies the configuration and tokenizer files that exist; returns generation_config.json."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staging / name)
+    return read_json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
+
+
+def _describe(quantize: str, target: str, format: Format | None) -> dict[str, str]:
+    if format is not None:
+        kinds = dict.fromkeys(("experts", "attention", "lm_head"), str(format))
+        return kinds | {"embeddings": str(Format(8, format.block_size)), "router": "float32", "norms": "float32"}
+    stored = "float16" if target == "cuda" or quantize == "fp16" else "float32"
+    return dict.fromkeys(("experts", "attention", "lm_head", "embeddings"), stored) | {"router": "float32"}

@@ -1,0 +1,138 @@
+"""Traces modeling.py with KV-cache inputs into an onnx_ir.Model; no weight is allocated.
+
+Attention, SparseMixer and the experts stay one node each, calls of the functions in functions.py, so that a pass matches a
+node and not thirty.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from phimoe_onnx import bundle, modeling
+from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.export.functions import DOMAIN, FUNCTIONS, OPSET
+from phimoe_onnx.export.weights import FLOATS, Parameter, Rows
+
+
+def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType) -> ir.Model:
+    """The graph of `modeling.PhiMoEForCausalLM` in `dtype`, with the inputs and outputs that bundle.py names.
+
+    Args:
+        config: the model's shape.
+        rows: the parameters' rows, as `checkpoint.parameters` gives them.
+        dtype: of the activations, the cache and, for now, the weights.
+
+    Returns:
+        A complete model in standard operators and calls of the functions in the domain `phimoe`; its weights are
+        `Parameter`s.
+    """
+    torch_dtype = FLOATS[dtype]
+    dynamic = Dim.DYNAMIC
+    cache = {0: dynamic, 2: dynamic}
+    seams = patch.multiple(modeling, attention=_attention, sparse_mixer=_sparse_mixer, experts=_experts)
+    with FakeTensorMode(), seams, _default_dtype(torch_dtype):
+        model = modeling.PhiMoEForCausalLM(config).eval()
+        batch, sequence, past = 2, 3, 5  # any sizes that differ: each becomes a symbol
+        past_shape = (batch, config.num_key_value_heads, past, config.head_dim)
+        arguments = (
+            torch.zeros(batch, sequence, dtype=torch.int64),
+            torch.ones(batch, past + sequence, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(config.num_hidden_layers)],
+        )
+        shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, None, [(cache, cache)] * config.num_hidden_layers)
+        with warnings.catch_warnings(), _quiet_logging():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=OPSET)
+    assert exported is not None
+    traced = exported.model
+    for function in FUNCTIONS:
+        traced.functions[function.identifier()] = function
+    traced.opset_imports[DOMAIN] = 1
+    _name_inputs_and_outputs(traced, config)
+    if config.tie_word_embeddings:
+        rows = rows | {"lm_head.weight": rows["model.embed_tokens.weight"]}
+    rope = modeling.Rope(config)
+    for name, value in traced.graph.initializers.items():
+        if name in rows:
+            value.const_value = Parameter(name, value.dtype, value.shape.numpy(), rows[name])
+        else:  # the rope's inverse frequencies
+            value.const_value = ir.tensor(rope.get_buffer(name.removeprefix("model.rope.")).numpy(), name=name)
+    return traced
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
+) -> tuple[Tensor, ...]:
+    batch, kv_heads, _, head_dim = past_key.shape
+    present = [batch, kv_heads, visible.shape[-1], head_dim]
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::Attention",
+        [query, key, value, cos, sin, past_key, past_value, visible],
+        {"kv_heads": kv_heads, "head_dim": head_dim},
+        dtypes=[query.dtype] * 3,
+        shapes=[query.shape, present, present],
+        version=1,
+    )
+
+
+def _sparse_mixer(scores: Tensor, jitter: float) -> tuple[Tensor, ...]:
+    shape = [*scores.shape[:-1], 2]
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::SparseMixer", [scores], {"jitter": jitter}, dtypes=[scores.dtype, torch.int64], shapes=[shape, shape], version=1
+    )
+
+
+def _experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::Experts", [x, weights, chosen, gate_up_proj, down_proj], dtype=x.dtype, shape=x.shape, version=1
+    )
+
+
+def _name_inputs_and_outputs(model: ir.Model, config: PhiMoEConfig) -> None:
+    """Gives the traced values the contract's names and its dimensions the names batch, sequence, past and total."""
+    graph = model.graph
+    cached, kv_heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    inputs = [bundle.INPUT_IDS, bundle.ATTENTION_MASK, bundle.ROPE_LENGTH, *bundle.cache_names(cached, "past_key_values")]
+    outputs = [bundle.LOGITS, *bundle.cache_names(cached, "present")]
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name = name
+    dims = {bundle.INPUT_IDS: ["batch", "sequence"], bundle.ATTENTION_MASK: ["batch", "total"], bundle.ROPE_LENGTH: [1]}
+    dims[bundle.LOGITS] = ["batch", "kept", config.vocab_size]
+    for value in (*graph.inputs, *graph.outputs):
+        length = "past" if value.name.startswith("past") else "total"
+        value.shape = ir.Shape(dims.get(value.name, ["batch", kv_heads, length, head_dim]))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes modules in `dtype`; `Module.to` cannot convert under a FakeTensorMode."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Keeps the exporter's notes about packages that are not installed off the user's screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

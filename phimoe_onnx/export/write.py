@@ -1,0 +1,121 @@
+"""Streams weights into external data files beside the graphs, a job at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from phimoe_onnx.errors import ExportError
+from phimoe_onnx.export.weights import Job, Piece, Weight, tensor_bytes
+
+ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads
+FILE_LIMIT = 8 << 30  # bytes after which a new data file begins
+
+
+class Layout:
+    """Where every piece lies: data file and offset, decided before anything is computed, from sizes alone.
+
+    Graphs laid out by the same Layout share pieces, so a second graph over the same weights adds no data.
+    """
+
+    def __init__(self, stem: str = "model", file_limit: int = FILE_LIMIT) -> None:
+        self.stem = stem
+        self.file_limit = file_limit
+        self.places: dict[Piece, tuple[str, int]] = {}
+        self.sizes: dict[str, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data files."""
+        return sum(self.sizes.values())
+
+    def jobs(self) -> dict[Job, list[tuple[int, str, int]]]:
+        """Every job, in file order, with the places of its outputs: index, file, offset."""
+        jobs: dict[Job, list[tuple[int, str, int]]] = {}
+        for piece, (file, offset) in self.places.items():
+            jobs.setdefault(piece.job, []).append((piece.index, file, offset))
+        return jobs
+
+    def save(self, model: ir.Model, path: Path) -> None:
+        """Writes `model` to `path` with each Weight as external data at its place."""
+        computed = [(value, value.const_value) for value in _initializers(model) if isinstance(value.const_value, Weight)]
+        for value, weight in computed:
+            file, offset = self._place(weight)
+            value.const_value = ir.ExternalTensor(
+                file, offset, weight.nbytes, weight.dtype, shape=weight.shape, name=value.name, base_dir=path.parent
+            )
+        try:
+            ir.save(model, path)
+        finally:
+            for value, weight in computed:
+                value.const_value = weight
+
+    def _place(self, weight: Weight) -> tuple[str, int]:
+        first = self.places.get(weight.pieces[0])
+        if first is None:
+            first = self._append(weight)
+        offset = first[1]
+        for piece in weight.pieces:
+            if self.places[piece] != (first[0], offset):
+                raise ExportError(f"{weight.name}: its pieces do not follow each other; this is a bug of phimoe-onnx, please report it")
+            offset += piece.nbytes
+        return first
+
+    def _append(self, weight: Weight) -> tuple[str, int]:
+        files = list(self.sizes)
+        file = files[-1] if files else f"{self.stem}.data"
+        if files and self.sizes[file] + weight.nbytes > self.file_limit:
+            file = f"{self.stem}.{len(files)}.data"
+        start = -(-self.sizes.get(file, 0) // ALIGNMENT) * ALIGNMENT
+        offset = start
+        for piece in weight.pieces:
+            self.places[piece] = (file, offset)
+            offset += piece.nbytes
+        self.sizes[file] = offset
+        return file, start
+
+
+def write_weights(layout: Layout, folder: Path, advance: Callable[[int], None]) -> None:
+    """Runs every job of `layout` and writes its outputs at their places in `folder`.
+
+    Args:
+        advance: called with the number of bytes just written.
+
+    Raises:
+        ExportError: the disk is full or the folder cannot be written.
+        CheckpointError: a source tensor cannot be read.
+    """
+    try:
+        files = {name: os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o644) for name in layout.sizes}
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        for name, size in layout.sizes.items():
+            os.ftruncate(files[name], size)
+        for job, places in layout.jobs().items():
+            outputs = job.run()
+            for index, name, offset in places:
+                data = tensor_bytes(outputs[index])
+                if data.nbytes != job.nbytes[index]:
+                    raise ExportError(f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it")
+                _write_all(files[name], memoryview(data), offset)
+                advance(data.nbytes)
+    except OSError as error:
+        raise ExportError(f"{folder}: writing the weights failed ({error.strerror}); {layout.nbytes} bytes are needed in all") from None
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _initializers(model: ir.Model) -> Iterable[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()

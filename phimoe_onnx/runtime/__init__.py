@@ -1,0 +1,7 @@
+"""Bundle -> tokens, with onnxruntime, tokenizers, numpy and jinja2 alone."""
+
+from phimoe_onnx.runtime.conversation import Conversation
+from phimoe_onnx.runtime.generate import Generation, Piece
+from phimoe_onnx.runtime.model import PhiMoE, Score
+
+__all__ = ["Conversation", "Generation", "PhiMoE", "Piece", "Score"]

@@ -1,0 +1,87 @@
+"""What the rows of a batch hold in their caches, and how they go on: prefill one row, or step all rows by a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
+
+CHUNK = 512  # tokens of a prefill that run at once: enough to fill the matrix products, and bounds their memory
+
+
+class Decoder:
+    """The tokens that each row has in its cache; longrope's change of factors is handled here and nowhere above.
+
+    A sequence that passes `original_max_position_embeddings` rotates every position by other factors, so its cached keys are
+    then worth nothing and the row is prefilled again. V below is vocab_size.
+    """
+
+    def __init__(self, cache: SharedCache | GrowingCache, config: PhiMoEConfig, rows: int) -> None:
+        self._cache = cache
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._boundary = config.longrope.original_max_position_embeddings if config.longrope else None
+        self._long = [False] * rows  # whether the row's keys were rotated by the long factors
+
+    def prefill(self, row: int, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Makes the row hold `ids`, computing only what follows the prefix that it holds already.
+
+        Returns:
+            The logits after the last token, float32 [V].
+
+        """
+        return self._prefill(row, ids, len(ids))
+
+    def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Appends one token to every row; returns the logits after it, float32 [rows, V]."""
+        for row, held in enumerate(self.tokens):
+            if self._is_long(len(held) + 1) != self._long[row]:
+                self._prefill(row, held.copy(), len(held) + 1)
+        logits = self._cache.run_step(ids, [len(held) for held in self.tokens])
+        for held, token in zip(self.tokens, ids, strict=True):
+            held.append(token)
+        return logits
+
+    def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Row 0 from nothing: the logits after each token, in order, in pieces float32 [up to CHUNK, V]."""
+        self.tokens[0].clear()
+        return self._run(0, ids, 0, len(ids))
+
+    def drop(self, row: int) -> None:
+        """Forgets a row; the last row takes its number."""
+        self._cache.drop(row)
+        self.tokens[row], self._long[row] = self.tokens[-1], self._long[-1]
+        self.tokens.pop()
+        self._long.pop()
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens in every row, keeping what is cached."""
+        self._cache.reserve(capacity)
+
+    def _prefill(self, row: int, ids: Sequence[int], rope_length: int) -> NDArray[np.float32]:
+        held = self.tokens[row]
+        reusable = 0
+        if self._long[row] == self._is_long(rope_length):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(held, ids, strict=False))
+            reusable = min(sum(1 for _ in same), len(ids) - 1)  # the last token always runs: its logits are wanted
+        del held[reusable:]
+        *_, logits = self._run(row, ids, 1, rope_length)
+        last: NDArray[np.float32] = logits[-1]
+        return last
+
+    def _run(self, row: int, ids: Sequence[int], keep: int, rope_length: int) -> Iterator[NDArray[np.float32]]:
+        """Runs the rest of `ids` after what the row holds, chunk by chunk; yields float32 [keep or the chunk's length, V]."""
+        held = self.tokens[row]
+        self._long[row] = self._is_long(rope_length)
+        for start in range(len(held), len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            logits = self._cache.run_row(row, chunk, start, keep, rope_length)
+            held.extend(chunk)
+            yield logits
+
+    def _is_long(self, length: int) -> bool:
+        return self._boundary is not None and length > self._boundary

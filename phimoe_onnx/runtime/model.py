@@ -1,0 +1,241 @@
+"""PhiMoE: a loaded bundle, and what one can ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Unpack, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+
+from phimoe_onnx.bundle import Manifest, check_files, read_manifest
+from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
+from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
+from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
+from phimoe_onnx.runtime.chat import ChatTemplate, Message
+from phimoe_onnx.runtime.conversation import Conversation
+from phimoe_onnx.runtime.decoder import Decoder
+from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate, make_request
+from phimoe_onnx.runtime.session import open_session
+from phimoe_onnx.runtime.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+Batch = list[str] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]  # lists, for a string is a sequence of strings
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is.
+
+    Attributes:
+        token_ids: the text's tokens, n of them.
+        logprobs: float32 [n - 1], the natural logarithm of the probability of each token but the first, given those before it.
+
+    """
+
+    token_ids: list[int]
+    logprobs: NDArray[np.float32]
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-probability of a token."""
+        return float(np.exp(-self.logprobs.mean(dtype=np.float64)))
+
+
+class PhiMoE:
+    """A bundle loaded for generation; `PhiMoE.load` makes one.
+
+    Its methods may be called from several threads: each call has a cache of its own.
+
+    Attributes:
+        config: the model's shape.
+        manifest: the bundle's manifest.
+        tokenizer: text to token ids and back.
+        eos: the token ids that end a text.
+
+    """
+
+    def __init__(
+        self,
+        session: InferenceSession,
+        manifest: Manifest,
+        config: PhiMoEConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        eos: frozenset[int],
+        device: str,
+    ) -> None:
+        self.manifest = manifest
+        self.config = config
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self._session = session
+        self._template = template
+        self._device = device
+
+    @classmethod
+    def load(cls, bundle: str | Path, device: str = "cpu", threads: int | None = None) -> PhiMoE:
+        """Loads a bundle that phimoe-export wrote.
+
+        Args:
+            bundle: its folder.
+            device: "cpu" or "cuda"; never another than the one asked for.
+            threads: threads for one operator; None leaves it to ONNX Runtime.
+
+        Raises:
+            BundleError: the folder is no bundle, or a file of it is missing or changed.
+            DeviceError: the device or the installed ONNX Runtime cannot run the bundle.
+
+        """
+        folder = Path(bundle)
+        manifest = read_manifest(folder)
+        if manifest.task != "text-generation":
+            raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for text-generation")
+        check_files(folder, manifest)
+        config = read_config(folder)
+        tokenizer = Tokenizer(folder)
+        template = ChatTemplate(folder)
+        session = open_session(folder, manifest, device, threads)
+        return cls(session, manifest, config, tokenizer, template, _eos(folder, config), device)
+
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
+    @overload
+    def generate(self, prompt: Batch, *, stream: Literal[False] = False, **options: Unpack[Options]) -> list[Generation]: ...
+    @overload
+    def generate(self, prompt: Prompt | Batch, *, stream: Literal[True], **options: Unpack[Options]) -> PieceStream: ...
+    def generate(
+        self, prompt: Prompt | Batch, *, stream: bool = False, **options: Unpack[Options]
+    ) -> Generation | list[Generation] | PieceStream:
+        """Continues one prompt, or each prompt of a batch exactly as if it were alone.
+
+        Args:
+            prompt: a string, a list of messages {"role": ..., "content": ...} or a list of token ids; a list of any of these
+                is a batch.
+            stream: whether to return an iterator that yields a `Piece` a token, as they come.
+            options: keywords, each of them optional:
+
+                - max_new_tokens: where to end at the latest; 1024 or the end of the context if not given.
+                - temperature: 0, the default, takes the most likely token; more draws one.
+                - top_k, top_p, min_p, repetition_penalty: see `sampling.Sampling`; all off by default.
+                - seed: the same seed gives the same text; a fresh one for each row if not given. A batch's row has the random
+                  numbers that its prompt would have alone, so equal prompts with one seed have equal texts.
+                - stop: a string or several at which the text ends, themselves left out.
+
+        Returns:
+            A `Generation`, or a list of them for a batch, or an iterator of `Piece` for a stream.
+
+        Raises:
+            GenerationError: a prompt is empty or does not fit the context, or an option is out of range; before the first
+                piece of a stream.
+
+        """
+        batch = _is_batch(prompt)
+        prompts = cast("Sequence[Prompt]", prompt if batch else [prompt])
+        if not prompts:
+            raise GenerationError("the batch is empty; give at least one prompt")
+        requests = [self.request(each, f"prompt {row}" if batch else "the prompt", **options) for row, each in enumerate(prompts)]
+        room = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        pieces = generate(self.decoder(len(requests), room), self.tokenizer, self.eos, requests)
+        if stream:
+            return pieces
+        results = {piece.row: piece.result for piece in pieces if piece.result}
+        return [results[row] for row in range(len(requests))] if batch else results[0]
+
+    def chat(self, system: str | None = None) -> Conversation:
+        """A conversation that keeps its cache from turn to turn, opened by a system message if one is given."""
+        return Conversation(self, system)
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of every token of a text, or of token ids, in one forward pass over all of it.
+
+        Raises:
+            GenerationError: fewer than two tokens, more than the context holds, or an id outside the vocabulary.
+
+        """
+        ids = self.encode(text)
+        if len(ids) < 2:
+            raise GenerationError("the text has one token; a score needs two, since the first one has nothing before it")
+        logprobs = np.empty(len(ids) - 1, np.float32)
+        start = 0
+        for logits in self._logits(ids):
+            targets = ids[start + 1 : start + 1 + len(logits)]
+            logits -= logits.max(axis=-1, keepdims=True)
+            chosen = logits[np.arange(len(targets)), targets]
+            logprobs[start : start + len(targets)] = chosen - np.log(np.exp(logits[: len(targets)]).sum(axis=-1))
+            start += len(logits)
+        return Score(ids, logprobs)
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The logits after every token, float32 [n, vocab_size], in one forward pass over all of them.
+
+        Raises:
+            GenerationError: no tokens, more than the context holds, or an id outside the vocabulary.
+
+        """
+        return np.concatenate(list(self._logits(self.encode(token_ids))))
+
+    def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """The token ids of a prompt; `name` is its name in errors.
+
+        Raises:
+            GenerationError: the prompt is empty, the chat template refuses it, or an id is outside the vocabulary.
+
+        """
+        if not len(prompt):
+            raise GenerationError(f"{name} is empty; give at least one character, message or token")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt[0], Mapping):
+            return self.tokenizer.encode(self._template.render(cast("Sequence[Message]", prompt)), special=False)
+        ids = []
+        for item in prompt:
+            if not isinstance(item, int | np.integer) or not 0 <= item < self.config.vocab_size:
+                raise GenerationError(f"{name} holds {item!r}, expected token ids from 0 to {self.config.vocab_size - 1}")
+            ids.append(int(item))
+        return ids
+
+    def request(self, prompt: Prompt, name: str = "the prompt", **options: Unpack[Options]) -> Request:
+        """A prompt and the options of `generate`, checked.
+
+        Raises:
+            GenerationError: as for `generate`.
+
+        """
+        return make_request(self.encode(prompt, name), self.config.max_position_embeddings, name, **options)
+
+    def decoder(self, rows: int, capacity: int) -> Decoder:
+        """Empty caches for `rows` rows of up to `capacity` tokens."""
+        cache: SharedCache | GrowingCache
+        if self.manifest.target == "portable":
+            cache = GrowingCache(self._session, self.config, self.manifest.dtype, rows)
+        else:
+            cache = SharedCache(self._session, self.config, self.manifest.dtype, self._device, rows, capacity)
+        return Decoder(cache, self.config, rows)
+
+    def _logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        if len(ids) > self.config.max_position_embeddings:
+            raise GenerationError(f"the text has {len(ids)} tokens, the context holds {self.config.max_position_embeddings}")
+        return self.decoder(1, len(ids)).logits(ids)
+
+
+def _is_batch(prompt: Prompt | Batch) -> bool:
+    """Whether this is several prompts: a list whose first item is itself a string or a list."""
+    if isinstance(prompt, str) or not len(prompt):
+        return False
+    return not isinstance(prompt[0], Mapping | int | np.integer)
+
+
+def _eos(folder: Path, config: PhiMoEConfig) -> frozenset[int]:
+    """The end tokens: generation_config.json's, for it has those that end an answer in a chat; else config.json's."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return frozenset(config.eos_token_id)
+    try:
+        eos = read_json(path).get("eos_token_id")
+    except ConfigError as error:
+        raise BundleError(str(error)) from None
+    return frozenset(config.eos_token_id if eos is None else eos if isinstance(eos, list) else [eos])

@@ -1,0 +1,91 @@
+"""Text to token ids and back, from a bundle's tokenizer.json; back also as a stream of whole characters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from phimoe_onnx.errors import BundleError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of half a character
+
+
+class Tokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        BundleError: `folder`/tokenizer.json is missing or cannot be read.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise BundleError(f"{path}: cannot be read as a tokenizer ({error}); copy or export the bundle again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # a checkpoint may mark its byte tokens as special; to skip those would drop newlines and emoji
+        self.hidden = frozenset(
+            id for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special and not _BYTE_TOKEN.fullmatch(token.content)
+        )  # fmt: skip
+        self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self._anchor_length = len(self.decode(self._anchor))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The text's token ids; `special` adds those that tokenizer.json puts around a text, such as the first <s>."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, without the hidden tokens."""
+        return str(self._tokenizer.decode([id for id in ids if id not in self.hidden], skip_special_tokens=False))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own text."""
+        id = self._tokenizer.token_to_id(token)
+        return None if id is None else int(id)
+
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """A stream of the text that continues `prompt`."""
+        return TextStream(self, prompt)
+
+    def _continue(self, ids: list[int]) -> str:
+        """The text of the ids where they follow other text: a decoder strips the space before a text's first word only."""
+        return self.decode([*self._anchor, *ids])[self._anchor_length :]
+
+
+class TextStream:
+    """Token ids in, text out: each character once, and only when it is whole.
+
+    A character may be spread over several byte tokens, so ids wait until they decode without a replacement character. Only
+    those that wait are decoded, so a token costs the same however long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[int] = []
+        self._follows = bool(prompt) and prompt[-1] not in tokenizer.hidden
+        # a prompt may end inside a character: its bytes wait for the rest
+        start = len(prompt)
+        while start and prompt[start - 1] not in tokenizer.hidden and tokenizer.decode([prompt[start - 1]]) == _INCOMPLETE:
+            start -= 1
+        for id in prompt[start:]:
+            self.add(id)
+
+    def add(self, id: int) -> str:
+        """The text that this token completes; often none."""
+        if id in self._tokenizer.hidden:
+            return ""
+        self._waiting.append(id)
+        text = self._tokenizer._continue(self._waiting) if self._follows else self._tokenizer.decode(self._waiting)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        self._waiting.clear()
+        self._follows = True
+        return text

@@ -1,0 +1,267 @@
+"""Generation and scores on a toy bundle, against the same computation in numpy that knows no cache."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.runtime import Generation, PhiMoE, cache, decoder
+from tests.toy_bundle import BOUNDARY, CONTEXT, ToyModel, write_bundle
+
+Loaded = tuple[PhiMoE, ToyModel]
+
+
+@pytest.fixture(scope="module", params=["cpu", "portable"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp("bundles") / request.param
+    toy = write_bundle(folder, request.param)
+    return PhiMoE.load(folder, threads=1), toy
+
+
+@pytest.fixture
+def endless(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    """The model without end tokens, so that every row reaches its length."""
+    monkeypatch.setattr(loaded[0], "eos", frozenset())
+    return loaded
+
+
+def prompt(length: int, vocab_size: int, seed: int = 0) -> list[int]:
+    return [int(id) for id in np.random.default_rng((seed, length)).integers(3, vocab_size, length)]
+
+
+def tokens(generations: list[Generation]) -> list[list[int]]:
+    return [generation.token_ids for generation in generations]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+@pytest.mark.parametrize("length", [1, BOUNDARY, BOUNDARY + 1, CONTEXT])
+def test_logits(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, chunk: int, length: int) -> None:
+    model, toy = loaded
+    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    ids = prompt(length, model.config.vocab_size)
+    np.testing.assert_allclose(model.logits(ids), toy.logits(ids), atol=5e-4)
+
+
+@pytest.mark.parametrize("length", [1, 5, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 50])
+def test_greedy_generation_on_both_sides_of_the_boundary(endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    model, toy = endless
+    monkeypatch.setattr(decoder, "CHUNK", 9)
+    ids = prompt(length, model.config.vocab_size)
+    generation = model.generate(ids, max_new_tokens=40)
+    assert generation.token_ids == toy.greedy(ids, 40)
+    assert (generation.finish_reason, generation.prompt_tokens) == ("length", length)
+    assert generation.seconds >= generation.first_token_seconds >= 0
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone(endless: Loaded) -> None:
+    model, toy = endless
+    prompts = [prompt(length, model.config.vocab_size) for length in (BOUNDARY - 4, 3, BOUNDARY, 40, BOUNDARY - 4)]
+    prompts.append(prompts[0])
+    assert tokens(model.generate(prompts, max_new_tokens=30)) == [toy.greedy(ids, 30) for ids in prompts]
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}
+    sampled = tokens(model.generate(prompts, **options))
+    assert sampled == [model.generate(ids, **options).token_ids for ids in prompts]
+    assert sampled[0] == sampled[-1] != sampled[1]
+
+
+def test_rows_of_a_batch_end_at_different_steps(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, toy = loaded
+    prompts = [prompt(length, model.config.vocab_size) for length in (20, 3, 24, 40, 9)]
+    whole = [toy.greedy(ids, 20) for ids in prompts]
+    for ends in [(3, 19, 0, 7, 11), (0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (5, 5, 5, 5, 5)]:
+        eos = frozenset(row[end] for row, end in zip(whole, ends, strict=True))
+        monkeypatch.setattr(model, "eos", eos)
+        generations = model.generate(prompts, max_new_tokens=20)
+        assert tokens(generations) == [toy.greedy(ids, 20, eos) for ids in prompts]
+        for generation in generations:
+            assert (generation.finish_reason == "eos") == (generation.token_ids[-1] in eos)
+
+
+def test_a_stream_is_the_generation_piece_by_piece(endless: Loaded) -> None:
+    model, _ = endless
+    prompts = ["a stop", "the"]
+    pieces = list(model.generate(prompts, max_new_tokens=12, stream=True))
+    for row, generation in enumerate(model.generate(prompts, max_new_tokens=12)):
+        mine = [piece for piece in pieces if piece.row == row]
+        assert [piece.token_id for piece in mine] == generation.token_ids
+        assert "".join(piece.text for piece in mine) == generation.text
+        assert all(piece.result is None for piece in mine[:-1])
+        assert mine[-1].result is not None
+        assert replace(mine[-1].result, first_token_seconds=0, seconds=0) == replace(generation, first_token_seconds=0, seconds=0)
+
+
+def test_the_seed_fixes_the_text(endless: Loaded) -> None:
+    model, _ = endless
+    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 2.0}
+    first = model.generate("a", seed=1, **options)
+    assert model.generate("a", seed=1, **options).token_ids == first.token_ids
+    assert model.generate("a", seed=2, **options).token_ids != first.token_ids
+    fresh = tokens(model.generate(["a", "a"], **options))
+    assert fresh[0] != fresh[1]  # without a seed each row has its own
+
+
+def script(monkeypatch: pytest.MonkeyPatch, model: PhiMoE, text: str, end: str = "<|end|>") -> list[int]:
+    """Makes the model say `text`, then `end`, whatever its logits are."""
+    ids = model.tokenizer.encode(text) + model.tokenizer.encode(end)
+    monkeypatch.setattr("phimoe_onnx.runtime.generate.sample", lambda logits, sampling, step, seen: ids[step])
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ((), "stop, a\n😀 the.", "eos"),
+        ("a\n😀", "stop, ", "stop"),
+        (["zz", "p, a"], "sto", "stop"),
+        ("the.", "stop, a\n😀 ", "stop"),
+        ("the. and", "stop, a\n😀 the.", "eos"),
+    ],
+)
+def test_stop_strings(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, stop: str | list[str], text: str, reason: str) -> None:
+    model, _ = loaded
+    script(monkeypatch, model, "stop, a\n😀 the.")
+    generation = model.generate([{"role": "user", "content": "a"}], stop=stop)
+    assert (generation.text, generation.finish_reason) == (text, reason)
+
+
+def test_half_a_character_is_left_out_where_the_length_cuts_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = loaded
+    ids = script(monkeypatch, model, "a 😀")
+    generation = model.generate("the", max_new_tokens=4)
+    assert (generation.text, generation.token_ids, generation.finish_reason) == (" a ", ids[:4], "length")
+    assert model.generate("the", max_new_tokens=4, stop=" and").text == " a "
+
+
+def test_a_special_token_can_be_a_stop_string(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = loaded
+    script(monkeypatch, model, "a<|user|>b")
+    generation = model.generate("the", stop=["<|user|>"])
+    assert (generation.text, generation.finish_reason) == (" a", "stop")
+
+
+def test_the_end_tokens_are_those_of_generation_config(loaded: Loaded) -> None:
+    model, _ = loaded
+    assert model.eos == {model.tokenizer.token_id("<|endoftext|>"), model.tokenizer.token_id("<|end|>")}
+
+
+def test_prompts_of_every_kind(endless: Loaded) -> None:
+    model, toy = endless
+    messages = [{"role": "user", "content": "a stop"}]
+    ids = model.tokenizer.encode("<|user|>\na stop<|end|>\n<|assistant|>\n")
+    expected = toy.greedy(ids, 5)
+    assert model.encode(messages) == ids
+    assert model.generate(messages, max_new_tokens=5).token_ids == expected
+    assert model.generate(ids, max_new_tokens=5).token_ids == expected
+    assert model.generate(list(np.array(ids)), max_new_tokens=5).token_ids == expected
+    assert tokens(model.generate([messages, ids, "a"], max_new_tokens=5))[:2] == [expected, expected]
+    assert tokens(model.generate([ids], max_new_tokens=5)) == [expected]
+
+
+def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, toy = loaded
+    monkeypatch.setattr(decoder, "CHUNK", 5)
+    text = "the stop, a the the stop. and so, the a stop. the and the"
+    score = model.score(text)
+    ids = model.tokenizer.encode(text)
+    assert len(ids) > BOUNDARY
+    logits = toy.logits(ids).astype(np.float64)
+    expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
+    assert score.token_ids == ids
+    assert score.logprobs.dtype == np.float32
+    np.testing.assert_allclose(score.logprobs, expected, atol=5e-4)
+    assert score.perplexity == pytest.approx(np.exp(-expected.mean()), rel=1e-4)
+    assert model.score(ids).logprobs.tolist() == score.logprobs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "the prompt is empty"),
+        (["a", ""], {}, "prompt 1 is empty"),
+        (["a", []], {}, "prompt 1 is empty"),
+        ([1, 10**6], {}, "holds 1000000, expected token ids"),
+        ([1, -1], {}, "holds -1"),
+        ([1, "a"], {}, "holds 'a'"),
+        ([5] * CONTEXT, {}, f"has {CONTEXT} tokens, which leaves no room in the context of {CONTEXT}"),
+        ([5] * 10, {"max_new_tokens": CONTEXT - 9}, f"has 10 tokens and max_new_tokens is {CONTEXT - 9}.*at most {CONTEXT - 10}"),
+        ([[5], [5] * CONTEXT], {}, "prompt 1 has"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ("a", {"stop": ["a", ""]}, "empty string"),
+        ("a", {"temperature": -1.0}, "temperature is -1"),
+        ([{"role": "user"}], {}, "expected"),
+        ([{"role": "tool", "content": "a"}], {}, "no tools"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_prompts_and_options_are_named_at_once(loaded: Loaded, given: Any, options: dict[str, Any], message: str, stream: bool) -> None:
+    with pytest.raises(GenerationError, match=message):
+        loaded[0].generate(given, stream=stream, **options)
+
+
+def test_bad_texts_to_score_are_named(loaded: Loaded) -> None:
+    for given, message in (("", "empty"), ([5], "one token"), ([5] * (CONTEXT + 1), f"{CONTEXT + 1} tokens")):
+        with pytest.raises(GenerationError, match=message):
+            loaded[0].score(given)
+
+
+def test_the_whole_context_can_be_used(endless: Loaded) -> None:
+    model, _ = endless
+    assert len(model.generate([5] * (CONTEXT - 3)).token_ids) == 3
+
+
+def test_a_conversation_computes_only_what_is_new(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, toy = endless
+    monkeypatch.setattr(cache, "_round_up", lambda capacity: capacity)  # so that the second turn needs longer buffers
+    chat = model.chat(system="a")
+    ran: list[int] = []
+    run_row = type(chat._decoder._cache).run_row
+
+    def counted(self: Any, row: int, ids: list[int], *rest: int) -> Any:
+        ran.extend(ids if len(ids) > 1 else [])
+        return run_row(self, row, ids, *rest)
+
+    monkeypatch.setattr(type(chat._decoder._cache), "run_row", counted)
+    first = chat.send("the", max_new_tokens=4)
+    rendered = model.encode(chat.messages[:2])
+    assert ran == rendered
+    assert first.token_ids == toy.greedy(rendered, 4)
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert chat.messages[-1]["content"] == first.text
+
+    # a second turn on an answer that is in the cache as it is in the text
+    chat.messages[-1] = {"role": "assistant", "content": model.tokenizer.decode(first.token_ids)}
+    held = list(chat._decoder.tokens[0])
+    ran.clear()
+    second = chat.send("stop", max_new_tokens=30)
+    rendered = model.encode(chat.messages[:-1])
+    shared = next((i for i, (a, b) in enumerate(zip(held, rendered, strict=False)) if a != b), len(held))
+    assert shared > 5
+    assert second.prompt_tokens == len(rendered) <= BOUNDARY
+    assert second.token_ids == toy.greedy(rendered, 30)  # crosses the boundary
+    assert ran[: len(rendered) - shared] == rendered[shared:]
+
+    chat.reset()
+    assert [message["role"] for message in chat.messages] == ["system"]
+    assert chat.send("the", max_new_tokens=4).token_ids == first.token_ids  # back below the boundary
+
+
+def test_an_answer_that_is_left_early_is_kept_as_far_as_it_came(endless: Loaded) -> None:
+    model, _ = endless
+    chat = model.chat()
+    stream = chat.send("the", stream=True, max_new_tokens=20)
+    begun = [next(stream).text for _ in range(5)]
+    stream.close()
+    assert chat.messages == [{"role": "user", "content": "the"}, {"role": "assistant", "content": "".join(begun)}]
+    with pytest.raises(GenerationError, match="empty"):
+        chat.send("")
+    assert len(chat.messages) == 2
+
+
+def test_pieces_come_row_by_row_in_each_step(endless: Loaded) -> None:
+    rows = [piece.row for piece in endless[0].generate(["a", "the", "stop"], max_new_tokens=3, stream=True)]
+    assert rows == [0, 1, 2] * 3
+    assert all(a != b for a, b in pairwise(rows))

@@ -1,0 +1,154 @@
+"""What stands in the way of loading a bundle, and which of its graphs is taken."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from phimoe_onnx.bundle import Graph, describe_files, read_manifest
+from phimoe_onnx.errors import BundleError, DeviceError, GenerationError
+from phimoe_onnx.runtime import PhiMoE
+from phimoe_onnx.runtime.chat import ChatTemplate
+from phimoe_onnx.runtime.session import check_device, choose_graph
+from tests.toy_bundle import write_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_the_runtime_imports_neither_torch_nor_transformers_nor_the_exporter() -> None:
+    code = (
+        "import sys, phimoe_onnx.runtime, phimoe_onnx.cli.generate, phimoe_onnx.cli.chat\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'onnx') or m == 'phimoe_onnx.export'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_first_graph_that_the_installed_release_loads_is_taken(bundle: Path) -> None:
+    graphs = (Graph("new.onnx", "1.31"), Graph("old.onnx", "1.29.1"))
+    manifest = replace(read_manifest(bundle), graphs=graphs)
+    taken = {release: choose_graph(manifest, release).file for release in ("1.32.0", "1.31.1+cu13", "1.31", "1.30.9", "1.29.1")}
+    assert taken == {"1.32.0": "new.onnx", "1.31.1+cu13": "new.onnx", "1.31": "new.onnx", "1.30.9": "old.onnx", "1.29.1": "old.onnx"}
+    with pytest.raises(DeviceError, match=r"needs ONNX Runtime 1\.29\.1 or newer, installed is 1\.29\.0.*upgrade"):
+        choose_graph(manifest, "1.29.0")
+
+
+def test_a_bundle_for_a_newer_onnxruntime_is_refused(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle", minimum_onnxruntime="99.1")
+    with pytest.raises(DeviceError, match=rf"needs ONNX Runtime 99\.1 or newer, installed is {onnxruntime.__version__}"):
+        PhiMoE.load(tmp_path / "bundle")
+
+
+def test_a_graph_that_onnxruntime_refuses_is_named(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle")
+    graph = tmp_path / "bundle" / "model.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"GroupQueryAttention", b"GroupQueryAttentiom"))
+    rewrite_manifest(tmp_path / "bundle")
+    with pytest.raises(DeviceError, match=r"model\.onnx: ONNX Runtime .* cannot load it on cpu"):
+        PhiMoE.load(tmp_path / "bundle")
+
+
+def test_devices(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match="device is 'tpu', expected one of cpu, cuda"):
+        PhiMoE.load(bundle, device="tpu")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(DeviceError, match="no CUDAExecutionProvider; install onnxruntime-gpu"):
+        PhiMoE.load(bundle, device="cuda")
+    with pytest.raises(DeviceError, match="was exported for cuda, not for cpu; export it again with --target cpu"):
+        check_device("cpu", "cuda")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(DeviceError, match="was exported for cpu, not for cuda"):
+        PhiMoE.load(bundle, device="cuda")
+    with pytest.raises(DeviceError, match="threads is 0"):
+        PhiMoE.load(bundle, threads=0)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_device_that_does_not_start_is_no_silent_fall_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bundle(tmp_path / "bundle", "portable")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(DeviceError, match="could not start its CUDAExecutionProvider|cannot load it on cuda"):
+        PhiMoE.load(tmp_path / "bundle", device="cuda")
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"not a bundle.*manifest\.json"):
+        PhiMoE.load(tmp_path / "nothing")
+
+
+def test_a_missing_or_changed_file_is_named(bundle: Path) -> None:
+    (bundle / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(BundleError, match=r"generation_config\.json"):
+        PhiMoE.load(bundle)
+    (bundle / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: is missing|generation_config\.json"):
+        PhiMoE.load(bundle)
+
+
+def test_a_bundle_for_another_task_is_refused(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"task": "text-classification"}))
+    with pytest.raises(BundleError, match="text-classification, expected one for text-generation"):
+        PhiMoE.load(bundle)
+
+
+def test_the_end_tokens_fall_back_on_config_json(bundle: Path) -> None:
+    for text, expected in (('{"eos_token_id": 7}', {7}), ("{}", "config")):
+        (bundle / "generation_config.json").write_text(text)
+        rewrite_manifest(bundle)
+        model = PhiMoE.load(bundle)
+        assert model.eos == (set(model.config.eos_token_id) if expected == "config" else expected)
+
+
+def rewrite_manifest(bundle: Path) -> None:
+    """Makes the manifest agree with the files as they are now."""
+    replace(read_manifest(bundle), files=describe_files(bundle)).write(bundle)
+
+
+def template(folder: Path, config: object, jinja: str | None = None) -> ChatTemplate:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (folder / "chat_template.jinja").write_text(jinja)
+    return ChatTemplate(folder)
+
+
+USER = [{"role": "user", "content": "a"}]
+
+
+def test_where_a_chat_template_comes_from(tmp_path: Path) -> None:
+    assert template(tmp_path, {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": "<s>"}).render(USER) == "<s>a"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ eos_token }}"}]
+    assert template(tmp_path, {"chat_template": named, "eos_token": {"content": "</s>"}}).render(USER) == "</s>"
+    assert template(tmp_path, {"chat_template": "no"}, jinja="yes").render(USER) == "yes"
+
+
+def test_blocks_are_trimmed_as_in_transformers(tmp_path: Path) -> None:
+    source = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
+    assert template(tmp_path, {"chat_template": source}).render(USER) == "a\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('only users') }}", "only users"),
+        ("{{ messages.append(1) }}", "refuses"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages[0].content + 1 }}", "refuses"),
+    ],
+)
+def test_what_a_template_may_not_do(tmp_path: Path, source: str | None, message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        template(tmp_path, {"chat_template": source}).render(USER)
+
+
+def test_a_template_that_does_not_parse_is_the_bundles_fault(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="does not parse"):
+        template(tmp_path, {"chat_template": "{% if %}"})

@@ -1,0 +1,124 @@
+"""Text to ids and back: whole characters in a stream, the first space, special tokens, and stop strings across pieces."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phimoe_onnx.errors import BundleError
+from phimoe_onnx.runtime.stop import StopStrings
+from phimoe_onnx.runtime.tokenizer import Tokenizer
+from tests.toy_bundle import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
+    stream = tokenizer.stream(prompt or [])
+    return [stream.add(id) for id in ids]
+
+
+@given(st.text(alphabet="ab the\n😀é漢�", max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_a_stream_is_the_whole_text_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    if text.endswith("�"):
+        text += "."
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert "".join(pieces(tokenizer, ids)) == text
+
+
+def test_half_a_character_waits(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a😀b")
+    assert pieces(tokenizer, ids) == ["a", "", "", "", "😀", "b"]
+    assert "".join(pieces(tokenizer, ids[:4])) == "a"
+
+
+def test_two_characters_of_byte_tokens_do_not_spoil_each_other(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("😀😀")[1:]  # without the first space
+    assert pieces(tokenizer, ids[:5], prompt=tokenizer.encode("a")) == ["", "", "", "😀", ""]
+
+
+def test_invalid_bytes_followed_by_text_become_replacement_characters(tokenizer: Tokenizer) -> None:
+    lonely, a = tokenizer.token_id("<0xF0>"), tokenizer.token_id("a")
+    assert lonely is not None and a is not None
+    assert pieces(tokenizer, [lonely, a]) == ["", "�a"]
+
+
+def test_the_space_between_prompt_and_answer_survives(tokenizer: Tokenizer) -> None:
+    the = tokenizer.encode("the")
+    assert pieces(tokenizer, the, prompt=tokenizer.encode("stop")) == [" the"]
+    assert pieces(tokenizer, the, prompt=tokenizer.encode("<|assistant|>")) == ["the"]
+    assert pieces(tokenizer, the + the) == ["the", " the"]
+
+
+def test_a_prompt_may_end_inside_a_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a😀b")
+    for cut in range(1, len(ids)):
+        assert "".join(pieces(tokenizer, ids[cut:], prompt=ids[:cut])) == ("b" if cut > 4 else "😀b")
+
+
+def test_byte_tokens_marked_as_special_are_kept_and_chat_tokens_hidden(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("<|user|>a\n😀<|end|>")
+    assert tokenizer.decode(ids) == "a\n😀"
+    assert "".join(pieces(tokenizer, ids)) == "a\n😀"
+    assert tokenizer.token_id("<|end|>") in tokenizer.hidden
+    assert tokenizer.token_id("<0x0A>") not in tokenizer.hidden
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stops", "texts", "expected", "stopped"),
+    [
+        (["stop"], ["a st", "op b"], "a ", True),
+        (["stop"], ["a st", "ay"], "a stay", False),
+        (["stop"], ["s", "s", "t", "o", "p"], "s", True),
+        (["abab"], ["aba", "bab"], "", True),
+        (["aab"], ["aaa", "ab"], "aa", True),
+        (["long one", "on"], ["a long", " one"], "a l", True),
+        (["b", "a b"], ["a", " b"], "", True),
+        ([], ["a", "b"], "ab", False),
+    ],
+)
+def test_stop_strings(stops: list[str], texts: list[str], expected: str, stopped: bool) -> None:
+    filter = StopStrings(stops)
+    given = ""
+    for text in texts:
+        certain, met = filter.add(text)
+        given += certain
+        if met:
+            break
+    assert met == stopped
+    assert given + filter.finish() == expected
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_give_what_the_whole_text_gives(texts: list[str], stops: list[str]) -> None:
+    filter = StopStrings(stops)
+    given = ""
+    for text in texts:
+        certain, met = filter.add(text)
+        given += certain
+        if met:
+            break
+    else:
+        given += filter.finish()
+    whole = "".join(texts)
+    # the stop string that ends first ends the text; of several that end in one piece, the one that begins first
+    assert whole.startswith(given)
+    assert not any(stop in given for stop in stops)
+    assert (given == whole) == (not any(stop in whole for stop in stops))
