@@ -65,13 +65,22 @@ def sparse_mixer(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     Returns:
         The experts' weights [..., 2], each in (0, 1] and not renormalised, and their indices int64 [..., 2].
     """
-    best, chosen = (x[..., :2] for x in scores.sort(dim=-1, descending=True, stable=True))  # of equals the lower index
-    scores, best = scores[..., None, :], best[..., None]  # [..., 1, E] and [..., 2, 1]: both rounds at once
+    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., :2]  # of equal scores the lower index first
+    return mixer_weights(scores, chosen, jitter), chosen
+
+
+def mixer_weights(scores: Tensor, chosen: Tensor, jitter: float) -> Tensor:
+    """The weights of two given experts: each one's softmax over itself and its near rivals, the second without the first.
+
+    Shapes as in `sparse_mixer`.
+    """
+    best = scores.gather(-1, chosen)[..., None]
+    scores = scores[..., None, :]  # [..., 1, E] against [..., 2, 1]: both rounds at once
     gap = scores - best
     far = gap / torch.maximum(scores.abs(), best) < -2 * jitter
     first = F.one_hot(chosen[..., :1], scores.shape[-1]).bool()
     taken = torch.cat((torch.zeros_like(first), first), dim=-2)  # the second round cannot choose the first expert again
-    return gap.exp().masked_fill(far | taken, 0.0).sum(dim=-1).reciprocal(), chosen  # softmax over the rivals, at the best
+    return gap.exp().masked_fill(far | taken, 0.0).sum(dim=-1).reciprocal()
 
 
 def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

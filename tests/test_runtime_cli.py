@@ -52,7 +52,9 @@ def test_errors_are_one_line_and_exit_code_1(bundle: str, capsys: pytest.Capture
     assert generate.main([bundle if argument == "BUNDLE" else argument for argument in arguments]) == 1
     output, errors = capsys.readouterr()
     assert output == ""
-    assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
 
 
 def test_ctrl_c_ends_generate_cleanly(bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_stream_is_the_generation_piece_by_piece(endless: Loaded) -> None:
 
 def test_the_seed_fixes_the_text(endless: Loaded) -> None:
     model, _ = endless
-    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 2.0}
+    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 100.0}  # so hot that two draws never agree by chance
     first = model.generate("a", seed=1, **options)
     assert model.generate("a", seed=1, **options).token_ids == first.token_ids
     assert model.generate("a", seed=2, **options).token_ids != first.token_ids

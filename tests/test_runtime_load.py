@@ -74,7 +74,7 @@ def test_devices(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_does_not_start_is_no_silent_fall_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bundle(tmp_path / "bundle", "portable")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    with pytest.raises(DeviceError, match="could not start its CUDAExecutionProvider|cannot load it on cuda"):
+    with pytest.raises(DeviceError, match=r"could not start its CUDAExecutionProvider|cannot load it on cuda"):
         PhiMoE.load(tmp_path / "bundle", device="cuda")
 
 

@@ -47,7 +47,8 @@ def test_two_characters_of_byte_tokens_do_not_spoil_each_other(tokenizer: Tokeni
 
 def test_invalid_bytes_followed_by_text_become_replacement_characters(tokenizer: Tokenizer) -> None:
     lonely, a = tokenizer.token_id("<0xF0>"), tokenizer.token_id("a")
-    assert lonely is not None and a is not None
+    assert lonely is not None
+    assert a is not None
     assert pieces(tokenizer, [lonely, a]) == ["", "�a"]
 
 

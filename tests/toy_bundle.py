@@ -114,6 +114,7 @@ class ToyModel:
         return ids[len(prompt) :]
 
     def graph(self, target: str) -> onnx.ModelProto:
+        """The graph for a target; positions are each row's own, long factors lie below the short ones in the rope table."""
         g = _Graph()
         mask, tokens = "attention_mask", "input_ids"
         length = g.op("Max", g.op("ReduceSum", mask, g.ints([1]), keepdims=1), "rope_length")  # [B, 1]

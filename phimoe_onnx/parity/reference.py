@@ -1,0 +1,98 @@
+"""The PyTorch reference: loading it, running it, and keeping its routing apart from everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phimoe_onnx import modeling
+from phimoe_onnx.config import read_config
+from phimoe_onnx.export.checkpoint import parameters, read_headers
+from phimoe_onnx.export.weights import read_rows
+from phimoe_onnx.modeling import PhiMoEForCausalLM
+
+Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in order
+
+
+def load_reference(checkpoint: Path) -> PhiMoEForCausalLM:
+    """The checkpoint as `modeling.PhiMoEForCausalLM` in float32.
+
+    Raises:
+        ConfigError, CheckpointError: as for an export.
+    """
+    config = read_config(checkpoint)
+    rows = parameters(config, read_headers(checkpoint))
+    with torch.device("meta"):
+        model = PhiMoEForCausalLM(config)
+    model = model.to_empty(device="cpu").eval()
+    model.model.rope = modeling.Rope(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read_rows(rows[name]).view_as(parameter))
+    return model
+
+
+@torch.inference_mode()
+def logits(model: PhiMoEForCausalLM, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """The logits after every token, float32 [S, V], in one pass."""
+    result: NDArray[np.float32] = _forward(model, token_ids, model.empty_cache())[0][0].numpy()
+    return result
+
+
+@torch.inference_mode()
+def greedy(model: PhiMoEForCausalLM, token_ids: Sequence[int], new: int) -> list[int]:
+    """The `new` most likely tokens one after the other, with the prefix recomputed where longrope changes its factors."""
+    ids = list(token_ids)
+    boundary = model.config.longrope.original_max_position_embeddings if model.config.longrope else None
+    cache, cached = model.empty_cache(), 0
+    for _ in range(new):
+        if boundary is not None and len(ids) == boundary + 1:
+            cache, cached = model.empty_cache(), 0
+        output, cache = _forward(model, ids[cached:], cache)
+        cached = len(ids)
+        ids.append(int(output[0, -1].argmax()))
+    return ids[len(token_ids) :]
+
+
+@contextmanager
+def recorded_routing() -> Iterator[Routing]:
+    """Collects the experts that are chosen inside the block, a layer after the other."""
+    routing: Routing = []
+    original = modeling.sparse_mixer
+
+    def record(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+        weights, chosen = original(scores, jitter)
+        routing.append(chosen)
+        return weights, chosen
+
+    with patch.object(modeling, "sparse_mixer", record):
+        yield routing
+
+
+@contextmanager
+def replayed_routing(routing: Routing) -> Iterator[None]:
+    """Makes the block choose the recorded experts, with weights from its own scores."""
+    remaining = iter(routing)
+
+    def replay(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+        chosen = next(remaining)
+        return modeling.mixer_weights(scores, chosen, jitter), chosen
+
+    with patch.object(modeling, "sparse_mixer", replay):
+        yield
+
+
+def _forward(
+    model: PhiMoEForCausalLM, token_ids: Sequence[int], cache: list[modeling.KeyValue]
+) -> tuple[Tensor, list[modeling.KeyValue]]:
+    length = cache[0][0].shape[2] + len(token_ids)
+    mask, rope_length = torch.ones(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    output: tuple[Tensor, list[modeling.KeyValue]] = model(torch.tensor([token_ids]), mask, rope_length, cache)
+    return output

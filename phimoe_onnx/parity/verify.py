@@ -1,0 +1,241 @@
+"""verify(): a bundle's logits and text against the PyTorch reference, on real text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from phimoe_onnx.bundle import check_files, read_manifest
+from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.parity import reference as pytorch
+from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.runtime.model import PhiMoE
+
+SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The most that is allowed; None is not checked.
+
+    Attributes:
+        mean_difference: of the logits from the reference's, absolute, on average, in standard deviations of the latter.
+        max_difference: the same at worst.
+        kl: mean divergence from the reference, nats a token.
+        kernel_kl: mean divergence from PyTorch over the weights that the bundle stores, nats a token.
+        perplexity_ratio: the bundle's perplexity over the reference's.
+    """
+
+    mean_difference: float | None = None
+    max_difference: float | None = None
+    kl: float | None = None
+    kernel_kl: float | None = None
+    perplexity_ratio: float | None = None
+
+
+# float32 differs by the order of sums alone. The others are set from what the small model shows with a margin of about two:
+# rounding moves a token's choice of experts now and then, and then its logits far, so they are held by means, not by the worst.
+DEFAULTS = {
+    "none": Thresholds(mean_difference=1e-4, max_difference=1e-3),
+    "fp16": Thresholds(kl=2e-3, kernel_kl=1e-6, perplexity_ratio=1.005),
+    "int8": Thresholds(kl=2e-2, kernel_kl=2e-2, perplexity_ratio=1.01),
+    "int4": Thresholds(kl=1e-1, kernel_kl=2e-2, perplexity_ratio=1.05),
+}
+
+
+@dataclass
+class Comparison:
+    """How far one model's logits are from another's, over all tokens seen so far."""
+
+    tokens: int = 0
+    max_difference: float = 0.0
+    mean_difference: float = 0.0
+    kl: float = 0.0
+    top1_agreement: float = 0.0
+
+    def add(self, logits: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        """Takes in the logits [S, V] of one window."""
+        scale = float(expected.std())
+        difference = np.abs(logits - expected)
+        log_p, log_q = log_softmax(expected), log_softmax(logits)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+        same = logits.argmax(axis=-1) == expected.argmax(axis=-1)
+        before, self.tokens = self.tokens, self.tokens + len(logits)
+        self.max_difference = max(self.max_difference, float(difference.max()) / scale)
+        for name, values in (("mean_difference", difference / scale), ("kl", kl), ("top1_agreement", same)):
+            total = getattr(self, name) * before + float(values.mean(dtype=np.float64)) * len(logits)
+            setattr(self, name, total / self.tokens)
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        tokens: how many tokens were compared, in windows of `windows` tokens.
+        bundle_to_reference: what a user of the bundle sees.
+        bundle_to_stored: the kernels alone, against PyTorch over the stored weights; None where those are the reference's.
+        stored_to_reference: the rounding of the weights alone, with the reference's choice of experts replayed.
+        routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
+        perplexity: of "reference", "stored" and "bundle".
+        greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
+        failures: the thresholds that were passed, in words; empty means success.
+    """
+
+    bundle: str
+    reference: str
+    quantize: str
+    target: str
+    tokens: int
+    windows: list[int]
+    thresholds: Thresholds
+    bundle_to_reference: Comparison
+    bundle_to_stored: Comparison | None
+    stored_to_reference: Comparison | None
+    routing_agreement: float | None
+    perplexity: dict[str, float]
+    greedy: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def verify(
+    bundle: str | Path,
+    reference: str | Path,
+    *,
+    text: str | None = None,
+    tokens: int = 4096,
+    new_tokens: int = 64,
+    device: str = "cpu",
+    thresholds: Thresholds | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Compares a bundle with the checkpoint that it came from.
+
+    Args:
+        bundle: its folder.
+        reference: the checkpoint's folder.
+        text: what to run; two chapters of Persuasion if not given.
+        tokens: how many tokens of it at the most.
+        new_tokens: length of the greedy continuations.
+        device: where the bundle runs; the reference always runs in PyTorch on the CPU in float32.
+        thresholds: the most that is allowed; by default those of the bundle's precision.
+        progress: called with the windows done and the windows to do.
+
+    Raises:
+        PhiMoEError: as for loading either, or the text is too short.
+    """
+    folder, checkpoint = Path(bundle), Path(reference)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hash_everything=True)
+    exact = pytorch.load_reference(checkpoint)
+    runtime = PhiMoE.load(folder, device=device)
+    if runtime.config != exact.config:
+        raise PhiMoEError(f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle")
+    stored = stored_model(exact, folder, manifest) if manifest.quantize != "none" else None
+    limits = thresholds or DEFAULTS[manifest.quantize]
+
+    token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
+    windows = list(cut(token_ids, exact.config))
+    report = Report(
+        bundle=str(bundle),
+        reference=str(reference),
+        quantize=manifest.quantize,
+        target=manifest.target,
+        tokens=sum(len(window) for window in windows),
+        windows=[len(window) for window in windows],
+        thresholds=limits,
+        bundle_to_reference=Comparison(),
+        bundle_to_stored=Comparison() if stored else None,
+        stored_to_reference=Comparison() if stored else None,
+        routing_agreement=None,
+        perplexity={},
+    )
+    nll: dict[str, list[NDArray[np.float32]]] = {}
+    same_routing: list[float] = []
+    for done, window in enumerate(windows):
+        if progress:
+            progress(done, len(windows))
+        with pytorch.recorded_routing() as routing:
+            expected = pytorch.logits(exact, window)
+        got = runtime.logits(window)
+        outputs = {"reference": expected, "bundle": got}
+        report.bundle_to_reference.add(got, expected)
+        if stored and report.bundle_to_stored and report.stored_to_reference:
+            with pytorch.recorded_routing() as stored_routing:
+                outputs["stored"] = pytorch.logits(stored, window)
+            with pytorch.replayed_routing(routing):
+                report.stored_to_reference.add(pytorch.logits(stored, window), expected)
+            report.bundle_to_stored.add(got, outputs["stored"])
+            same_routing.append(_agreement(routing, stored_routing))
+        for name, output in outputs.items():
+            nll.setdefault(name, []).append(-np.take_along_axis(log_softmax(output[:-1]), np.array(window[1:])[:, None], axis=-1))
+    report.perplexity = {name: float(np.exp(np.concatenate(values).mean(dtype=np.float64))) for name, values in nll.items()}
+    if same_routing:
+        report.routing_agreement = float(np.average(same_routing, weights=report.windows))
+    report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
+    report.failures = list(_failures(report, limits))
+    return report
+
+
+def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> Iterator[list[int]]:
+    """Windows of a text: up to 256 tokens for its first half, then one up to the context's end, past rope boundary and window.
+
+    Raises:
+        PhiMoEError: the text has fewer than two tokens.
+    """
+    if len(token_ids) < 2:
+        raise PhiMoEError(f"the text has {len(token_ids)} tokens, at least 2 are needed to compare anything")
+    short = min(256, config.max_position_embeddings)
+    half = len(token_ids) // 2 if len(token_ids) > short else len(token_ids)
+    for start in range(0, half - 1, short):
+        yield list(token_ids[start : min(start + short, half)])
+    if rest := list(token_ids[half : half + config.max_position_embeddings]):
+        yield rest
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _agreement(routing: pytorch.Routing, other: pytorch.Routing) -> float:
+    same = [torch.equal(a, b) for layer, other_layer in zip(routing, other, strict=True) for a, b in zip(layer[0], other_layer[0], strict=True)]
+    return sum(same) / len(same)
+
+
+def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> dict[str, Any]:
+    prompt = window[: min(32, len(window))]
+    new = min(new_tokens, runtime.config.max_position_embeddings - len(prompt))
+    expected = pytorch.greedy(exact, prompt, new)
+    got = runtime.generate(prompt, max_new_tokens=new, ignore_eos=True).token_ids
+    agreeing = next((n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    decode = runtime.tokenizer.decode
+    return {"prompt": decode(prompt), "reference": decode(expected), "bundle": decode(got), "agreeing": agreeing, "new_tokens": new}
+
+
+def _failures(report: Report, limits: Thresholds) -> Iterator[str]:
+    measured = {
+        "mean_difference": report.bundle_to_reference.mean_difference,
+        "max_difference": report.bundle_to_reference.max_difference,
+        "kl": report.bundle_to_reference.kl,
+        "kernel_kl": report.bundle_to_stored.kl if report.bundle_to_stored else 0.0,
+        "perplexity_ratio": report.perplexity["bundle"] / report.perplexity["reference"],
+    }
+    for name, value in measured.items():
+        limit = getattr(limits, name)
+        if limit is not None and not value <= limit:  # not a NaN either
+            yield f"{name} is {value:.3g}, allowed is {limit:.3g}"
