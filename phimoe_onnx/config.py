@@ -113,7 +113,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
     if heads % kv_heads:
         raise ConfigError(f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
     if raw.get("head_dim") is None and hidden_size % heads:
-        raise ConfigError(f"{where}: hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads}) and no head_dim is given")
+        raise ConfigError(
+            f"{where}: hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads}) and no head_dim is given"
+        )
     head_dim = read.count("head_dim", hidden_size // heads)
     if head_dim % 2:
         raise ConfigError(f"{where}: head_dim is {head_dim}, rope needs an even number")

@@ -80,7 +80,9 @@ def make_model(config: dict[str, Any], seed: int = 0) -> modeling.PhiMoEForCausa
     return model
 
 
-def write_checkpoint(folder: Path, writer: str = "hub", shards: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def write_checkpoint(
+    folder: Path, writer: str = "hub", shards: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
     """Writes a random checkpoint into `folder`, with the small model's tokenizer.
 
     Args:

@@ -86,9 +86,7 @@ def Experts(x, weights, chosen, gate_up_proj, down_proj):  # type: ignore[no-unt
         share = op.ReduceSum(op.Where(here, weight, zero), second, keepdims=1)
         if op.Cast(op.ReduceMax(op.Cast(here, to=6), keepdims=0), to=9):
             token = op.Squeeze(op.NonZero(op.ReduceMax(op.Cast(here, to=6), second, keepdims=0)), op.Constant(value_ints=[0]))
-            gate, up = op.Split(
-                op.Gemm(op.Gather(tokens, token), op.Gather(gate_up_proj, expert), transB=1), axis=-1, num_outputs=2
-            )
+            gate, up = op.Split(op.Gemm(op.Gather(tokens, token), op.Gather(gate_up_proj, expert), transB=1), axis=-1, num_outputs=2)
             y = op.Gemm(gate * op.Sigmoid(gate) * up, op.Gather(down_proj, expert), transB=1)
             y = y * op.CastLike(op.Gather(share, token), y)
             added = op.ScatterND(output, op.Unsqueeze(token, second), y, reduction="add")

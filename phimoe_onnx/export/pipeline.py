@@ -37,7 +37,14 @@ from phimoe_onnx.export.write import Layout, write_weights
 
 TARGETS = ("cpu", "cuda", "portable")
 QUANTIZE = ("none", "fp16", "int8", "int4")
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 Progress = Callable[[str, int, int], None]
@@ -91,19 +98,19 @@ def export(
     dtype = ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
     format = Format(int(quantize[3:]), block_size) if quantize.startswith("int") else None
     model = trace(config, rows, dtype)
-    if target == "portable":
-        _portable(model)
-    else:
-        _fuse(model, config, format)
-    if quantize == "fp16" and dtype == ir.DataType.FLOAT:
-        StoreHalf()(model)
-    model.producer_name, model.producer_version = "phimoe-onnx", __version__
+    _fuse(model, config, target, format)
     models = {"model.onnx": model}
-    if target == "cpu" and format is not None:
-        branched = model.clone()
-        BranchExperts(config.num_hidden_layers)(branched)
+    if target != "cuda":
+        branched = model if format is None else model.clone()
+        BranchExperts(config.num_hidden_layers, format)(branched)
         _clean(branched)
-        models["model.branches.onnx"] = branched
+        models.setdefault("model.branches.onnx" if format else "model.onnx", branched)
+    store_half = StoreHalf()
+    store_half = StoreHalf()
+    for graph in models.values():
+        if quantize == "fp16" and dtype == ir.DataType.FLOAT:
+            store_half(graph)
+        graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
 
     with _staged(output, overwrite) as staging:
         layout = Layout()
@@ -131,44 +138,35 @@ def export(
             quantize=quantize,
             dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
             weights=_describe(quantize, target, format),
-            graphs=tuple(bundle.Graph(file, MINIMUM_ONNXRUNTIME[_kind(file, target, format)]) for file in models),
+            graphs=tuple(bundle.Graph(file, _minimum_onnxruntime(graph)) for file, graph in models.items()),
             files=bundle.describe_files(staging),
             chat=chat_format(folder),
         ).write(staging)
     return output
 
 
-# The least releases on which each kind of graph was loaded and gave the right tokens (tests/test_onnxruntime_versions.py).
-MINIMUM_ONNXRUNTIME = {"portable": "1.29", "float": "1.29", "qmoe": "1.31", "branches": "1.29"}
+# The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is slow, from
+# 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs have it.
+MINIMUM_ONNXRUNTIME = {"QMoE": "1.31"}
+OTHERWISE = "1.29"
 
 
-def _kind(file: str, target: str, format: Format | None) -> str:
-    if target == "portable":
-        return "portable"
-    if "branches" in file:
-        return "branches"
-    return "float" if format is None else "qmoe"
+def _minimum_onnxruntime(model: ir.Model) -> str:
+    return next((MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE)
 
 
-def _fuse(model: ir.Model, config: PhiMoEConfig, format: Format | None) -> None:
-    """The graph for ONNX Runtime's own operators."""
+def _fuse(model: ir.Model, config: PhiMoEConfig, target: str, format: Format | None) -> None:
+    """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
     layers = config.num_hidden_layers
-    FuseAttention(config)(model)
+    if target != "portable":
+        FuseAttention(config)(model)
+        FuseSkipLayerNorm(layers)(model)
     FuseExperts(layers, format)(model)
-    FuseSkipLayerNorm(layers)(model)
     AddOptionalInputs()(model)
     formats = {} if format is None else dict.fromkeys(("qkv_proj", "o_proj", "lm_head", "embed_tokens"), format)
     StoreProjections(formats)(model)
     if format is not None:
         QuantizeEmbedding(Format(8, format.block_size))(model)
-    common.InlinePass()(model)
-    _clean(model)
-
-
-def _portable(model: ir.Model) -> None:
-    """The graph in standard operators."""
-    AddOptionalInputs()(model)
-    StoreProjections({})(model)
     common.InlinePass()(model)
     _clean(model)
 
@@ -189,7 +187,9 @@ def _clean(model: ir.Model) -> None:
 def _check_shape(config: PhiMoEConfig, target: str, quantize: str, block_size: int) -> None:
     """Raises ExportError for what the target or the quantiser does not take, before any work is done."""
     if target == "portable" and quantize.startswith("int"):
-        raise ExportError(f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; use none or fp16")
+        raise ExportError(
+            f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; use none or fp16"
+        )
     if target != "portable":
         attention.check(config)
     if not quantize.startswith("int"):

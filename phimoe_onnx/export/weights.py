@@ -58,7 +58,9 @@ class Parameter(Weight):
 
     def __init__(self, name: str, dtype: ir.DataType, shape: Sequence[int], rows: Sequence[Rows]) -> None:
         self.rows = tuple(rows)
-        super().__init__(name, dtype, shape, [job_piece(lambda part=part: part.read().to(FLOATS[dtype]), part.shape, dtype) for part in rows])
+        super().__init__(
+            name, dtype, shape, [job_piece(lambda part=part: part.read().to(FLOATS[dtype]), part.shape, dtype) for part in rows]
+        )
 
 
 def job_piece(run: Callable[[], torch.Tensor], shape: Sequence[int], dtype: ir.DataType) -> Piece:

@@ -32,6 +32,8 @@ def load_reference(checkpoint: Path) -> PhiMoEForCausalLM:
     with torch.device("meta"):
         model = PhiMoEForCausalLM(config)
     model = model.to_empty(device="cpu").eval()
+    if config.tie_word_embeddings:  # to_empty gave each its own tensor
+        model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rope = modeling.Rope(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,9 +91,7 @@ def replayed_routing(routing: Routing) -> Iterator[None]:
         yield
 
 
-def _forward(
-    model: PhiMoEForCausalLM, token_ids: Sequence[int], cache: list[modeling.KeyValue]
-) -> tuple[Tensor, list[modeling.KeyValue]]:
+def _forward(model: PhiMoEForCausalLM, token_ids: Sequence[int], cache: list[modeling.KeyValue]) -> tuple[Tensor, list[modeling.KeyValue]]:
     length = cache[0][0].shape[2] + len(token_ids)
     mask, rope_length = torch.ones(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     output: tuple[Tensor, list[modeling.KeyValue]] = model(torch.tensor([token_ids]), mask, rope_length, cache)

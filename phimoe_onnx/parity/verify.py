@@ -213,7 +213,9 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _agreement(routing: pytorch.Routing, other: pytorch.Routing) -> float:
-    same = [torch.equal(a, b) for layer, other_layer in zip(routing, other, strict=True) for a, b in zip(layer[0], other_layer[0], strict=True)]
+    same = [
+        torch.equal(a, b) for layer, other_layer in zip(routing, other, strict=True) for a, b in zip(layer[0], other_layer[0], strict=True)
+    ]
     return sum(same) / len(same)
 
 
@@ -221,7 +223,10 @@ def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> 
     prompt = window[: min(32, len(window))]
     new = min(new_tokens, runtime.config.max_position_embeddings - len(prompt))
     expected = pytorch.greedy(exact, prompt, new)
-    got = runtime.generate(prompt, max_new_tokens=new, ignore_eos=True).token_ids
+    decoder = runtime.decoder(1, len(prompt) + new)  # not generate(), which would end at an end token
+    got = [int(decoder.prefill(0, prompt).argmax())]
+    while len(got) < new:
+        got.append(int(decoder.step(got[-1:])[0].argmax()))
     agreeing = next((n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
     decode = runtime.tokenizer.decode
     return {"prompt": decode(prompt), "reference": decode(expected), "bundle": decode(got), "agreeing": agreeing, "new_tokens": new}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.export.weights import Parameter, Weight
 
 MICROSOFT = "com.microsoft"
+Attributes = Mapping[str, int | float | str | Sequence[int]]
 
 
 def nodes(model: ir.Model, op_type: str, domain: str = "") -> list[ir.Node]:
@@ -41,7 +42,7 @@ def op(
     op_type: str,
     inputs: Sequence[ir.Value | None],
     name: str,
-    attributes: dict[str, int | float | str | list[int]] | None = None,
+    attributes: Attributes | None = None,
     domain: str = "",
     outputs: Sequence[str] = ("",),
 ) -> ir.Node:
@@ -74,8 +75,3 @@ def only_user(value: ir.Value) -> ir.Node | None:
     """The single node that reads `value`, None if there are several or it leaves the graph."""
     users = {usage.node for usage in value.uses()}
     return users.pop() if len(users) == 1 and not value.is_graph_output() else None
-
-
-def names(prefix: str, parts: Iterable[str]) -> list[str]:
-    """`prefix` before each part."""
-    return [prefix + part for part in parts]

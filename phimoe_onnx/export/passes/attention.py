@@ -63,7 +63,7 @@ class FuseAttention(ir.passes.InPlacePass):
         if biases:
             bias = initializer(graph, stacked(f"{prefix}qkv_proj.bias", biases))
             packed.append(op("Add", [qkv.outputs[0], bias], f"{prefix}qkv_proj/Add"))
-        attributes: dict[str, int | float | str | list[int]] = {
+        attributes: dict[str, int | float | str] = {
             "num_heads": self.config.num_attention_heads,
             "kv_num_heads": self.config.num_key_value_heads,
             "do_rotary": 1,
@@ -156,9 +156,7 @@ def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weigh
         return values.to(torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32)
 
     def weight(name: str, part: int) -> Weight:
-        pieces = [
-            job_piece(lambda rows=rows, length=length: table(part, rows, length), (rows, half), dtype) for rows, length in sections
-        ]
+        pieces = [job_piece(lambda rows=rows, length=length: table(part, rows, length), (rows, half), dtype) for rows, length in sections]
         return Weight(name, dtype, (sum(rows for rows, _ in sections), half), pieces)
 
     return weight("cos_cache", 0), weight("sin_cache", 1)

@@ -23,7 +23,7 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         assert weight is not None
         name = "model.embed_tokens"  # a tied parameter is called after the head
         codes, scales = (initializer(model.graph, w) for w in self.format.codes_and_scales(weight, name))
-        attributes: dict[str, int | float | str | list[int]] = {
+        attributes: dict[str, int | float | str] = {
             "bits": self.format.bits,
             "block_size": self.format.block_size,
             "gather_axis": 0,

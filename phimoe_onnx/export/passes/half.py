@@ -15,8 +15,12 @@ class StoreHalf(ir.passes.InPlacePass):
     """Stores every float32 weight of two or more dimensions as float16, with a Cast to float32 behind it.
 
     ONNX Runtime folds the Cast when it loads the graph, so it computes in float32 with the rounded weights. Vectors, the
-    router and the rope tables stay float32.
+    router and the rope tables stay float32. One instance serves several graphs over the same pieces.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves: dict[Piece, Piece] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -26,7 +30,8 @@ class StoreHalf(ir.passes.InPlacePass):
                 continue
             if weight.name.endswith(KEPT):
                 continue
-            half = initializer(graph, Weight(f"{weight.name}.half", ir.DataType.FLOAT16, weight.shape.numpy(), _halved(weight.pieces)))
+            pieces = [self._half(piece) for piece in weight.pieces]
+            half = initializer(graph, Weight(f"{weight.name}.half", ir.DataType.FLOAT16, weight.shape.numpy(), pieces))
             cast = op("Cast", [half], f"{weight.name}/Cast", {"to": ir.DataType.FLOAT})
             cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
             graph.insert_before(graph[0], cast)
@@ -34,9 +39,8 @@ class StoreHalf(ir.passes.InPlacePass):
             del graph.initializers[value.name]
         return ir.passes.PassResult(model, modified=True)
 
-
-def _halved(pieces: tuple[Piece, ...]) -> list[Piece]:
-    def job(piece: Piece) -> Job:
-        return Job(lambda: (piece.job.run()[piece.index].to(torch.float16),), (piece.nbytes // 2,))
-
-    return [Piece(job(piece), 0) for piece in pieces]
+    def _half(self, piece: Piece) -> Piece:
+        if piece not in self.halves:
+            job = Job(lambda: (piece.job.run()[piece.index].to(torch.float16),), (piece.nbytes // 2,))
+            self.halves[piece] = Piece(job, 0)
+        return self.halves[piece]

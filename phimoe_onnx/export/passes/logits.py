@@ -14,7 +14,7 @@ class AddOptionalInputs(ir.passes.InPlacePass):
 
     1. `logits_to_keep` int64 [1]: Slice of the last positions [B, S, H] -> [B, kept, H] before the language-model head, so
        that a prefill does not pay for logits that it throws away. The default 0 keeps all.
-    2. `rope_length`, an input already, gets the default 0; it goes where the model has one set of rope factors only.
+    2. `rope_length`, an input already, gets the default 0; without longrope nothing reads it.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -35,11 +35,8 @@ class AddOptionalInputs(ir.passes.InPlacePass):
         kept.outputs[0].type = hidden.type
 
         rope_length = next(value for value in graph.inputs if value.name == bundle.ROPE_LENGTH)
-        if rope_length.uses():
-            rope_length.const_value = ir.tensor(zero, name=rope_length.name)
-            graph.initializers.add(rope_length)
-        else:
-            graph.inputs.remove(rope_length)
+        rope_length.const_value = ir.tensor(zero, name=rope_length.name)
+        graph.initializers.add(rope_length)
         return ir.passes.PassResult(model, modified=True)
 
 

@@ -63,7 +63,7 @@ class FuseExperts(ir.passes.InPlacePass):
             probs = add("Cast", probs, suffix="router_probs/Cast", to=x.dtype)
             total = add("Cast", total, suffix="ReduceSum/Cast", to=x.dtype)
 
-        attributes: dict[str, int | float | str | list[int]] = {
+        attributes: dict[str, int | float | str] = {
             "k": 2,
             "activation_type": "swiglu",
             "swiglu_fusion": 1,

@@ -25,7 +25,7 @@ class FuseSkipLayerNorm(ir.passes.InPlacePass):
             if add is None or add.op_type != "Add" or add.inputs[0].shape != add.inputs[1].shape:
                 continue
             name = norm.inputs[1].name.removesuffix(".weight")
-            attributes: dict[str, int | float | str | list[int]] = {"epsilon": norm.attributes["epsilon"].as_float()}
+            attributes: dict[str, int | float | str] = {"epsilon": norm.attributes["epsilon"].as_float()}
             inputs = [*add.inputs, *norm.inputs[1:]]
             fused = op("SkipLayerNormalization", inputs, name, attributes, MICROSOFT, outputs=("", "/mean", "/inv_std_var", "/sum"))
             fused.outputs[1].name = fused.outputs[2].name = ""

@@ -51,21 +51,14 @@ class StoreProjections(ir.passes.InPlacePass):
 
     def _quantize(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, format: Format) -> None:
         name = weight.name.removesuffix(".weight")
-        rows, columns = weight.shape.numpy()
         codes, scales = format.codes_and_scales(weight, name)
-        blocked = Weight(codes.name, codes.dtype, (rows, columns // format.block_size, format.block_size * format.bits // 8), codes.pieces)
+        n, blocks = scales.shape.numpy()
+        blocked = Weight(codes.name, codes.dtype, (n, blocks, format.block_bytes), codes.pieces)
         old, inputs = [transpose, matmul], [matmul.inputs[0], initializer(graph, blocked), initializer(graph, scales)]
         add = only_user(matmul.outputs[0])
         if add is not None and add.op_type == "Add" and parameter(add.inputs[1]) is not None:
             old.append(add)
             inputs += [None, None, add.inputs[1]]
-        attributes: dict[str, int | float | str | list[int]] = {
-            "K": columns,
-            "N": rows,
-            "bits": format.bits,
-            "block_size": format.block_size,
-            "accuracy_level": 4,
-        }
-        new = op("MatMulNBits", inputs, f"{name}/MatMulNBits", attributes, MICROSOFT)
+        new = op("MatMulNBits", inputs, f"{name}/MatMulNBits", format.attributes(n, blocks), MICROSOFT)
         replace(graph, old, [new], [(old[-1].outputs[0], new.outputs[0])])
         graph.opset_imports[MICROSOFT] = 1

@@ -24,6 +24,15 @@ class Format:
     def __str__(self) -> str:
         return f"int{self.bits}, block {self.block_size}"
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block's codes."""
+        return self.block_size * self.bits // 8
+
+    def attributes(self, n: int, blocks: int) -> dict[str, int]:
+        """MatMulNBits' attributes for n rows of so many blocks; activations are rounded to int8 as well (accuracy_level 4)."""
+        return {"N": n, "K": blocks * self.block_size, "bits": self.bits, "block_size": self.block_size, "accuracy_level": 4}
+
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [N, K] -> codes uint8 [N, K * bits / 8] and scales float32 [N, K / block_size].
 

@@ -1,0 +1,82 @@
+"""phimoe-verify: a bundle against the checkpoint it came from, on real text; exit code 1 past the thresholds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from phimoe_onnx.cli._common import run
+from phimoe_onnx.errors import PhiMoEError
+
+LIMITS = ("mean_difference", "max_difference", "kl", "kernel_kl", "perplexity_ratio")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command's entry point; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="phimoe-verify", description=__doc__)
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
+    add("--reference", required=True, metavar="CHECKPOINT", help="the folder of the checkpoint")
+    add("--text", metavar="FILE", help="UTF-8 text to run (default: two chapters of Persuasion)")
+    add("--tokens", type=int, default=4096, metavar="N", help="how many tokens of it at the most (default: 4096)")
+    add("--new-tokens", type=int, default=64, metavar="N", help="length of the greedy continuations (default: 64)")
+    add("--device", default="cpu", metavar="DEVICE", help="where the bundle runs: cpu (default) or cuda")
+    add("--junit", metavar="FILE", help="write JUnit XML")
+    add("--json", metavar="FILE", help="write the whole report as JSON")
+    for name in LIMITS:
+        add(f"--max-{name.replace('_', '-')}", type=float, metavar="X", help="override the precision's default threshold")
+    return run(_verify, parser, argv)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    try:
+        from phimoe_onnx.parity import report as reports
+        from phimoe_onnx.parity.verify import DEFAULTS, verify
+    except ModuleNotFoundError as error:
+        raise PhiMoEError(f"the package {error.name} is not installed; pip install 'phimoe-onnx[export,cpu]'") from None
+    from phimoe_onnx.bundle import read_manifest
+
+    bundle = Path(arguments.bundle)
+    given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
+    thresholds = dataclasses.replace(DEFAULTS[read_manifest(bundle).quantize], **given)
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("comparing", total=None)
+        report = verify(
+            bundle,
+            arguments.reference,
+            text=_read(arguments.text) if arguments.text else None,
+            tokens=arguments.tokens,
+            new_tokens=arguments.new_tokens,
+            device=arguments.device,
+            thresholds=thresholds,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    reports.show(report, Console())
+    if arguments.json:
+        _write(arguments.json, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    if arguments.junit:
+        _write(arguments.junit, reports.junit(report))
+    reports.record(report, bundle)
+    if report.failures:
+        raise PhiMoEError(f"{bundle}: " + "; ".join(report.failures))
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PhiMoEError(f"--text {file}: cannot be read ({error})") from None
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PhiMoEError(f"{file}: cannot be written ({error.strerror})") from None

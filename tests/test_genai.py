@@ -1,0 +1,109 @@
+"""onnxruntime-genai loads a bundle unchanged, and reads the same token ids and writes the same greedy tokens as `PhiMoE`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phimoe_onnx.export.pipeline import export
+from phimoe_onnx.runtime.chat import ChatTemplate
+from phimoe_onnx.runtime.model import PhiMoE
+from tests.checkpoints import MODEL, SHAPES, longrope, write_checkpoint
+
+og = pytest.importorskip("onnxruntime_genai")
+
+TEXTS = [
+    "It was a truth universally known that Anne",
+    " two  spaces,\n\na tab\tand a “quotation”; café, 日本 🙂",
+    "<|user|>\nWho is Mr. Darcy?<|end|>\n<|assistant|>\n",
+    "a",
+    "",
+]
+
+
+@pytest.fixture(scope="module", params=["none", "int4"])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's model as a bundle."""
+    return export(MODEL, tmp_path_factory.mktemp("genai") / "bundle", quantize=request.param)
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text])
+def test_the_small_model_continues_texts_alike(small: Path, text: str) -> None:
+    prompt = PhiMoE.load(small).encode(text)
+    check_alike(small, [prompt], 100)
+
+
+def test_the_tokenizer_and_the_chat_template_read_alike(small: Path) -> None:
+    ours, theirs = PhiMoE.load(small).tokenizer, og.Tokenizer(og.Model(str(small)))
+    for text in TEXTS:
+        assert theirs.encode(text).tolist() == ours.encode(text)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Anne?"}]
+    rendered = theirs.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+    assert rendered == ChatTemplate(small).render(messages)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+@pytest.mark.parametrize(("shape", "new"), [("plain", 250), ("window", 60), ("longrope", 12), ("no-bias", 60), ("head_dim", 60)])
+def test_random_checkpoints_continue_alike(tmp_path: Path, shape: str, new: int, quantize: str) -> None:
+    """`window` goes far past its 9 tokens; `longrope` stays below its boundary of 32."""
+    bundle = export_random(tmp_path, quantize, max_position_embeddings=512, **SHAPES[shape])
+    for length in (1, 7, 20):
+        check_alike(bundle, [random_ids(length)], new)
+
+
+@pytest.mark.parametrize("shape", ["plain", "window", "longrope"])
+def test_a_batch_of_different_lengths_continues_alike(tmp_path: Path, shape: str) -> None:
+    bundle = export_random(tmp_path, "int4", **SHAPES[shape])
+    check_alike(bundle, [random_ids(length) for length in (5, 12, 9)], 20)
+
+
+@pytest.mark.parametrize("length", [4090, 4100])
+def test_longrope_at_the_published_models_boundary(tmp_path: Path, length: int) -> None:
+    """Past the boundary both recompute the prefix.
+
+    onnxruntime-genai does so for `phimoe` when a single sequence gets its 4097th token, whatever the configuration says
+    (`phi3_rope_threshold_` in its generators.cpp), and never in a batch. So a longrope model agrees past its boundary only if
+    that is 4096, as it is in Phi-3.5-MoE, and only in a batch of one.
+    """
+    config = {"rope_scaling": longrope(16, 4096), "max_position_embeddings": 8192}
+    check_alike(export_random(tmp_path, "none", **config), [random_ids(length)], 20)
+
+
+def export_random(folder: Path, quantize: str, **config: object) -> Path:
+    """A random checkpoint's bundle."""
+    return export(write_checkpoint(folder / "checkpoint", **config), folder / "bundle", quantize=quantize)
+
+
+def random_ids(length: int) -> list[int]:
+    return np.random.default_rng(length).integers(3, 2000, length).tolist()
+
+
+def check_alike(bundle: Path, rows: Sequence[Sequence[int]], new: int) -> None:
+    """Asserts that both runtimes continue every row by the same tokens, and end it at the same one."""
+    model = PhiMoE.load(bundle)
+    ours = model.generate([list(row) for row in rows], max_new_tokens=new)
+    theirs = genai_greedy(bundle, rows, new)
+    for row, (result, tokens) in enumerate(zip(ours, theirs, strict=True)):
+        ended = result.finish_reason == "eos"
+        expected = result.token_ids[:-1] if ended else result.token_ids  # onnxruntime-genai leaves the end token out
+        assert tokens[: len(expected)] == expected, f"row {row}"
+        assert ended or len(expected) == new
+        assert set(tokens[len(expected) :]) <= model.eos  # a row that ended is padded
+
+
+def genai_greedy(bundle: Path, rows: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    """The tokens that onnxruntime-genai appends to each row, its padding on the right as its own tokenizer does it."""
+    model = og.Model(str(bundle))
+    pad = json.loads((bundle / "genai_config.json").read_text())["model"]["pad_token_id"]
+    longest = max(len(row) for row in rows)
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=longest + new, batch_size=len(rows))
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([[*row, *[pad] * (longest - len(row))] for row in rows], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [generator.get_sequence(row)[longest:].tolist() for row in range(len(rows))]
