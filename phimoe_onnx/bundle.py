@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.errors import BundleError, ConfigError
 from phimoe_onnx.config import read_json
+from phimoe_onnx.errors import BundleError, ConfigError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -76,6 +76,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, bundle: Path) -> None:
+        """Writes manifest.json into `bundle`."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
         (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

@@ -160,6 +160,8 @@ class Rope(nn.Module):
 
     def __init__(self, config: PhiMoEConfig) -> None:
         super().__init__()
+        self.short_inv_freq: Tensor
+        self.long_inv_freq: Tensor
         self.longrope = config.longrope
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         base = config.rope_theta**exponent
@@ -170,7 +172,7 @@ class Rope(nn.Module):
 
     def forward(self, positions: Tensor, length: Tensor) -> KeyValue:
         """positions int64 [B, S] and each row's whole length int64 [B, 1] -> cos and sin, float32 [B, S, D / 2]."""
-        inv_freq, mscale = self.short_inv_freq, 1.0
+        inv_freq, mscale = self.short_inv_freq, torch.ones(())
         if self.longrope:
             long = (length > self.longrope.original_max_position_embeddings).unsqueeze(2)
             inv_freq = torch.where(long, self.long_inv_freq, self.short_inv_freq)

@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: needs torch, onnx-ir and onnxscript."""

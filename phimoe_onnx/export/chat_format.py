@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -24,7 +25,7 @@ def chat_format(folder: Path) -> ChatFormat | None:
         return None
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
-    def render(roles: list[str], generation: bool) -> str:
+    def render(roles: Sequence[str], generation: bool) -> str:
         messages = [{"role": role, "content": MARK} for role in roles]
         return environment.from_string(template).render(messages=messages, add_generation_prompt=generation, bos_token="", eos_token="")
 

@@ -147,10 +147,13 @@ def _parameters(config: PhiMoEConfig, names: _Names) -> Iterator[tuple[str, list
 def _read(file: Path, tensor: str, index: tuple[int, int, int] | None) -> torch.Tensor:
     try:
         with safe_open(file, framework="pt") as shard:
+            rows: torch.Tensor
             if index is None:
-                return shard.get_tensor(tensor)
-            expert, first, last = index
-            return shard.get_slice(tensor)[expert, first:last]
+                rows = shard.get_tensor(tensor)
+            else:
+                expert, first, last = index
+                rows = shard.get_slice(tensor)[expert, first:last]
+            return rows
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {tensor} cannot be read ({error})") from None
 

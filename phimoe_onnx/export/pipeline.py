@@ -17,7 +17,7 @@ from onnxscript import optimizer
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
 from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
-from phimoe_onnx.errors import ConfigError, ExportError, PhiMoEError
+from phimoe_onnx.errors import ExportError
 from phimoe_onnx.export.chat_format import chat_format
 from phimoe_onnx.export.checkpoint import parameters, read_headers
 from phimoe_onnx.export.genai import genai_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -74,7 +74,7 @@ def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.Dat
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     batch, kv_heads, _, head_dim = past_key.shape
     present = [batch, kv_heads, visible.shape[-1], head_dim]
     return torch.onnx.ops.symbolic_multi_out(
@@ -87,7 +87,7 @@ def _attention(
     )
 
 
-def _sparse_mixer(scores: Tensor, jitter: float) -> tuple[Tensor, ...]:
+def _sparse_mixer(scores: Tensor, jitter: float) -> Sequence[Tensor]:
     shape = [*scores.shape[:-1], 2]
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::SparseMixer", [scores], {"jitter": jitter}, dtypes=[scores.dtype, torch.int64], shapes=[shape, shape], version=1

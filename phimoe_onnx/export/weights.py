@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +39,7 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return self.job.nbytes[self.index]
 
 
@@ -58,9 +60,11 @@ class Parameter(Weight):
 
     def __init__(self, name: str, dtype: ir.DataType, shape: Sequence[int], rows: Sequence[Rows]) -> None:
         self.rows = tuple(rows)
-        super().__init__(
-            name, dtype, shape, [job_piece(lambda part=part: part.read().to(FLOATS[dtype]), part.shape, dtype) for part in rows]
-        )
+        super().__init__(name, dtype, shape, [job_piece(partial(_cast, part, dtype), part.shape, dtype) for part in rows])
+
+
+def _cast(rows: Rows, dtype: ir.DataType) -> torch.Tensor:
+    return rows.read().to(FLOATS[dtype])
 
 
 def job_piece(run: Callable[[], torch.Tensor], shape: Sequence[int], dtype: ir.DataType) -> Piece:
@@ -82,4 +86,5 @@ def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's memory as uint8 [nbytes], row-major; without a copy where it is contiguous."""
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    array: np.ndarray = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return array

@@ -101,7 +101,7 @@ def write_weights(layout: Layout, folder: Path, advance: Callable[[int], None]) 
                 data = tensor_bytes(outputs[index])
                 if data.nbytes != job.nbytes[index]:
                     raise ExportError(f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it")
-                _write_all(files[name], memoryview(data), offset)
+                _write_all(files[name], data.data, offset)
                 advance(data.nbytes)
     except OSError as error:
         raise ExportError(f"{folder}: writing the weights failed ({error.strerror}); {layout.nbytes} bytes are needed in all") from None

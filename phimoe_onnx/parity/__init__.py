@@ -1,0 +1,1 @@
+"""A bundle held against the PyTorch reference."""

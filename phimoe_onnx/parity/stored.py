@@ -53,7 +53,7 @@ def _dequantized(name: str, stored: Stored, k: int, sizes: list[int]) -> Tensor:
         return _read(prefix.replace("down_proj", "fc2"), stored, k)
     for part, proj in enumerate(("q_proj", "k_proj", "v_proj")):
         if prefix.endswith(proj):
-            return _read(prefix.replace(proj, "qkv_proj"), stored, k).split(sizes)[part]
+            return torch.split(_read(prefix.replace(proj, "qkv_proj"), stored, k), sizes)[part]
     return _read(prefix, stored, k)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.export.functions import DOMAIN
 from phimoe_onnx.export.passes._edit import MICROSOFT, constant, expect, initializer, nodes, op, parameter, replace
-from phimoe_onnx.export.weights import Parameter, Weight, job_piece, stacked
+from phimoe_onnx.export.weights import FLOATS, Parameter, Weight, job_piece, stacked
 
 
 def check(config: PhiMoEConfig) -> None:
@@ -152,11 +153,11 @@ def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weigh
 
     def table(part: int, rows: int, length: int) -> torch.Tensor:
         rope = modeling.Rope(config)
-        values = rope(torch.arange(rows)[None], torch.tensor([[length]]))[part][0]
-        return values.to(torch.float16 if dtype == ir.DataType.FLOAT16 else torch.float32)
+        cos_or_sin: torch.Tensor = rope(torch.arange(rows)[None], torch.tensor([[length]]))[part][0]
+        return cos_or_sin.to(FLOATS[dtype])
 
     def weight(name: str, part: int) -> Weight:
-        pieces = [job_piece(lambda rows=rows, length=length: table(part, rows, length), (rows, half), dtype) for rows, length in sections]
+        pieces = [job_piece(partial(table, part, rows, length), (rows, half), dtype) for rows, length in sections]
         return Weight(name, dtype, (sum(rows for rows, _ in sections), half), pieces)
 
     return weight("cos_cache", 0), weight("sin_cache", 1)

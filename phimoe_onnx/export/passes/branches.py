@@ -141,7 +141,7 @@ def _slice(stack: Weight, e: int, format: Format | None) -> Weight:
     """Expert e's matrix of a stack [E, N, width]; codes as MatMulNBits wants them, [N, blocks of a row, bytes of a block]."""
     number, n, width = stack.shape.numpy()
     count = len(stack.pieces) // number
-    shape = (n, width)
+    shape: tuple[int, ...] = (n, width)
     if format is not None and stack.dtype == ir.DataType.UINT8:
         shape = (n, width // format.block_bytes, format.block_bytes)
     return Weight(f"{stack.name}.{e}", stack.dtype, shape, stack.pieces[e * count : (e + 1) * count])

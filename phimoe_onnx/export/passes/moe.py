@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -94,13 +96,17 @@ def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.stack((gate, up), dim=1).flatten(0, 1)
 
 
+def _read_interleaved(gate: Rows, up: Rows, dtype: torch.dtype) -> torch.Tensor:
+    return _interleave(gate.read(), up.read()).to(dtype)
+
+
 def _interleaved(gate_up: Parameter, name: str) -> Weight:
     """fc1 [E, 2 * I, H] in the parameter's own dtype, a job an expert."""
     dtype = FLOATS[gate_up.dtype]
     pieces = []
     for gate, up in _pairs(gate_up):
         shape = (2 * gate.shape[0], gate.shape[1])
-        pieces.append(job_piece(lambda gate=gate, up=up: _interleave(gate.read(), up.read()).to(dtype), shape, gate_up.dtype))
+        pieces.append(job_piece(partial(_read_interleaved, gate, up, dtype), shape, gate_up.dtype))
     return Weight(name, gate_up.dtype, gate_up.shape.numpy(), pieces)
 
 

@@ -54,7 +54,8 @@ class Format:
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
         blocks = codes.float().unflatten(-1, (-1, self.block_size)) - (1 << (self.bits - 1))
-        return (blocks * scales.unsqueeze(-1)).flatten(-2)
+        rows: torch.Tensor = (blocks * scales.unsqueeze(-1)).flatten(-2)
+        return rows
 
     def codes_and_scales(self, parameter: Parameter, name: str) -> tuple[Weight, Weight]:
         """The parameter [..., N, K] as two weights, [..., N, K * bits / 8] and [..., N, K / block_size], a job for each of its rows."""

@@ -1,0 +1,1 @@
+"""Tests against the oracle, transformers; noxfile.py installs it."""
