@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phimoe_onnx._version import __version__
-from phimoe_onnx.errors import BundleError, CheckpointError, ConfigError, DeviceError, ExportError, GenerationError, PhiMoEError
+from phimoe_onnx.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    ExportError,
+    GenerationError,
+    MissingPackageError,
+    PhiMoEError,
+)
 
 if TYPE_CHECKING:
     from phimoe_onnx.export.pipeline import export
@@ -23,6 +32,7 @@ __all__ = [
     "DeviceError",
     "ExportError",
     "GenerationError",
+    "MissingPackageError",
     "PhiMoE",
     "PhiMoEError",
     "__version__",
@@ -38,4 +48,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'phimoe_onnx' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    try:
+        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+        return value
+    except ModuleNotFoundError as error:
+        extra = "cpu" if name == "PhiMoE" or error.name == "onnxruntime" else "export"
+        raise MissingPackageError(f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'") from None

@@ -5,6 +5,10 @@ class PhiMoEError(Exception):
     """Base of every error raised on purpose; a command line prints its text and exits with code 1."""
 
 
+class MissingPackageError(PhiMoEError, ImportError):
+    """A package of an extra is not installed."""
+
+
 class ConfigError(PhiMoEError):
     """config.json is missing, is another model's, or describes a PhiMoE that is not supported."""
 

@@ -247,7 +247,7 @@ class PhiMoEForCausalLM(nn.Module):
             past_key_values: per layer, keys and values [B, K, P, D].
 
         Returns:
-            Logits [B, S, V] and per layer the present keys and values [B, K, T, D].
+            Logits float32 [B, S, V] and per layer the present keys and values [B, K, T, D].
         """
         hidden, presents = self.model(input_ids, attention_mask, rope_length, past_key_values)
-        return self.lm_head(hidden), presents
+        return self.lm_head(hidden).float(), presents

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from safetensors.torch import save_file
 
-from phimoe_onnx import modeling
-from phimoe_onnx.config import parse_config
+from phimoe_onnx import bundle, modeling
+from phimoe_onnx.config import PhiMoEConfig, parse_config
 
 MODEL = Path(__file__).parent.parent / "models" / "phimoe-austen"
 
@@ -130,3 +135,55 @@ def _spell(name: str, tensor: torch.Tensor, writer: str) -> dict[str, torch.Tens
         prefix = name.removesuffix("down_proj")
         return {f"{prefix}{e}.w2.weight": expert for e, expert in enumerate(tensor)}
     return {name: tensor}
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    """Token ids without special ones."""
+    return [int(token) for token in np.random.default_rng((seed, length)).integers(3, 2000, length)]
+
+
+def assert_close(logits: Any, expected: Any) -> None:
+    """Holds float32 logits to the bounds for exact graphs: 1e-4 of the standard deviation on average, 1e-3 at worst."""
+    difference = np.abs(np.asarray(logits) - np.asarray(expected)) / np.asarray(expected).std()
+    assert difference.shape == np.asarray(expected).shape
+    assert difference.mean() <= 1e-4
+    assert difference.max() <= 1e-3
+
+
+def open_graph(path: Path, optimize: bool = True) -> ort.InferenceSession:
+    """A session on the CPU with one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(config: PhiMoEConfig, rows: Sequence[Sequence[int]], past: Sequence[Any] = (), **optional: int) -> dict[str, Any]:
+    """A graph's inputs for rows of one or several lengths, padded on the right, after `past`, the cache in graph order."""
+    cached = past[0].shape[2] if past else 0
+    longest = max(map(len, rows))
+    ids = np.array([[*row, *[0] * (longest - len(row))] for row in rows], np.int64)
+    mask = np.array([[1] * (cached + len(row)) + [0] * (longest - len(row)) for row in rows], np.int64)
+    nothing = np.zeros((len(rows), config.num_key_value_heads, 0, config.head_dim), np.float32)
+    names = bundle.cache_names(config.num_hidden_layers, "past_key_values")
+    cache = dict(zip(names, past or [nothing] * len(names), strict=True))
+    return {"input_ids": ids, "attention_mask": mask, **cache, **{name: np.array([value]) for name, value in optional.items()}}
+
+
+def at_level_0(source: Path, folder: Path, graph: str) -> Path:
+    """A copy of a bundle with one of its graphs, whose accuracy_level is 0: activations are not rounded to int8."""
+    shutil.copytree(source, folder)
+    model = ir.load(folder / graph)
+    changed = 0
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+            changed += 1
+    assert changed
+    ir.save(model, folder / graph)
+    manifest = bundle.read_manifest(folder)
+    graphs = tuple(each for each in manifest.graphs if each.file == graph)
+    dataclasses.replace(manifest, graphs=graphs, files=bundle.describe_files(folder)).write(folder)
+    return folder

@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from phimoe_onnx.errors import PhiMoEError
-from phimoe_onnx.runtime.generate import Options, Piece
+
+if TYPE_CHECKING:
+    from phimoe_onnx.runtime.generate import Options, Piece
 
 
 def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:

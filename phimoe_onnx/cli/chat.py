@@ -7,9 +7,9 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+import phimoe_onnx
 from phimoe_onnx.cli._common import add_generation_options, generation_options, run, show
 from phimoe_onnx.errors import GenerationError
-from phimoe_onnx.runtime import PhiMoE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _chat(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing and history
-    conversation = PhiMoE.load(arguments.bundle, arguments.device, arguments.threads).chat(arguments.system)
+    conversation = phimoe_onnx.PhiMoE.load(arguments.bundle, arguments.device, arguments.threads).chat(arguments.system)
     options = generation_options(arguments)
     while True:
         try:

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+import phimoe_onnx
 from phimoe_onnx.cli._common import run
-from phimoe_onnx.errors import ExportError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,15 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    try:
-        from phimoe_onnx.export.pipeline import export
-    except ModuleNotFoundError as error:
-        raise ExportError(f"the package {error.name} is not installed; pip install 'phimoe-onnx[export]'") from None
     start = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("reading", total=None)
-        folder = export(
+        folder = phimoe_onnx.export(
             arguments.source,
             arguments.output,
             quantize=arguments.quantize,

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import phimoe_onnx
 from phimoe_onnx.cli._common import add_generation_options, generation_options, run, show
-from phimoe_onnx.runtime import PhiMoE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    model = PhiMoE.load(arguments.bundle, arguments.device, arguments.threads)
+    model = phimoe_onnx.PhiMoE.load(arguments.bundle, arguments.device, arguments.threads)
     options = generation_options(arguments)
     if arguments.chat or arguments.system is not None:
         show(model.chat(arguments.system).send(text, stream=True, **options))

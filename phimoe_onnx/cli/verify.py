@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+import phimoe_onnx
+from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli._common import run
 from phimoe_onnx.errors import PhiMoEError
 
@@ -36,12 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    try:
-        from phimoe_onnx.parity import report as reports
-        from phimoe_onnx.parity.verify import DEFAULTS, verify
-    except ModuleNotFoundError as error:
-        raise PhiMoEError(f"the package {error.name} is not installed; pip install 'phimoe-onnx[export,cpu]'") from None
-    from phimoe_onnx.bundle import read_manifest
+    verify = phimoe_onnx.verify  # first: it says what is missing where a package is
+    from phimoe_onnx.parity import report as reports
+    from phimoe_onnx.parity.verify import DEFAULTS
 
     bundle = Path(arguments.bundle)
     given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}

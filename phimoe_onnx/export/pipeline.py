@@ -96,7 +96,7 @@ def export(
 
     report("tracing", 0, 0)
     dtype = ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
-    format = Format(int(quantize[3:]), block_size) if quantize.startswith("int") else None
+    format = Format(int(quantize[3:]), block_size, dtype) if quantize.startswith("int") else None
     model = trace(config, rows, dtype)
     _fuse(model, config, target, format)
     models = {"model.onnx": model}
@@ -166,7 +166,7 @@ def _fuse(model: ir.Model, config: PhiMoEConfig, target: str, format: Format | N
     formats = {} if format is None else dict.fromkeys(("qkv_proj", "o_proj", "lm_head", "embed_tokens"), format)
     StoreProjections(formats)(model)
     if format is not None:
-        QuantizeEmbedding(Format(8, format.block_size))(model)
+        QuantizeEmbedding(Format(8, format.block_size, format.dtype))(model)
     common.InlinePass()(model)
     _clean(model)
 

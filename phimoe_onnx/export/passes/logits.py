@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from phimoe_onnx import bundle
-from phimoe_onnx.export.passes._edit import constant, expect, nodes, op, parameter
+from phimoe_onnx.export.passes._edit import constant, nodes, op
 
 
 class AddOptionalInputs(ir.passes.InPlacePass):
@@ -20,30 +20,20 @@ class AddOptionalInputs(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         zero = np.zeros(1, np.int64)
-        heads = [node for node in nodes(model, "MatMul") if _is_head(node)]
-        expect("the language-model head", len(heads), 1)
+        *_, head = nodes(model, "MatMul")  # the last projection
         keep = ir.Value(name=bundle.LOGITS_TO_KEEP, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
         keep.const_value = ir.tensor(zero, name=keep.name)
         graph.inputs.append(keep)
         graph.initializers.add(keep)
-        hidden = heads[0].inputs[0]
+        hidden = head.inputs[0]
         start = op("Neg", [keep], "logits_to_keep/Neg")
         end = constant(graph, "int64_max", [np.iinfo(np.int64).max])
         kept = op("Slice", [hidden, start.outputs[0], end, constant(graph, "axis_1", [1])], "logits_to_keep/Slice")
-        graph.insert_before(heads[0], [start, kept])
-        heads[0].replace_input_with(0, kept.outputs[0])
+        graph.insert_before(head, [start, kept])
+        head.replace_input_with(0, kept.outputs[0])
         kept.outputs[0].type = hidden.type
 
         rope_length = next(value for value in graph.inputs if value.name == bundle.ROPE_LENGTH)
         rope_length.const_value = ir.tensor(zero, name=rope_length.name)
         graph.initializers.add(rope_length)
         return ir.passes.PassResult(model, modified=True)
-
-
-def _is_head(matmul: ir.Node) -> bool:
-    """The head is the only projection whose weight, behind a Transpose, leads to the logits."""
-    transpose = matmul.inputs[1].producer()
-    weight = parameter(transpose.inputs[0]) if transpose is not None else None
-    users = [usage.node for usage in matmul.outputs[0].uses()]
-    leads_out = matmul.outputs[0].is_graph_output() or any(u.outputs[0].is_graph_output() and u.op_type == "Add" for u in users)
-    return weight is not None and leads_out

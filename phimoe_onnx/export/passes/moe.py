@@ -56,6 +56,8 @@ class FuseExperts(ir.passes.InPlacePass):
         last = constant(graph, "axis_last", [-1])
         number = int(gate_up.shape[0])
         log_p = add("Log", weights, suffix="Log")
+        if x.dtype != ir.DataType.FLOAT:  # the larger becomes 0 and the other small, which rounding then hardly moves
+            log_p = add("Sub", log_p, add("ReduceMax", log_p, last, suffix="ReduceMax", keepdims=1), suffix="Sub")
         shape = add("Concat", add("Shape", chosen, suffix="Shape", end=2), constant(graph, "experts", [number]), suffix="Concat", axis=0)
         nowhere = add("Expand", constant(graph, "not_chosen", -1e4, np.float32), shape, suffix="Expand")
         scattered = add("ScatterElements", nowhere, chosen, log_p, suffix="ScatterElements", axis=-1)
@@ -79,6 +81,8 @@ class FuseExperts(ir.passes.InPlacePass):
             new.append(op("MoE", inputs, f"{name}MoE", attributes, MICROSOFT))
         else:
             attributes |= {"expert_weight_bits": self.format.bits, "block_size": self.format.block_size, "accuracy_level": 4}
+            if x.dtype != ir.DataType.FLOAT:  # CUDA then packs at load what is the CPU's layout here
+                attributes["weights_prepacked"] = 0
             fc1_and_scales = _interleaved_codes(gate_up, f"{name}experts.fc1", self.format)
             fc2_and_scales = self.format.codes_and_scales(down, f"{name}experts.fc2")
             fc1, fc1_scales, fc2, fc2_scales = (initializer(graph, w) for w in (*fc1_and_scales, *fc2_and_scales))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.export.weights import Job, Parameter, Piece, Rows, Weight
+from phimoe_onnx.export.weights import FLOATS, Job, Parameter, Piece, Rows, Weight
 
 
 @dataclass(frozen=True)
 class Format:
-    """Symmetric integers of `bits` (4 or 8), one float32 scale for each `block_size` neighbours of a row.
+    """Symmetric integers of `bits` (4 or 8), one scale of `dtype` for each `block_size` neighbours of a row.
 
     A stored code q stands for (q - 2 ** (bits - 1)) * scale. Of two 4-bit codes in a byte the first is in the low nibble
     (com.microsoft.MatMulNBits in ONNX Runtime's ContribOperators.md).
@@ -20,6 +20,7 @@ class Format:
 
     bits: int
     block_size: int
+    dtype: ir.DataType = ir.DataType.FLOAT
 
     def __str__(self) -> str:
         return f"int{self.bits}, block {self.block_size}"
@@ -34,7 +35,7 @@ class Format:
         return {"N": n, "K": blocks * self.block_size, "bits": self.bits, "block_size": self.block_size, "accuracy_level": 4}
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [N, K] -> codes uint8 [N, K * bits / 8] and scales float32 [N, K / block_size].
+        """Rows [N, K] -> codes uint8 [N, K * bits / 8] and scales [N, K / block_size].
 
         The scale is signed, so that the block's largest magnitude falls on the lowest code, whose magnitude is one step
         larger than the highest's: all 2 ** bits codes are used.
@@ -42,19 +43,20 @@ class Format:
         blocks = weight.float().unflatten(-1, (-1, self.block_size))
         low, high = blocks.aminmax(dim=-1, keepdim=True)
         zero = 1 << (self.bits - 1)
-        scales = torch.where(-low > high, low, high) / -zero
+        stored = (torch.where(-low > high, low, high) / -zero).to(FLOATS[self.dtype])
+        scales = stored.float()
         inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
         codes = (blocks * inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8).flatten(-2)
         if self.bits == 4:
             codes = codes[..., ::2] | (codes[..., 1::2] << 4)
-        return codes, scales.squeeze(-1)
+        return codes, stored.squeeze(-1)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The float32 rows [N, K] that `quantize`'s result stands for."""
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
         blocks = codes.float().unflatten(-1, (-1, self.block_size)) - (1 << (self.bits - 1))
-        rows: torch.Tensor = (blocks * scales.unsqueeze(-1)).flatten(-2)
+        rows: torch.Tensor = (blocks * scales.float().unsqueeze(-1)).flatten(-2)
         return rows
 
     def codes_and_scales(self, parameter: Parameter, name: str) -> tuple[Weight, Weight]:
@@ -68,11 +70,11 @@ class Format:
 
     def nbytes(self, n: int, k: int) -> tuple[int, int]:
         """Bytes of the codes and of the scales of [n, k]."""
-        return n * k * self.bits // 8, n * k // self.block_size * 4
+        return n * k * self.bits // 8, n * k // self.block_size * FLOATS[self.dtype].itemsize
 
     def weights(self, name: str, jobs: list[Job], shape: tuple[int, ...]) -> tuple[Weight, Weight]:
         """Codes and scales of a matrix or a stack of matrices of `shape`, from jobs that give both."""
         *outer, k = shape
         codes = Weight(f"{name}.codes", ir.DataType.UINT8, (*outer, k * self.bits // 8), [Piece(job, 0) for job in jobs])
-        scales = Weight(f"{name}.scales", ir.DataType.FLOAT, (*outer, k // self.block_size), [Piece(job, 1) for job in jobs])
+        scales = Weight(f"{name}.scales", self.dtype, (*outer, k // self.block_size), [Piece(job, 1) for job in jobs])
         return codes, scales
