@@ -100,7 +100,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
     architectures = raw.get("architectures") or []
     if raw.get("model_type") != "phimoe":
         raise ConfigError(f"{where}: model_type is {raw.get('model_type')!r}, expected 'phimoe'")
-    if not isinstance(architectures, list) or not set(architectures) <= set(ARCHITECTURES):
+    if not isinstance(architectures, list) or not all(name in ARCHITECTURES for name in architectures):
         raise ConfigError(f"{where}: architectures is {architectures}, expected one of {', '.join(ARCHITECTURES)}")
     read = _Reader(raw, where)
     if read.get("hidden_act", str, "silu") != "silu":

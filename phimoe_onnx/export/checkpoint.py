@@ -181,8 +181,9 @@ def _read_header(file: Path) -> dict[str, Stored]:
 def _stored(file: Path, name: str, entry: Any, data_bytes: int) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        inside = 0 <= begin <= end <= data_bytes
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: the header's entry for {name} is damaged; download the shard again") from None
-    if not 0 <= begin <= end <= data_bytes:
+    if not inside:
         raise CheckpointError(f"{file}: is truncated, {name} ends {end - data_bytes} bytes past its end; download it again")
     return Stored(file, dtype, shape)

@@ -1,0 +1,212 @@
+"""config.json in every writer's spelling, its defaults, and one ConfigError that names file and key for each bad one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phimoe_onnx.config import LongRope, PhiMoEConfig, parse_config, read_config
+from phimoe_onnx.errors import ConfigError, PhiMoEError
+from tests.checkpoints import BASE, MODEL, SHAPES, longrope
+
+FACTORS = {key: value for key, value in longrope(16).items() if key not in ("type", "original_max_position_embeddings")}
+EXPECTED = LongRope(tuple(FACTORS["short_factor"]), tuple(FACTORS["long_factor"]), 1.05, 1.2, 32)
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in BASE.items() if key not in keys}
+
+
+def test_every_value_is_read() -> None:
+    raw = BASE | {"head_dim": 32, "sliding_window": 20, "rope_scaling": longrope(32), "rope_theta": 5e5, "eos_token_id": [7, 8]}
+    assert parse_config(raw) == PhiMoEConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=16,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        longrope=LongRope(tuple(1.0 + 0.02 * i for i in range(16)), tuple(1.0 + 0.4 * i for i in range(16)), 1.05, 1.2, 32),
+        sliding_window=20,
+        router_jitter_noise=0.01,
+        attention_bias=True,
+        lm_head_bias=True,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=(7, 8),
+    )
+
+
+@pytest.mark.parametrize("name", ["PhiMoEForCausalLM", "PhimoeForCausalLM"])
+def test_both_architecture_names_are_the_same_model(name: str) -> None:
+    assert parse_config(BASE | {"architectures": [name]}) == parse_config(BASE)
+
+
+@pytest.mark.parametrize("raw", [without("architectures"), BASE | {"architectures": None}, BASE | {"architectures": []}])
+def test_the_architecture_may_be_left_out(raw: dict[str, Any]) -> None:
+    assert parse_config(raw) == parse_config(BASE)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 32, **FACTORS}},
+        {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}},
+        {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 32},
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}},
+        {"rope_parameters": {"rope_type": "longrope", **FACTORS}, "original_max_position_embeddings": 32},
+    ],
+)
+@pytest.mark.parametrize("theta", ["beside", "inside"])
+def test_every_spelling_of_longrope(rope: dict[str, Any], theta: str) -> None:
+    raw = without("rope_theta", "rope_scaling") | json.loads(json.dumps(rope))
+    if theta == "beside":
+        raw["rope_theta"] = 500.0
+    else:
+        next(value for key, value in raw.items() if key in rope and isinstance(value, dict))["rope_theta"] = 500.0
+    config = parse_config(raw)
+    assert config.longrope == EXPECTED
+    assert config.rope_theta == 500.0
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"rope_parameters": None, "rope_scaling": None},
+    ],
+)
+def test_every_spelling_of_plain_rope(rope: dict[str, Any]) -> None:
+    config = parse_config(without("rope_theta", "rope_scaling") | rope)
+    assert config.longrope is None
+    assert config.rope_theta == 10000.0
+
+
+def test_longrope_without_a_boundary_ends_where_the_context_does() -> None:
+    config = parse_config(BASE | {"rope_scaling": {"type": "longrope", **FACTORS}})
+    assert config.longrope is not None
+    assert config.longrope.original_max_position_embeddings == 128
+
+
+def test_defaults() -> None:
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    config = parse_config({"model_type": "phimoe"} | {key: BASE[key] for key in needed})
+    expected = parse_config(BASE | {"num_key_value_heads": 4, "attention_bias": False, "lm_head_bias": False})
+    assert config == dataclasses.replace(expected, bos_token_id=None, eos_token_id=())
+    assert config.head_dim == 16
+    assert config.num_local_experts == 16
+
+
+@pytest.mark.parametrize(("sliding_window", "window"), [(None, None), (9, 9), (127, 127), (128, None), (4096, None)])
+def test_a_window_that_hides_nothing_is_none(sliding_window: int | None, window: int | None) -> None:
+    config = parse_config(BASE | {"sliding_window": sliding_window})
+    assert (config.sliding_window, config.window) == (sliding_window, window)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_file_is_read_like_its_contents(tmp_path: Path, shape: str) -> None:
+    raw = BASE | SHAPES[shape]
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert read_config(tmp_path) == parse_config(raw)
+
+
+def test_the_small_model() -> None:
+    config = read_config(MODEL)
+    assert config.longrope is not None
+    assert config.longrope.original_max_position_embeddings < config.max_position_embeddings
+    assert config.num_local_experts == 16
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (BASE | {"model_type": "mixtral"}, ["model_type", "'mixtral'", "'phimoe'"]),
+        (without("model_type"), ["model_type", "None"]),
+        (BASE | {"architectures": ["LlamaForCausalLM"]}, ["architectures", "LlamaForCausalLM", "PhiMoEForCausalLM"]),
+        (BASE | {"architectures": "PhiMoEForCausalLM"}, ["architectures"]),
+        (BASE | {"architectures": [["PhiMoEForCausalLM"]]}, ["architectures"]),
+        (BASE | {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
+        (BASE | {"num_experts_per_tok": 3}, ["num_experts_per_tok", "3", "2"]),
+        (without("hidden_size"), ["hidden_size", "missing"]),
+        (without("vocab_size"), ["vocab_size", "missing"]),
+        (without("intermediate_size"), ["intermediate_size", "missing"]),
+        (without("num_hidden_layers"), ["num_hidden_layers", "missing"]),
+        (without("num_attention_heads"), ["num_attention_heads", "missing"]),
+        (without("max_position_embeddings"), ["max_position_embeddings", "missing"]),
+        (BASE | {"hidden_size": "64"}, ["hidden_size", "'64'", "wrong type"]),
+        (BASE | {"hidden_size": 64.0}, ["hidden_size", "64.0", "wrong type"]),
+        (BASE | {"vocab_size": True}, ["vocab_size", "True", "wrong type"]),
+        (BASE | {"vocab_size": 0}, ["vocab_size", "0", "positive"]),
+        (BASE | {"num_hidden_layers": -1}, ["num_hidden_layers", "-1", "positive"]),
+        (BASE | {"attention_bias": 1}, ["attention_bias", "1", "wrong type"]),
+        (BASE | {"lm_head_bias": "yes"}, ["lm_head_bias", "'yes'", "wrong type"]),
+        (BASE | {"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'", "wrong type"]),
+        (BASE | {"router_jitter_noise": [0.01]}, ["router_jitter_noise", "wrong type"]),
+        (BASE | {"sliding_window": 0}, ["sliding_window", "0", "positive"]),
+        (BASE | {"sliding_window": "all"}, ["sliding_window", "'all'", "wrong type"]),
+        (BASE | {"num_key_value_heads": 3}, ["num_attention_heads", "4", "num_key_value_heads", "3"]),
+        (BASE | {"num_attention_heads": 6, "num_key_value_heads": 2}, ["hidden_size", "64", "num_attention_heads", "6", "head_dim"]),
+        (BASE | {"head_dim": 15}, ["head_dim", "15", "even"]),
+        (BASE | {"num_local_experts": 1}, ["num_local_experts", "1", "2 or more"]),
+        (BASE | {"rope_scaling": {"type": "yarn"}}, ["rope", "'yarn'", "longrope"]),
+        (BASE | {"rope_parameters": {"rope_type": "linear"}}, ["rope", "'linear'", "longrope"]),
+        (BASE | {"rope_scaling": "longrope"}, ["rope_scaling", "'longrope'", "object"]),
+        (BASE | {"rope_theta": "1e4"}, ["rope_theta", "'1e4'", "wrong type"]),
+        (BASE | {"rope_scaling": longrope(32)}, ["rope_scaling", "short_factor", "16 entries", "head_dim / 2 = 8"]),
+        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7}}, ["rope_scaling", "long_factor", "7 entries", "8"]),
+        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + [0.0]}}, ["rope_scaling", "long_factor", "positive"]),
+        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + ["1"]}}, ["rope_scaling", "long_factor", "positive"]),
+        (BASE | {"rope_scaling": longrope(16) | {"short_factor": 1.0}}, ["rope_scaling", "short_factor", "wrong type"]),
+        (BASE | {"rope_scaling": longrope(16) | {"short_mscale": None}}, ["rope_scaling", "short_mscale", "missing"]),
+        (BASE | {"rope_scaling": longrope(16) | {"original_max_position_embeddings": 0}}, ["original_max_position_embeddings", "positive"]),
+    ],
+)
+def test_each_error_names_file_and_key(tmp_path: Path, raw: dict[str, Any], words: list[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path)
+    for word in (str(tmp_path / "config.json"), *words):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no such file"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1538\n", ["Git LFS pointer", "git lfs pull"]),
+        (b"{", ["is not JSON"]),
+        (b"[1, 2]", ["expected a JSON object", "list"]),
+        (b"\xff\xfe", ["cannot be read"]),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path: Path, content: bytes | None, words: list[str]) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path)
+    for word in (str(tmp_path / "config.json"), *words):
+        assert word in str(error.value)
+
+
+def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+        read_config(tmp_path)
+
+
+def test_every_error_can_be_caught_as_one() -> None:
+    assert issubclass(ConfigError, PhiMoEError)
