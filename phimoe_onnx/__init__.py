@@ -21,7 +21,7 @@ from phimoe_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from phimoe_onnx.export.pipeline import export
+    from phimoe_onnx.exporter.pipeline import export
     from phimoe_onnx.parity.verify import verify
     from phimoe_onnx.runtime.model import PhiMoE
 
@@ -40,7 +40,7 @@ __all__ = [
     "verify",
 ]
 
-_LAZY = {"export": "phimoe_onnx.export.pipeline", "verify": "phimoe_onnx.parity.verify", "PhiMoE": "phimoe_onnx.runtime.model"}
+_LAZY = {"export": "phimoe_onnx.exporter.pipeline", "verify": "phimoe_onnx.parity.verify", "PhiMoE": "phimoe_onnx.runtime.model"}
 
 
 def __getattr__(name: str) -> Any:
@@ -49,8 +49,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     try:
-        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
-        return value
+        return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         extra = "cpu" if name == "PhiMoE" or error.name == "onnxruntime" else "export"
         raise MissingPackageError(f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'") from None

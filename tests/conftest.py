@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phimoe_onnx.export.pipeline import export
+from phimoe_onnx.exporter.pipeline import export
 from tests.checkpoints import SHAPES, at_level_0, write_checkpoint
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError
-from phimoe_onnx.export.checkpoint import INDEX, SINGLE, parameters, read_headers
-from phimoe_onnx.export.weights import read_rows
+from phimoe_onnx.exporter.checkpoint import INDEX, SINGLE, parameters, read_headers
+from phimoe_onnx.exporter.weights import read_rows
 from phimoe_onnx.parity.reference import load_reference
 from tests.checkpoints import BASE, SHAPES, make_model, write_checkpoint
 

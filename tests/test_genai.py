@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phimoe_onnx.export.pipeline import export
+from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.runtime.chat import ChatTemplate
 from phimoe_onnx.runtime.model import PhiMoE
 from tests.checkpoints import MODEL, SHAPES, longrope, write_checkpoint

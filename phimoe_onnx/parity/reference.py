@@ -14,8 +14,8 @@ from torch import Tensor
 
 from phimoe_onnx import modeling
 from phimoe_onnx.config import read_config
-from phimoe_onnx.export.checkpoint import parameters, read_headers
-from phimoe_onnx.export.weights import read_rows
+from phimoe_onnx.exporter.checkpoint import parameters, read_headers
+from phimoe_onnx.exporter.weights import read_rows
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 
 Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in order

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from phimoe_onnx.bundle import Manifest
 from phimoe_onnx.errors import BundleError
-from phimoe_onnx.export.quantize.rtn import Format
+from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 
 Stored = dict[str, ir.TensorProtocol | None]

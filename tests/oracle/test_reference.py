@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from phimoe_onnx import PhiMoE
 from phimoe_onnx.config import read_config
-from phimoe_onnx.export.pipeline import export
+from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.parity import reference
 from tests.checkpoints import MODEL, SHAPES, longrope, write_checkpoint
 
@@ -101,7 +101,9 @@ def test_padded_batch(checkpoint: Path, places: tuple[float, ...], side: str) ->
     longest = max(map(len, rows))
     pads = [[0] * (longest - len(row)) for row in rows]
     ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)])
-    mask = torch.tensor([[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads, strict=True)])
+    mask = torch.tensor(
+        [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads, strict=True)]
+    )
     model = reference.load_reference(checkpoint)
     with torch.inference_mode():
         # transformers chooses the rope factors by the longest row, for all of them
@@ -111,7 +113,9 @@ def test_padded_batch(checkpoint: Path, places: tuple[float, ...], side: str) ->
     assert_close(actual[mask > 0].numpy(), expected[mask > 0].numpy())
 
 
-SAVE_OPTIONS: list[dict[str, Any]] = [{}, {"max_shard_size": "300KB"}] if FOUR else [{}, {"max_shard_size": "300KB"}, {"save_original_format": False}]
+SAVE_OPTIONS: list[dict[str, Any]] = (
+    [{}, {"max_shard_size": "300KB"}] if FOUR else [{}, {"max_shard_size": "300KB"}, {"save_original_format": False}]
+)
 
 
 @pytest.mark.parametrize("options", SAVE_OPTIONS, ids=str)
@@ -159,7 +163,9 @@ def oracle(checkpoint: Path, length: int, attention: str = "eager") -> Any:
     if not FOUR and read_config(checkpoint).longrope and length > boundary(checkpoint):
         # transformers 5.23.0 keeps the short factors beyond the boundary (it calls rope_init_fn without seq_len), so give it the long ones
         config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
-    return transformers.PhimoeForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
+    return transformers.PhimoeForCausalLM.from_pretrained(
+        checkpoint, config=config, dtype=torch.float32, attn_implementation=attention
+    ).eval()
 
 
 def expected_logits(checkpoint: Path, ids: list[int]) -> NDArray[np.float32]:

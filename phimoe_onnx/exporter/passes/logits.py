@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from phimoe_onnx import bundle
-from phimoe_onnx.export.passes._edit import constant, nodes, op
+from phimoe_onnx.exporter.passes._edit import constant, nodes, op
 
 
 class AddOptionalInputs(ir.passes.InPlacePass):

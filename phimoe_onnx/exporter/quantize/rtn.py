@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.export.weights import FLOATS, Job, Parameter, Piece, Rows, Weight
+from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Piece, Rows, Weight
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from phimoe_onnx.export.passes._edit import MICROSOFT, expect, nodes, op, replace
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, nodes, op, replace
 
 
 class FuseSkipLayerNorm(ir.passes.InPlacePass):

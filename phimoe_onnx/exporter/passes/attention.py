@@ -12,9 +12,9 @@ import torch
 from phimoe_onnx import bundle, modeling
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.export.functions import DOMAIN
-from phimoe_onnx.export.passes._edit import MICROSOFT, constant, expect, initializer, nodes, op, parameter, replace
-from phimoe_onnx.export.weights import FLOATS, Parameter, Weight, job_piece, stacked
+from phimoe_onnx.exporter.functions import DOMAIN
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, constant, expect, initializer, nodes, op, parameter, replace
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, job_piece, stacked
 
 
 def check(config: PhiMoEConfig) -> None:

@@ -20,8 +20,8 @@ from torch.export import Dim
 
 from phimoe_onnx import bundle, modeling
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.export.functions import DOMAIN, FUNCTIONS, OPSET
-from phimoe_onnx.export.weights import FLOATS, Parameter, Rows
+from phimoe_onnx.exporter.functions import DOMAIN, FUNCTIONS, OPSET
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Rows
 
 
 def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType) -> ir.Model:

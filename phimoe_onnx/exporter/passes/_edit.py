@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.export.weights import Parameter, Weight
+from phimoe_onnx.exporter.weights import Parameter, Weight
 
 MICROSOFT = "com.microsoft"
 Attributes = Mapping[str, int | float | str | Sequence[int]]

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.export.passes._edit import MICROSOFT, constant, expect, initializer, nodes, only_user, op, replace
-from phimoe_onnx.export.quantize.rtn import Format
-from phimoe_onnx.export.weights import Weight
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, constant, expect, initializer, nodes, only_user, op, replace
+from phimoe_onnx.exporter.quantize.rtn import Format
+from phimoe_onnx.exporter.weights import Weight
 
 
 class BranchExperts(ir.passes.InPlacePass):

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.export.weights import Job, Piece, Weight, tensor_bytes
+from phimoe_onnx.exporter.weights import Job, Piece, Weight, tensor_bytes
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads
 FILE_LIMIT = 8 << 30  # bytes after which a new data file begins

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from phimoe_onnx.export.passes._edit import MICROSOFT, expect, initializer, nodes, op, parameter, replace
-from phimoe_onnx.export.quantize.rtn import Format
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, initializer, nodes, op, parameter, replace
+from phimoe_onnx.exporter.quantize.rtn import Format
 
 
 class QuantizeEmbedding(ir.passes.InPlacePass):

@@ -18,22 +18,22 @@ from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
 from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.export.chat_format import chat_format
-from phimoe_onnx.export.checkpoint import parameters, read_headers
-from phimoe_onnx.export.genai import genai_config
-from phimoe_onnx.export.passes import attention
-from phimoe_onnx.export.passes.attention import FuseAttention
-from phimoe_onnx.export.passes.branches import BranchExperts
-from phimoe_onnx.export.passes.embedding import QuantizeEmbedding
-from phimoe_onnx.export.passes.half import StoreHalf
-from phimoe_onnx.export.passes.logits import AddOptionalInputs
-from phimoe_onnx.export.passes.moe import FuseExperts
-from phimoe_onnx.export.passes.norms import FuseSkipLayerNorm
-from phimoe_onnx.export.passes.projections import StoreProjections
-from phimoe_onnx.export.quantize.rtn import Format
-from phimoe_onnx.export.source import resolve
-from phimoe_onnx.export.trace import trace
-from phimoe_onnx.export.write import Layout, write_weights
+from phimoe_onnx.exporter.chat_format import chat_format
+from phimoe_onnx.exporter.checkpoint import parameters, read_headers
+from phimoe_onnx.exporter.genai import genai_config
+from phimoe_onnx.exporter.passes import attention
+from phimoe_onnx.exporter.passes.attention import FuseAttention
+from phimoe_onnx.exporter.passes.branches import BranchExperts
+from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
+from phimoe_onnx.exporter.passes.half import StoreHalf
+from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
+from phimoe_onnx.exporter.passes.moe import FuseExperts
+from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
+from phimoe_onnx.exporter.passes.projections import StoreProjections
+from phimoe_onnx.exporter.quantize.rtn import Format
+from phimoe_onnx.exporter.source import resolve
+from phimoe_onnx.exporter.trace import trace
+from phimoe_onnx.exporter.write import Layout, write_weights
 
 TARGETS = ("cpu", "cuda", "portable")
 QUANTIZE = ("none", "fp16", "int8", "int4")
@@ -105,7 +105,6 @@ def export(
         BranchExperts(config.num_hidden_layers, format)(branched)
         _clean(branched)
         models.setdefault("model.branches.onnx" if format else "model.onnx", branched)
-    store_half = StoreHalf()
     store_half = StoreHalf()
     for graph in models.values():
         if quantize == "fp16" and dtype == ir.DataType.FLOAT:

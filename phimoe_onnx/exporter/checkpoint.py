@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from phimoe_onnx.config import PhiMoEConfig, read_json
 from phimoe_onnx.errors import CheckpointError, ConfigError
-from phimoe_onnx.export.weights import Rows
+from phimoe_onnx.exporter.weights import Rows
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INDEX = "model.safetensors.index.json"

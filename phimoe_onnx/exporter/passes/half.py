@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.export.passes._edit import initializer, op
-from phimoe_onnx.export.weights import Job, Piece, Weight
+from phimoe_onnx.exporter.passes._edit import initializer, op
+from phimoe_onnx.exporter.weights import Job, Piece, Weight
 
 KEPT = (".gate.weight.transposed", "cos_cache", "sin_cache")  # the router and the rope stay exact
 
