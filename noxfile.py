@@ -1,23 +1,46 @@
-"""The tests that need transformers, which is no dependency of the package: one session for each release that serves as oracle."""
+"""Tests against other releases than the installed ones: transformers, which is no dependency, and the oldest ONNX Runtime.
+
+Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what differs.
+"""
+
+import sysconfig
+from pathlib import Path
 
 import nox
 
+nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
 
 @nox.session
 def transformers4(session: nox.Session) -> None:
     """transformers 4.57, the oracle for everything but head_dim."""
-    _oracle(session, "constraints-shared.txt", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+    _install(session, "-c", "constraints.txt", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+    _pytest(session, "tests/oracle")
 
 
 @nox.session
 def transformers5(session: nox.Session) -> None:
     """transformers 5, the oracle for head_dim and for what newer writers store."""
-    _oracle(session, "constraints.txt", "transformers==5.23.0")
+    _install(session, "-c", "constraints.txt", "transformers==5.23.0")
+    _pytest(session, "tests/oracle")
 
 
-def _oracle(session: nox.Session, constraints: str, *requirements: str) -> None:
-    session.install("-c", constraints, "-e", ".[export,cpu]", "pytest", *requirements)
+@nox.session
+def onnxruntime_1_29(session: nox.Session) -> None:
+    """The oldest ONNX Runtime that pyproject.toml allows."""
+    _install(session, "--no-deps", "onnxruntime==1.29.0")
+    _pytest(session, *sorted(map(str, Path("tests").glob("test_runtime_*.py"))), "tests/test_oldest_onnxruntime.py")
+
+
+def _install(session: nox.Session, *arguments: str) -> None:
+    """pip install, on top of the packages of the environment that runs nox: torch alone takes gigabytes."""
+    prefix = session.virtualenv.location
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": prefix, "platbase": prefix}))
+    (packages / "shared.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    session.install(*arguments)
+
+
+def _pytest(session: nox.Session, *arguments: str) -> None:
     # one thread: the models are so small that a second one costs more than it gives
-    session.run("pytest", "tests/oracle", *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    session.run("python", "-m", "pytest", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})

@@ -2,20 +2,21 @@
 
 mobius-onnx stays in an environment of its own (`pip install mobius-onnx`); from the repository's root:
 
-    python -m benchmarks.compare_mobius --mobius-python MOBIUS_ENV/bin/python [--write docs/compared-with-mobius.md]
+    python -m benchmarks.compare_mobius --mobius MOBIUS_ENV/bin/mobius [--output TABLES.md]
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -31,11 +32,10 @@ from phimoe_onnx._version import __version__
 from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, cache_names
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.parity import reference
+from phimoe_onnx.parity.verify import SAMPLE
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 from tests.checkpoints import MODEL, longrope, write_checkpoint
 
-FIGURES = "## Figures\n"  # the heading of a document under which --write puts the tables
-TEXT = Path(reference.__file__).parent / "persuasion.txt"
 PAST = 512  # cached tokens at a decode step, and the tokens of a prefill
 CAPACITY = 768  # of the cache
 OURS = ("ours fp32", "ours int4")
@@ -44,11 +44,12 @@ MOBIUS = ("mobius fp32", "mobius int4", "mobius fp32, default EP")
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, and the lengths at which its logits are compared."""
+    """A checkpoint, the lengths at which its logits are compared, and whether it is large enough for its speed to tell anything."""
 
     name: str
     checkpoint: Path
     lengths: dict[str, int]
+    timed: bool
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Candidate:
 
     graph: Path
     export: float
+    shares_cache: bool = True  # whether past and present may be one buffer, as GroupQueryAttention takes it
     loads: list[float] = field(default_factory=list)
     prefills: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -69,51 +71,52 @@ class Candidate:
 
 def main() -> None:
     """Exports, measures and prints."""
+    logging.disable(logging.INFO)  # the quantiser's, a line a node
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mobius-python", required=True, metavar="PYTHON", help="the Python of an environment with mobius-onnx")
+    parser.add_argument("--mobius", type=Path, required=True, metavar="FILE", help="the command of an environment with mobius-onnx")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads of ONNX Runtime (default: all)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="interleaved rounds of timing (default: 15)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help=f"also put the tables under {FIGURES.strip()!r} of this file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the tables to this file")
     arguments = parser.parse_args()
 
     parity: list[Sequence[object]] = []
     speed: list[Sequence[object]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for case in make_cases(Path(scratch)):
-            candidates = export_all(case, Path(scratch), arguments.mobius_python)
+            candidates = export_all(case, Path(scratch), arguments.mobius)
             parity += compare(case, candidates)
-            measure(read_config(case.checkpoint), candidates, arguments.threads, arguments.rounds)
-            speed += [speed_row(case, name, candidate) for name, candidate in candidates.items() if candidate.steps]
+            if case.timed:
+                measure(read_config(case.checkpoint), candidates.values(), arguments.threads, arguments.rounds)
+                speed += [speed_row(case, name, candidate) for name, candidate in candidates.items()]
     result = "\n".join([
-        f"{conditions(arguments.mobius_python)}; {arguments.threads} threads.\n",
+        f"{conditions(arguments.mobius)}; {arguments.threads} threads.\n",
         "Parity with PyTorch in float32, of the logits after every token of one forward pass:\n",
         table(["checkpoint", "tokens", "candidate", "mean diff / std", "max diff / std", "cosine", "top-1"], parity),
         f"Speed with {PAST} tokens: a prefill of them, and decode steps after them (medians of {arguments.rounds} interleaved rounds):\n",
         table(["checkpoint", "candidate", "decode, tokens/s", "prefill, tokens/s", "load, s", "size, MB", "export, s"], speed),
     ])  # fmt: skip
     print(result)
-    if arguments.write:
-        head = arguments.write.read_text(encoding="utf-8").partition(FIGURES)[0]
-        arguments.write.write_text(f"{head}{FIGURES}\n{result}", encoding="utf-8")
+    if arguments.output:
+        arguments.output.write_text(result, encoding="utf-8")
 
 
 def make_cases(scratch: Path) -> list[Case]:
     """The small trained model, and random checkpoints: with longrope, with a window, and one of a size that shows speed."""
     context = {"max_position_embeddings": 1024}
-    with_longrope = write_checkpoint(scratch / "longrope", rope_scaling=longrope(16, 64), **context)
-    with_window = write_checkpoint(scratch / "window", sliding_window=64, **context)
+    scaling = {"rope_scaling": longrope(16, 64), "original_max_position_embeddings": 64}
     shape = {"hidden_size": 1024, "intermediate_size": 960, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4}
+    with_longrope = write_checkpoint(scratch / "longrope", **scaling, **context)
+    with_window = write_checkpoint(scratch / "window", sliding_window=64, **context)
     larger = write_checkpoint(scratch / "larger", dtype=torch.bfloat16, vocab_size=32064, sliding_window=2047, **shape, **context)
-    boundary = read_config(MODEL).longrope.original_max_position_embeddings
     return [
-        Case(MODEL.name, MODEL, {"below the rope boundary": boundary - 56, "past it": boundary + 144}),
-        Case("random, longrope", with_longrope, {"below the rope boundary": 48, "past it": 200}),
-        Case("random, window", with_window, {"inside the window": 48, "past it": 200}),
-        Case("random, 265 M parameters", larger, {"inside the window": 48}),
+        Case(MODEL.name, MODEL, {"below the rope boundary": 200, "past it": 400}, timed=True),
+        Case("random, longrope", with_longrope, {"below the rope boundary": 48, "past it": 200}, timed=False),
+        Case("random, window of 64", with_window, {"inside the window": 48, "past it": 200}, timed=False),
+        Case("random, 265 M parameters", larger, {}, timed=True),
     ]
 
 
-def export_all(case: Case, scratch: Path, mobius_python: str) -> dict[str, Candidate]:
+def export_all(case: Case, scratch: Path, mobius: Path) -> dict[str, Candidate]:
     """The candidates by name, each from commands that a user would give."""
     out = scratch / f"{case.checkpoint.name}-exports"
     candidates = {}
@@ -124,9 +127,9 @@ def export_all(case: Case, scratch: Path, mobius_python: str) -> dict[str, Candi
         candidates[name] = Candidate(folder / "model.onnx", seconds)
     for name, provider in zip((MOBIUS[0], MOBIUS[2]), ("cpu", "default"), strict=True):
         folder = out / f"mobius-{provider}"
-        command = [mobius_python, "-m", "mobius", "build", "--config", case.checkpoint, folder, "--ep", provider]
+        command = [mobius, "build", "--config", case.checkpoint, folder, "--ep", provider]
         seconds = run([*command, "--dtype", "f32", "--runtime", "ort-genai"])
-        candidates[name] = Candidate(folder / "model.onnx", seconds)
+        candidates[name] = Candidate(folder / "model.onnx", seconds, shares_cache=provider == "cpu")
     plain = candidates[MOBIUS[0]]
     target = out / "mobius-int4" / "model.onnx"
     candidates[MOBIUS[1]] = Candidate(target, plain.export + quantize_int4(plain.graph, target))
@@ -158,9 +161,9 @@ def compare(case: Case, candidates: dict[str, Candidate]) -> list[Sequence[objec
     """The rows of the parity table for one checkpoint."""
     config = read_config(case.checkpoint)
     model = reference.load_reference(case.checkpoint)
-    longest = max(case.lengths.values())
+    longest = max(case.lengths.values(), default=0)
     if case.checkpoint == MODEL:
-        ids = Tokenizer(MODEL).encode(TEXT.read_text(encoding="utf-8"))[:longest]
+        ids = Tokenizer(MODEL).encode(SAMPLE.read_text(encoding="utf-8"))[:longest]
     else:
         ids = np.random.default_rng(0).integers(3, 2000, longest).tolist()
     rows: list[Sequence[object]] = []
@@ -193,15 +196,14 @@ def differences(expected: NDArray[np.float32], got: NDArray[np.float32]) -> tupl
     return f"{difference.mean():.1e}", f"{difference.max():.1e}", f"{cosine:.4f}", f"{top:.1%}"
 
 
-def measure(config: PhiMoEConfig, candidates: dict[str, Candidate], threads: int, rounds: int) -> None:
+def measure(config: PhiMoEConfig, candidates: Collection[Candidate], threads: int, rounds: int) -> None:
     """Times the candidates in turns, so that what else the machine does falls on all alike."""
-    timed = {name: candidate for name, candidate in candidates.items() if name != MOBIUS[2]}
     for _ in range(3):
-        for candidate in timed.values():
+        for candidate in candidates:
             start = time.perf_counter()
             open_session(candidate.graph, threads)
             candidate.loads.append(time.perf_counter() - start)
-    bound = [(candidate, Bound(open_session(candidate.graph, threads), config)) for candidate in timed.values()]
+    bound = [(candidate, Bound(candidate, config, threads)) for candidate in candidates]
     for number in range(rounds + 1):  # the first round warms up
         for candidate, model in bound:
             prefill = model.time(PAST, 0)
@@ -220,32 +222,37 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
 
 
 class Bound:
-    """A session bound to one buffer per layer that is past and present at once, as runtimes do it."""
+    """A session with its inputs and outputs bound; where the graph allows it, past and present are one buffer."""
 
-    def __init__(self, session: ort.InferenceSession, config: PhiMoEConfig) -> None:
-        self._session = session
-        self._keeps = LOGITS_TO_KEEP in {value.name for value in session.get_overridable_initializers()}
-        self._vocab_size = config.vocab_size
-        self._binding = session.io_binding()
-        shape = (1, config.num_key_value_heads, CAPACITY, config.head_dim)
-        names = zip(*(cache_names(config.num_hidden_layers, prefix) for prefix in ("past_key_values", "present")), strict=True)
-        self._buffers = []
-        for past, present in names:
-            buffer = np.zeros(shape, np.float32)
-            self._buffers.append(buffer)
-            self._binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-            self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+    def __init__(self, candidate: Candidate, config: PhiMoEConfig, threads: int) -> None:
+        self._session = open_session(candidate.graph, threads)
+        self._shares_cache = candidate.shares_cache
+        self._keeps = LOGITS_TO_KEEP in {value.name for value in self._session.get_overridable_initializers()}
+        self._takes_positions = "position_ids" in {value.name for value in self._session.get_inputs()}
+        self._binding = self._session.io_binding()
+        self._past = cache_names(config.num_hidden_layers, "past_key_values")
+        self._present = cache_names(config.num_hidden_layers, "present")
+        self._shape = (1, config.num_key_value_heads, CAPACITY, config.head_dim)
+        self._buffers = [np.zeros(self._shape, np.float32) for _ in self._past]
 
     def time(self, new: int, past: int) -> float:
-        """The seconds of one run of `new` tokens after `past` ones, with the logits of the last one if the graph can."""
-        ids = np.random.default_rng(past).integers(3, 2000, (1, new))
-        inputs = {INPUT_IDS: ids, ATTENTION_MASK: np.ones((1, past + new), np.int64)}
+        """The seconds of one run of `new` tokens after `past` ones, with the logits of the last one only if the graph can."""
+        inputs = {INPUT_IDS: np.random.default_rng(past).integers(3, 2000, (1, new)), ATTENTION_MASK: np.ones((1, past + new), np.int64)}
         if self._keeps:
             inputs[LOGITS_TO_KEEP] = np.ones(1, np.int64)
+        if self._takes_positions:
+            inputs["position_ids"] = np.arange(past, past + new)[None]
         for name, value in inputs.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        logits = np.empty((1, 1 if self._keeps else new, self._vocab_size), np.float32)
-        self._binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        for past_name, present_name, buffer in zip(self._past, self._present, self._buffers, strict=True):
+            if self._shares_cache:
+                self._binding.bind_input(past_name, "cpu", 0, np.float32, self._shape, buffer.ctypes.data)
+                self._binding.bind_output(present_name, "cpu", 0, np.float32, self._shape, buffer.ctypes.data)
+            else:
+                cached = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(buffer[:, :, :past]))
+                self._binding.bind_ortvalue_input(past_name, cached)
+                self._binding.bind_output(present_name)
+        self._binding.bind_output(LOGITS)
         start = time.perf_counter()
         self._session.run_with_iobinding(self._binding)
         return time.perf_counter() - start
@@ -258,14 +265,14 @@ def speed_row(case: Case, name: str, candidate: Candidate) -> Sequence[object]:
     return (case.name, name, *row)
 
 
-def conditions(mobius_python: str) -> str:
+def conditions(mobius: Path) -> str:
     """The date, the processor and the versions."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     code = "from importlib.metadata import version as v; print('mobius-onnx', v('mobius-onnx'), 'on transformers', v('transformers'))"
-    theirs = subprocess.run([mobius_python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    theirs = subprocess.run([mobius.with_name("python"), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     date = datetime.datetime.now(datetime.UTC).date()
     return f"{date}, {cpu}; phimoe-onnx {__version__}, {theirs}, ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}"
 

@@ -195,14 +195,15 @@ def test_the_sliding_window_is_exactly_i_minus_j_below_it() -> None:
     expected = reference.logits(model, row)
     for j in (0, 5, 20):
         changed = reference.logits(model, [*row[:j], 2001, *row[j + 1 :]])
-        moved = np.abs(changed - expected).max(axis=1) > 0
+        moved = np.abs(changed - expected).max(axis=1) > 1e-4 * expected.std()  # sums may run in another order elsewhere
         assert moved.nonzero()[0].tolist() == list(range(j, min(j + 9, 30)))
 
 
 def test_without_a_window_every_later_token_sees_a_change() -> None:
     model = make_model(BASE | {"num_hidden_layers": 1})
     row = random_ids(30)
-    moved = np.abs(reference.logits(model, [*row[:5], 2001, *row[6:]]) - reference.logits(model, row)).max(axis=1) > 0
+    expected = reference.logits(model, row)
+    moved = np.abs(reference.logits(model, [*row[:5], 2001, *row[6:]]) - expected).max(axis=1) > 1e-4 * expected.std()
     assert moved.nonzero()[0].tolist() == list(range(5, 30))
 
 

@@ -1,0 +1,104 @@
+"""Who may import whom, and what a light installation never imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import phimoe_onnx
+
+PACKAGE = Path(phimoe_onnx.__file__).parent
+PARTS = ("cli", "parity", "exporter", "runtime")
+COMMON = {"errors", "_version"}
+ALLOWED = {
+    "cli": {"cli", "exporter", "runtime", "parity", "bundle", "config", *COMMON},
+    "parity": {"parity", "exporter", "runtime", "bundle", "config", "modeling", *COMMON},
+    "exporter": {"exporter", "bundle", "config", "modeling", *COMMON},
+    "runtime": {"runtime", "bundle", "config", *COMMON},
+}
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The dotted names that a file of the package imports from it, the names of `from` included, wherever they stand."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("phimoe_onnx."))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            if node.module and node.module.split(".")[0] == "phimoe_onnx":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_imports_only_what_it_may(part: str) -> None:
+    files = sorted((PACKAGE / part).rglob("*.py"))
+    found = {(str(file.relative_to(PACKAGE)), name.split(".")[1]) for file in files for name in imported(file)}
+    assert {name for _, name in found} & ALLOWED[part]
+    assert {(file, name) for file, name in found if name not in ALLOWED[part]} == set()
+
+
+def test_the_common_modules_import_no_part() -> None:
+    files = [file for file in PACKAGE.glob("*.py") if file.name != "__init__.py"]
+    assert {file.name for file in files} >= {"bundle.py", "config.py", "errors.py", "modeling.py"}
+    for file in files:
+        assert {name.split(".")[1] for name in imported(file)} <= {"config", *COMMON}, file
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import phimoe_onnx",
+        "import phimoe_onnx.runtime",
+        "import phimoe_onnx; phimoe_onnx.PhiMoE",
+        "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat",
+        "import phimoe_onnx.cli.export, phimoe_onnx.cli.verify",  # for a fast --help
+    ],
+)
+def test_these_imports_are_light(statement: str) -> None:
+    assert python(f"import sys\n{statement}\nprint([name for name in {HEAVY} if name in sys.modules])") == "[]"
+
+
+def test_export_is_the_function_whatever_was_imported_before() -> None:
+    code = "import phimoe_onnx\nbefore = phimoe_onnx.export\nimport phimoe_onnx.exporter.pipeline\nprint(before is phimoe_onnx.export)"
+    assert python(code) == "True"
+    code = "import phimoe_onnx.exporter.pipeline as p\nimport phimoe_onnx\nprint(callable(phimoe_onnx.export), phimoe_onnx.export is p.export)"
+    assert python(code) == "True True"
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("PhiMoE", "onnxruntime", "cpu"),
+        ("verify", "onnxruntime", "cpu"),
+        ("export", "torch", "export"),
+        ("export", "onnxscript", "export"),
+        ("verify", "safetensors", "export"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(name: str, package: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{package!r}] = None  # importing it now raises ModuleNotFoundError
+import phimoe_onnx
+try:
+    phimoe_onnx.{name}
+except phimoe_onnx.MissingPackageError as error:
+    print(error)
+"""
+    assert python(code) == f"{name} needs the package {package}; pip install 'phimoe-onnx[{extra}]'"
+
+
+def test_the_public_names_are_there_and_others_are_not() -> None:
+    assert all(getattr(phimoe_onnx, name) is not None for name in phimoe_onnx.__all__)
+    with pytest.raises(AttributeError, match="'nothing'"):
+        phimoe_onnx.nothing  # noqa: B018

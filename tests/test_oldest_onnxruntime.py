@@ -1,0 +1,43 @@
+"""Bundles of the small model on whichever ONNX Runtime is installed; noxfile.py runs this with the oldest one that is supported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from phimoe_onnx import PhiMoE
+from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.exporter.pipeline import export
+from phimoe_onnx.parity import reference
+from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.runtime.session import choose_graph
+from tests.checkpoints import MODEL, assert_close, at_level_0
+
+OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 31)
+TEXT = Path(reference.__file__).with_name("persuasion.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("target", "quantize", "graph"),
+    [
+        ("cpu", "none", "model.onnx"),
+        ("portable", "none", "model.onnx"),
+        ("cpu", "int8", "model.branches.onnx" if OLD else "model.onnx"),
+        ("cpu", "int4", "model.branches.onnx" if OLD else "model.onnx"),
+    ],
+)
+def test_bundle(tmp_path: Path, target: str, quantize: str, graph: str) -> None:
+    folder = export(MODEL, tmp_path / "bundle", target=target, quantize=quantize)
+    manifest = read_manifest(folder)
+    assert choose_graph(manifest, onnxruntime.__version__).file == graph
+    expected = stored_model(reference.load_reference(MODEL), folder, manifest)
+    if quantize != "none":
+        folder = at_level_0(folder, tmp_path / "exact", graph)
+    model = PhiMoE.load(folder, threads=1)
+    ids = model.tokenizer.encode(TEXT)
+    for length in (20, 300):  # on both sides of the rope boundary
+        assert_close(model.logits(ids[:length]), reference.logits(expected, ids[:length]))
+    # across the boundary
+    assert model.generate(ids[:240], max_new_tokens=40).token_ids == reference.greedy(expected, ids[:240], 40)

@@ -1,0 +1,178 @@
+"""Round to nearest: its bounds, its layout, and that ONNX Runtime's operators read it as `dequantize` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from phimoe_onnx import modeling
+from phimoe_onnx.exporter.quantize.rtn import Format
+
+FORMATS = [Format(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
+every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
+TINY = float(np.finfo(np.float32).tiny)
+value = st.floats(-1e4, 1e4, width=32).map(lambda v: 0.0 if abs(v) < 1e-30 else v)  # far from where a scale is subnormal
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[Format, Tensor]:
+    format = draw(st.sampled_from([Format(4, 16), Format(8, 16), Format(4, 32)]))
+    n, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    values = draw(st.lists(value, min_size=n * blocks * format.block_size, max_size=n * blocks * format.block_size))
+    return format, torch.tensor(values).view(n, -1)
+
+
+@given(matrices())
+@settings(max_examples=60, deadline=None)
+def test_the_error_is_at_most_half_a_step(drawn: tuple[Format, Tensor]) -> None:
+    """But on the side opposite the largest magnitude, whose last step is cut: there it is at most a whole one."""
+    format, weight = drawn
+    codes, scales = format.quantize(weight)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == (len(weight), weight.shape[1] * format.bits // 8)
+    assert scales.shape == (len(weight), weight.shape[1] // format.block_size)
+    step = scales.repeat_interleave(format.block_size, dim=1)
+    highest = (1 << (format.bits - 1)) - 1
+    error = (format.dequantize(codes, scales) - weight).abs()
+    clipped = torch.where(step == 0, 0.0, weight / step) > highest + 0.5
+    slack = 1 + 1e-4
+    assert (error[~clipped] <= step.abs()[~clipped] / 2 * slack).all()
+    assert (error[clipped] <= step.abs()[clipped] * slack).all()
+
+
+@given(matrices())
+@settings(max_examples=60, deadline=None)
+def test_the_largest_magnitude_of_a_block_is_kept(drawn: tuple[Format, Tensor]) -> None:
+    format, weight = drawn
+    got = format.dequantize(*format.quantize(weight)).unflatten(1, (-1, format.block_size))
+    blocks = weight.unflatten(1, (-1, format.block_size))
+    largest = blocks.abs().argmax(dim=-1, keepdim=True)
+    expected = blocks.gather(-1, largest).abs()
+    torch.testing.assert_close(got.gather(-1, largest).abs(), expected, rtol=1e-5, atol=0.0)
+
+
+@every_format
+def test_blocks_of_zeros_stay_zero(format: Format) -> None:
+    weight = torch.zeros(2, 2 * format.block_size)
+    weight[1, -1] = 3.0
+    codes, scales = format.quantize(weight)
+    assert torch.equal(format.dequantize(codes, scales), weight)
+    assert scales.count_nonzero() == 1
+    assert scales.isfinite().all()
+
+
+@every_format
+def test_what_is_representable_is_exact(format: Format) -> None:
+    """Every code of the format, in a block whose largest magnitude is the lowest code's."""
+    zero = 1 << (format.bits - 1)
+    codes = torch.arange(2 * zero).repeat(8)[: 8 * format.block_size].view(8, -1)
+    codes[:, 0] = 0
+    for scale in (0.5, -0.25):
+        weight = (codes - zero) * scale
+        stored, scales = format.quantize(weight)
+        assert torch.equal(scales, torch.full((8, 1), scale))
+        assert torch.equal(format.dequantize(stored, scales), weight)
+
+
+def test_the_first_of_two_codes_is_in_the_low_nibble() -> None:
+    weight = torch.tensor([[-8.0, -7, 0, 7, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, -1]])
+    codes, scales = Format(4, 16).quantize(weight)
+    assert scales.tolist() == [[1.0]]
+    assert [f"{code:02x}" for code in codes[0].tolist()] == ["10", "f8", "a9", "cb", "88", "88", "88", "78"]
+    codes, scales = Format(8, 16).quantize(weight * 16)
+    assert codes[0].tolist() == [0, 16, 128, 240, 144, 160, 176, 192, *[128] * 7, 112]
+
+
+def test_scales_of_half_precision_are_what_the_codes_are_rounded_with() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64)
+    format = Format(8, 32, ir.DataType.FLOAT16)
+    codes, scales = format.quantize(weight)
+    assert scales.dtype == torch.float16
+    step = scales.float().abs().repeat_interleave(32, dim=1)
+    inside = (weight / scales.float().repeat_interleave(32, dim=1)) < 127.5
+    assert ((format.dequantize(codes, scales) - weight).abs() <= step / 2 * (1 + 1e-4))[inside].all()
+
+
+def run(op_type: str, inputs: list[Tensor | None], **attributes: Any) -> np.ndarray:
+    """One com.microsoft operator in ONNX Runtime."""
+    arrays = {f"input_{n}": tensor.numpy() for n, tensor in enumerate(inputs) if tensor is not None}
+    values = {name: ir.val(name, ir.DataType.from_numpy(array.dtype), array.shape) for name, array in arrays.items()}
+    initializers = []
+    for name in list(arrays)[1:]:  # but the first are weights, as in a bundle
+        if name not in ("input_1",) or op_type != "QMoE":
+            values[name].const_value = ir.tensor(arrays.pop(name), name=name)
+            initializers.append(values[name])
+    output = ir.val("output", ir.DataType.FLOAT)
+    node = ir.node(
+        op_type, [values.get(f"input_{n}") for n in range(len(inputs))], attributes, domain="com.microsoft", outputs=[output]
+    )
+    graph = ir.Graph(
+        [values[name] for name in arrays], [output], nodes=[node], initializers=initializers, name="one",
+        opset_imports={"": 18, "com.microsoft": 1},
+    )
+    proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, arrays)[0]
+
+
+@every_format
+def test_matmul_nbits_reads_it(format: Format) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 256), torch.randn(40, 256), torch.randn(40)
+    codes, scales = format.quantize(weight)
+    blocks = 256 // format.block_size
+    attributes = format.attributes(40, blocks) | {"accuracy_level": 0}
+    got = run("MatMulNBits", [x, codes.view(40, blocks, -1), scales, None, None, bias], **attributes)
+    np.testing.assert_allclose(got, x @ format.dequantize(codes, scales).T + bias, atol=1e-4)
+
+
+@every_format
+def test_gather_block_quantized_reads_it(format: Format) -> None:
+    torch.manual_seed(0)
+    codes, scales = format.quantize(torch.randn(30, 256))
+    ids = torch.tensor([[3, 29, 0], [3, 1, 2]])
+    attributes = {"bits": format.bits, "block_size": format.block_size, "gather_axis": 0, "quantize_axis": 1}
+    got = run_gather(codes, ids, scales, attributes)
+    assert np.array_equal(got, format.dequantize(codes, scales)[ids])
+
+
+def run_gather(codes: Tensor, ids: Tensor, scales: Tensor, attributes: dict[str, int]) -> np.ndarray:
+    """GatherBlockQuantized, whose first input is a weight and whose second is not."""
+    values = [ir.val(name, ir.DataType.from_numpy(t.numpy().dtype), t.shape) for name, t in zip("abc", (codes, ids, scales), strict=True)]
+    for index, tensor in ((0, codes), (2, scales)):
+        values[index].const_value = ir.tensor(tensor.numpy(), name=values[index].name)
+    output = ir.val("output", ir.DataType.FLOAT)
+    node = ir.node("GatherBlockQuantized", values, attributes, domain="com.microsoft", outputs=[output])
+    graph = ir.Graph(
+        [values[1]], [output], nodes=[node], initializers=[values[0], values[2]], name="one", opset_imports={"": 18, "com.microsoft": 1}
+    )
+    proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, {"b": ids.numpy()})[0]
+
+
+@pytest.mark.parametrize("format", [Format(4, 32), Format(4, 64)], ids=str)
+def test_qmoe_reads_it(format: Format) -> None:
+    """4 bits; with 8 QMoE rounds activations to int8 whatever accuracy_level says."""
+    torch.manual_seed(0)
+    number, hidden, intermediate, tokens = 5, 64, 128, 9
+    x, gate_up, down = torch.randn(tokens, hidden), torch.randn(number, 2 * intermediate, hidden), torch.randn(number, hidden, intermediate)
+    weights, chosen = torch.rand(tokens, 2) + 0.1, torch.rand(tokens, number).topk(2).indices
+    stored = [format.quantize(stack) for stack in (gate_up, down)]
+    gate_up, down = (format.dequantize(*parts) for parts in stored)
+    expected = modeling.experts(x[None], weights[None], chosen[None], gate_up, down)[0]
+    fc1 = [torch.stack(part.chunk(2, dim=1), dim=2).flatten(1, 2) for part in stored[0]]  # gate and up in turns
+    probs = torch.full((tokens, number), -1e4).scatter(1, chosen, weights.log())
+    got = run(
+        "QMoE", [x, probs, *fc1, None, *stored[1]], k=2, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0,
+        activation_beta=0.0, normalize_routing_weights=0, expert_weight_bits=4, block_size=format.block_size, accuracy_level=0,
+    )
+    got = got * weights.sum(dim=1, keepdim=True).numpy()
+    np.testing.assert_allclose(got, expected, atol=2e-5 * float(expected.std()), rtol=1e-4)
