@@ -31,14 +31,20 @@ def main() -> None:
         token_ids = model.tokenizer.encode(text)
         size = model.config.max_position_embeddings
         windows = [token_ids[start : start + size] for start in range(0, len(token_ids) - 1, size)]
-        scores = [model.score(window) for window in track(windows, description=bundle, console=Console(stderr=True), transient=True) if len(window) > 1]
+        scores = [
+            model.score(window)
+            for window in track(windows, description=bundle, console=Console(stderr=True), transient=True)
+            if len(window) > 1
+        ]
         count = sum(len(score.logprobs) for score in scores)
         perplexity = math.exp(-sum(float(score.logprobs.sum(dtype="f8")) for score in scores) / count)
         first = first or perplexity
         megabytes = sum(path.stat().st_size for path in Path(bundle).iterdir()) / 1e6
         manifest = model.manifest
         name = Path(bundle).name
-        print(f"| {name} | {manifest.target} | {manifest.quantize} | {megabytes:.1f} | {count} | {perplexity:.3f} | {perplexity / first - 1:+.2%} |")
+        print(
+            f"| {name} | {manifest.target} | {manifest.quantize} | {megabytes:.1f} | {count} | {perplexity:.3f} | {perplexity / first - 1:+.2%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -133,4 +133,4 @@ def sha256(path: Path) -> str:
 
 
 def _files(bundle: Path) -> Iterator[Path]:
-    return (path for path in sorted(bundle.iterdir()) if path.is_file() and path.name != MANIFEST)
+    return (path for path in sorted(bundle.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith("."))

@@ -44,6 +44,7 @@ def read_documents(path: Path) -> list[list[str]]:
 
 
 def document_text(name: str, document: list[str]) -> str:
+    """A document in one piece: verses on lines of their own, paragraphs with a blank line between."""
     return ("\n" if name == "kjv.txt" else "\n\n").join(document)
 
 

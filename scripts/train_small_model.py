@@ -106,6 +106,7 @@ class TrainableMoE(modeling.SparseMoE):
     balance_loss: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, H] -> the same shape; leaves the balancing loss in `balance_loss`."""
         tokens = x.flatten(0, 1)
         scores = self.gate(tokens)
         probabilities = scores.softmax(dim=-1)
@@ -137,6 +138,7 @@ def causal_attention(
 
 
 def trainable_model(config: PhiMoEConfig, seed: int) -> modeling.PhiMoEForCausalLM:
+    """A freshly initialised model; puts the two replacements above into `modeling` for the whole process."""
     modeling.SparseMoE, modeling.attention = TrainableMoE, causal_attention  # type: ignore[misc, assignment]
     model = modeling.PhiMoEForCausalLM(config)
     torch.manual_seed(seed)
@@ -271,6 +273,7 @@ def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Indented, in UTF-8, as transformers writes its files."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -359,6 +362,7 @@ def evaluate(corpus: Path, folder: Path) -> None:
 
 
 def main() -> None:
+    """Reads the command line; trains unless told to measure only, then measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder with the texts")
     parser.add_argument("folder", type=Path, help="folder of the checkpoint")

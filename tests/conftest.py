@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
-from phimoe_onnx.exporter.pipeline import export
+from phimoe_onnx.exporter import pipeline
 from tests.checkpoints import SHAPES, at_level_0, write_checkpoint
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
@@ -26,9 +28,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def bundle(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
     """bundle(shape, target, quantize) -> the folder of its bundle; read it, do not change it."""
     folder = tmp_path_factory.mktemp("bundles")
+    traced: dict[str, ir.Model] = {}  # tracing takes most of the time of so small an export
 
     def make(shape: str, target: str, quantize: str) -> Path:
-        return export(checkpoint(shape), folder / f"{shape}-{target}-{quantize}", target=target, quantize=quantize)
+        def trace(*arguments: Any) -> ir.Model:
+            if shape not in traced:
+                traced[shape] = original(*arguments)
+            return traced[shape].clone()
+
+        original = pipeline.trace
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "trace", trace)
+            return pipeline.export(checkpoint(shape), folder / f"{shape}-{target}-{quantize}", target=target, quantize=quantize)
 
     return functools.cache(make)
 

@@ -91,10 +91,12 @@ def test_sparse_mixer_takes_the_lower_of_equal_scores(run: Run) -> None:
     np.testing.assert_allclose(got_weights, weights, rtol=1e-6)
 
 
-@both
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 6)])
-def test_experts(run: Run, tokens: tuple[int, int]) -> None:
-    """The weights of experts that no token chose are NaN, so they cannot have been computed."""
+def test_experts(tokens: tuple[int, int]) -> None:
+    """The weights of experts that no token chose are NaN, so they cannot have been computed.
+
+    Not in onnx's reference evaluator: a Loop without a condition does not run there at all, and no bundle holds this Loop.
+    """
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(*tokens, 8), torch.randn(7, 2 * 12, 8), torch.randn(7, 8, 12)
     weights, chosen = torch.rand(*tokens, 2), torch.rand(*tokens, 4).topk(2).indices  # of the first four
@@ -102,6 +104,6 @@ def test_experts(run: Run, tokens: tuple[int, int]) -> None:
     for unused in set(range(7)) - set(chosen.flatten().tolist()):
         gate_up[unused] = down[unused] = np.nan
     assert gate_up.isnan().any()
-    (got,) = call(run, "Experts", [x, weights, chosen, gate_up, down], [ir.DataType.FLOAT])
+    (got,) = call(in_onnxruntime, "Experts", [x, weights, chosen, gate_up, down], [ir.DataType.FLOAT])
     assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-5)

@@ -71,7 +71,9 @@ def test_these_imports_are_light(statement: str) -> None:
 def test_export_is_the_function_whatever_was_imported_before() -> None:
     code = "import phimoe_onnx\nbefore = phimoe_onnx.export\nimport phimoe_onnx.exporter.pipeline\nprint(before is phimoe_onnx.export)"
     assert python(code) == "True"
-    code = "import phimoe_onnx.exporter.pipeline as p\nimport phimoe_onnx\nprint(callable(phimoe_onnx.export), phimoe_onnx.export is p.export)"
+    code = (
+        "import phimoe_onnx.exporter.pipeline as p\nimport phimoe_onnx\nprint(callable(phimoe_onnx.export), phimoe_onnx.export is p.export)"
+    )
     assert python(code) == "True True"
 
 

@@ -24,7 +24,6 @@ TEXT = Path(reference.__file__).with_name("persuasion.txt").read_text(encoding="
     [
         ("cpu", "none", "model.onnx"),
         ("portable", "none", "model.onnx"),
-        ("cpu", "int8", "model.branches.onnx" if OLD else "model.onnx"),
         ("cpu", "int4", "model.branches.onnx" if OLD else "model.onnx"),
     ],
 )

@@ -18,7 +18,6 @@ from phimoe_onnx.exporter.quantize.rtn import Format
 
 FORMATS = [Format(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
-TINY = float(np.finfo(np.float32).tiny)
 value = st.floats(-1e4, 1e4, width=32).map(lambda v: 0.0 if abs(v) < 1e-30 else v)  # far from where a scale is subnormal
 
 
@@ -54,9 +53,7 @@ def test_the_largest_magnitude_of_a_block_is_kept(drawn: tuple[Format, Tensor]) 
     format, weight = drawn
     got = format.dequantize(*format.quantize(weight)).unflatten(1, (-1, format.block_size))
     blocks = weight.unflatten(1, (-1, format.block_size))
-    largest = blocks.abs().argmax(dim=-1, keepdim=True)
-    expected = blocks.gather(-1, largest).abs()
-    torch.testing.assert_close(got.gather(-1, largest).abs(), expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(got.abs().amax(dim=-1), blocks.abs().amax(dim=-1), rtol=1e-5, atol=0.0)
 
 
 @every_format
@@ -73,7 +70,7 @@ def test_blocks_of_zeros_stay_zero(format: Format) -> None:
 def test_what_is_representable_is_exact(format: Format) -> None:
     """Every code of the format, in a block whose largest magnitude is the lowest code's."""
     zero = 1 << (format.bits - 1)
-    codes = torch.arange(2 * zero).repeat(8)[: 8 * format.block_size].view(8, -1)
+    codes = torch.arange(8 * format.block_size).view(8, -1) % (2 * zero)
     codes[:, 0] = 0
     for scale in (0.5, -0.25):
         weight = (codes - zero) * scale
@@ -112,11 +109,13 @@ def run(op_type: str, inputs: list[Tensor | None], **attributes: Any) -> np.ndar
             values[name].const_value = ir.tensor(arrays.pop(name), name=name)
             initializers.append(values[name])
     output = ir.val("output", ir.DataType.FLOAT)
-    node = ir.node(
-        op_type, [values.get(f"input_{n}") for n in range(len(inputs))], attributes, domain="com.microsoft", outputs=[output]
-    )
+    node = ir.node(op_type, [values.get(f"input_{n}") for n in range(len(inputs))], attributes, domain="com.microsoft", outputs=[output])
     graph = ir.Graph(
-        [values[name] for name in arrays], [output], nodes=[node], initializers=initializers, name="one",
+        [values[name] for name in arrays],
+        [output],
+        nodes=[node],
+        initializers=initializers,
+        name="one",
         opset_imports={"": 18, "com.microsoft": 1},
     )
     proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
@@ -171,8 +170,17 @@ def test_qmoe_reads_it(format: Format) -> None:
     fc1 = [torch.stack(part.chunk(2, dim=1), dim=2).flatten(1, 2) for part in stored[0]]  # gate and up in turns
     probs = torch.full((tokens, number), -1e4).scatter(1, chosen, weights.log())
     got = run(
-        "QMoE", [x, probs, *fc1, None, *stored[1]], k=2, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0,
-        activation_beta=0.0, normalize_routing_weights=0, expert_weight_bits=4, block_size=format.block_size, accuracy_level=0,
+        "QMoE",
+        [x, probs, *fc1, None, *stored[1]],
+        k=2,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=1.0,
+        activation_beta=0.0,
+        normalize_routing_weights=0,
+        expert_weight_bits=4,
+        block_size=format.block_size,
+        accuracy_level=0,
     )
     got = got * weights.sum(dim=1, keepdim=True).numpy()
     np.testing.assert_allclose(got, expected, atol=2e-5 * float(expected.std()), rtol=1e-4)

@@ -45,7 +45,8 @@ def _verify(arguments: argparse.Namespace) -> None:
     bundle = Path(arguments.bundle)
     given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
     thresholds = dataclasses.replace(DEFAULTS[read_manifest(bundle).quantize], **given)
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing", total=None)
         report = verify(
             bundle,

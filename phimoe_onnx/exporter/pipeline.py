@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from phimoe_onnx._version import __version__
 from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.chat_format import chat_format
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
+from phimoe_onnx.exporter.checkpoint import Stored, parameters, read_headers
 from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes import attention
 from phimoe_onnx.exporter.passes.attention import FuseAttention
@@ -32,6 +31,7 @@ from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.source import resolve
+from phimoe_onnx.exporter.staging import Journal, staged
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
 
@@ -90,9 +90,9 @@ def export(
     folder = resolve(source, revision, token)
     config = read_config(folder)
     output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
-    _check_output(output, overwrite)
     _check_shape(config, target, quantize, block_size)
-    rows = parameters(config, read_headers(folder))
+    stored = read_headers(folder)
+    rows = parameters(config, stored)
 
     report("tracing", 0, 0)
     dtype = ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
@@ -111,10 +111,11 @@ def export(
             store_half(graph)
         graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
 
-    with _staged(output, overwrite) as staging:
+    with staged(output, overwrite) as staging:
         layout = Layout()
         for file, graph in models.items():
             layout.save(graph, staging / file)
+        journal = Journal(staging, _plan(staging, models, stored))
         _check_room(staging, layout.nbytes)
         done = 0
 
@@ -123,7 +124,10 @@ def export(
             done += nbytes
             report("writing weights", done, layout.nbytes)
 
-        write_weights(layout, staging, advance)
+        try:
+            write_weights(layout, staging, journal, advance)
+        finally:
+            journal.close()
         generation = _copy(folder, staging)
         if target != "portable":
             genai = genai_config(config, generation, "model.onnx", target)
@@ -204,37 +208,22 @@ def _check_shape(config: PhiMoEConfig, target: str, quantize: str, block_size: i
         raise ExportError(f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}")
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise ExportError(f"{output}: exists already; name another --output, or pass --overwrite")
-    if output.exists() and not (output / bundle.MANIFEST).exists():
-        raise ExportError(f"{output}: exists and is no bundle, so --overwrite leaves it alone; name another --output")
+def _plan(staging: Path, models: Iterable[str], stored: dict[str, Stored]) -> str:
+    """A hash of the graphs, which say what lies where and how it was made, and of the shards' sizes and times."""
+    digest = hashlib.sha256(__version__.encode())
+    for file in models:
+        digest.update((staging / file).read_bytes())
+    for shard in sorted({where.file for where in stored.values()}):
+        status = shard.stat()
+        digest.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def _check_room(folder: Path, nbytes: int) -> None:
+    written = sum(path.stat().st_blocks * 512 for path in folder.glob("*.data"))  # by an earlier run; the files may be sparse
     free = shutil.disk_usage(folder).free
-    if nbytes > free:
+    if nbytes - written > free:
         raise ExportError(f"{folder.parent}: the weights need {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
-
-
-@contextlib.contextmanager
-def _staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its name on success and goes on failure."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise ExportError(f"{output}: cannot be written ({error.strerror})") from None
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if overwrite and output.exists():
-            shutil.rmtree(output)
-        staging.rename(output)
-    except OSError as error:
-        raise ExportError(f"{output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _copy(source: Path, staging: Path) -> dict[str, Any]:

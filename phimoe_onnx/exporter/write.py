@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.staging import Journal
 from phimoe_onnx.exporter.weights import Job, Piece, Weight, tensor_bytes
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads
@@ -78,36 +81,53 @@ class Layout:
         return file, start
 
 
-def write_weights(layout: Layout, folder: Path, advance: Callable[[int], None]) -> None:
-    """Runs every job of `layout` and writes its outputs at their places in `folder`.
+def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Callable[[int], None]) -> None:
+    """Runs every job of `layout` that the journal does not know and writes its outputs at their places in `folder`.
+
+    A worker per core takes one job at a time, so reading, computing and writing overlap, and memory holds as many jobs as
+    there are cores.
 
     Args:
-        advance: called with the number of bytes just written.
+        advance: called with the number of bytes just written, or found written.
 
     Raises:
         ExportError: the disk is full or the folder cannot be written.
         CheckpointError: a source tensor cannot be read.
     """
-    try:
-        files = {name: os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o644) for name in layout.sizes}
-    except OSError as error:
-        raise ExportError(f"{folder}: cannot be written ({error.strerror})") from None
+    files: dict[str, int] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the cores are busy with a job each
+    workers = ThreadPoolExecutor(os.cpu_count())
     try:
         for name, size in layout.sizes.items():
+            files[name] = os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o644)
             os.ftruncate(files[name], size)
-        for job, places in layout.jobs().items():
-            outputs = job.run()
-            for index, name, offset in places:
-                data = tensor_bytes(outputs[index])
-                if data.nbytes != job.nbytes[index]:
-                    raise ExportError(f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it")
-                _write_all(files[name], data.data, offset)
-                advance(data.nbytes)
+        jobs = list(enumerate(layout.jobs().items()))
+        advance(sum(sum(job.nbytes) for number, (job, _) in jobs if number in journal.done))
+        running = {
+            workers.submit(_write, job, places, files): (number, job) for number, (job, places) in jobs if number not in journal.done
+        }
+        for future in as_completed(running):
+            future.result()
+            number, job = running[future]
+            journal.add(number)
+            advance(sum(job.nbytes))
     except OSError as error:
         raise ExportError(f"{folder}: writing the weights failed ({error.strerror}); {layout.nbytes} bytes are needed in all") from None
     finally:
+        workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
         for descriptor in files.values():
             os.close(descriptor)
+
+
+def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, int]) -> None:
+    outputs = job.run()
+    for index, name, offset in places:
+        data = tensor_bytes(outputs[index])
+        if data.nbytes != job.nbytes[index]:
+            raise ExportError(f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it")
+        _write_all(files[name], data.data, offset)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

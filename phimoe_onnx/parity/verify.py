@@ -70,7 +70,7 @@ class Comparison:
         kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
         same = logits.argmax(axis=-1) == expected.argmax(axis=-1)
         before, self.tokens = self.tokens, self.tokens + len(logits)
-        self.max_difference = max(self.max_difference, float(difference.max()) / scale)
+        self.max_difference = float(np.maximum(self.max_difference, difference.max() / scale))  # keeps a NaN
         for name, values in (("mean_difference", difference / scale), ("kl", kl), ("top1_agreement", same)):
             total = getattr(self, name) * before + float(values.mean(dtype=np.float64)) * len(logits)
             setattr(self, name, total / self.tokens)

@@ -9,6 +9,8 @@ import torch
 
 from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Piece, Rows, Weight
 
+SLAB = 1 << 16  # weights that are quantised at once: what fits into a core's cache is twice as fast
+
 
 @dataclass(frozen=True)
 class Format:
@@ -35,21 +37,33 @@ class Format:
         return {"N": n, "K": blocks * self.block_size, "bits": self.bits, "block_size": self.block_size, "accuracy_level": 4}
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [N, K] -> codes uint8 [N, K * bits / 8] and scales [N, K / block_size].
+        """Rows [..., N, K] -> codes uint8 [..., N, K * bits / 8] and scales [..., N, K / block_size].
 
         The scale is signed, so that the block's largest magnitude falls on the lowest code, whose magnitude is one step
         larger than the highest's: all 2 ** bits codes are used.
         """
-        blocks = weight.float().unflatten(-1, (-1, self.block_size))
-        low, high = blocks.aminmax(dim=-1, keepdim=True)
+        *outer, k = weight.shape
+        rows = weight.reshape(-1, k)
+        codes = torch.empty(len(rows), k * self.bits // 8, dtype=torch.uint8)
+        scales = torch.empty(len(rows), k // self.block_size, dtype=FLOATS[self.dtype])
+        step = max(1, SLAB // k)
+        for slab in (slice(start, start + step) for start in range(0, len(rows), step)):
+            self._quantize_slab(rows[slab], codes[slab], scales[slab])
+        return codes.view(*outer, -1), scales.view(*outer, -1)
+
+    def _quantize_slab(self, rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Fills `codes` and `scales` for some rows."""
+        blocks = rows.to(torch.float32, copy=True).unflatten(-1, (-1, self.block_size))
+        low, high = blocks.amin(dim=-1, keepdim=True), blocks.amax(dim=-1, keepdim=True)
         zero = 1 << (self.bits - 1)
-        stored = (torch.where(-low > high, low, high) / -zero).to(FLOATS[self.dtype])
-        scales = stored.float()
-        inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-        codes = (blocks * inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8).flatten(-2)
-        if self.bits == 4:
-            codes = codes[..., ::2] | (codes[..., 1::2] << 4)
-        return codes, stored.squeeze(-1)
+        scales.copy_((torch.where(-low > high, low, high) / -zero).squeeze(-1))
+        scale = scales.float().unsqueeze(-1)
+        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+        wide = blocks.mul_(inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8).flatten(-2)
+        if self.bits == 4:  # two codes as one little-endian int16, 0x0b0a, whose low byte becomes 0xba
+            pairs = wide.view(torch.int16)
+            wide = pairs.bitwise_or(pairs >> 4).to(torch.uint8)
+        codes.copy_(wide)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The float32 rows [N, K] that `quantize`'s result stands for."""

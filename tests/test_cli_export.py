@@ -1,0 +1,143 @@
+"""phimoe-export as a process would see it, and --help of every command."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phimoe_onnx.bundle import describe_files, read_manifest
+from phimoe_onnx.cli.export import main
+from phimoe_onnx.exporter.checkpoint import SINGLE
+from tests.checkpoints import BASE, write_checkpoint
+
+Bundle = Callable[[str, str, str], Path]
+Checkpoint = Callable[[str], Path]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4825360\n"
+
+
+def test_it_says_where_the_bundle_is(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bundle"
+    assert main([str(checkpoint("plain")), "-o", str(output), "--quantize", "int4"]) == 0
+    out, errors = capsys.readouterr()
+    size = sum(path.stat().st_size for path in output.iterdir())
+    assert out.startswith(f"{output}: {size / 1e6:.1f} MB in ")
+    assert out.count("\n") == 1
+    assert "error" not in errors
+    assert describe_files(output) == describe_files(bundle("plain", "cpu", "int4"))
+
+
+def test_its_options_reach_the_bundle(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    output = tmp_path / "bundle"
+    assert main([str(checkpoint("plain")), "-o", str(output), "--quantize", "int8", "--block-size", "16"]) == 0
+    manifest = read_manifest(output)
+    assert (manifest.target, manifest.quantize, manifest.weights["experts"]) == ("cpu", "int8", "int8, block 16")
+    assert main([str(checkpoint("plain")), "--output", str(output), "--target", "portable", "--overwrite"]) == 0
+    manifest = read_manifest(output)
+    assert (manifest.target, manifest.quantize) == ("portable", "none")
+
+
+def config(**changes: object) -> Callable[[Path], object]:
+    """Writes another config.json."""
+    return lambda folder: (folder / "config.json").write_text(json.dumps(BASE | changes))
+
+
+def truncated(folder: Path) -> None:
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+        (lambda folder: (folder / "config.json").write_text(POINTER), "config.json: is a Git LFS pointer"),
+        (config(model_type="mixtral", architectures=["MixtralForCausalLM"]), "model_type is 'mixtral', expected 'phimoe'"),
+        (config(num_experts_per_tok=3), "num_experts_per_tok is 3"),
+        (config(num_hidden_layers=3), "lacks the tensor model.layers.2."),
+        (config(intermediate_size=80), "has the shape [96, 64]"),
+        (config(lm_head_bias=False), "lm_head.bias (1 such)"),
+        (truncated, "model.safetensors: is truncated"),
+        (lambda folder: (folder / SINGLE).write_text(POINTER), "model.safetensors: is a Git LFS pointer"),
+        (lambda folder: (folder / SINGLE).unlink(), "only safetensors checkpoints are read"),
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    damage(folder)
+    assert_fails(capsys, [str(folder), "-o", str(tmp_path / "bundle")], message)
+    assert not list(tmp_path.glob("*bundle*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["CHECKPOINT", "--target", "tpu"], "target is 'tpu', expected one of cpu, cuda, portable"),
+        (["CHECKPOINT", "--quantize", "int3"], "quantize is 'int3', expected one of none, fp16, int8, int4"),
+        (["CHECKPOINT", "--quantize", "int4", "--block-size", "64"], "choose from [16, 32]"),
+        (["CHECKPOINT", "--quantize", "int4", "--target", "portable"], "use none or fp16"),
+        (["CHECKPOINT", "-o", "EXISTING"], "exists already; name another --output, or pass --overwrite"),
+        (["CHECKPOINT", "-o", "EXISTING", "--overwrite"], "is no bundle, so --overwrite leaves it alone"),
+        (["CHECKPOINT", "-o", "FILE/bundle"], "cannot be written"),
+        (["FILE"], "is a file, expected the folder of a checkpoint"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "existing").mkdir()
+    (tmp_path / "file").write_text("")
+    names = {"CHECKPOINT": str(checkpoint("plain")), "EXISTING": "existing", "FILE": "file", "FILE/bundle": "file/bundle"}
+    assert_fails(capsys, [names.get(argument, argument) for argument in arguments], message)
+    assert {path.name for path in tmp_path.iterdir()} == {"existing", "file"}
+
+
+def assert_fails(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(arguments) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("export", ["SOURCE", "--output", "--quantize", "--target", "--block-size", "--revision", "--token", "--overwrite"]),
+        ("verify", ["BUNDLE", "--reference", "--text", "--junit", "--json", "--max-kl", "--max-perplexity-ratio"]),
+        ("generate", ["BUNDLE", "PROMPT", "--max-new-tokens", "--temperature", "--seed", "--stop"]),
+        ("chat", ["BUNDLE", "--system", "--top-p"]),
+    ],
+)
+def test_help(capsys: pytest.CaptureFixture[str], command: str, words: list[str]) -> None:
+    module = importlib.import_module(f"phimoe_onnx.cli.{command}")
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    output, errors = capsys.readouterr()
+    assert output.startswith(f"usage: phimoe-{command} ")
+    assert errors == ""
+    for word in words:
+        assert word in output
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "generate", "chat"])
+def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    module = importlib.import_module(f"phimoe_onnx.cli.{command}")
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--nonsense"])
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
