@@ -42,9 +42,8 @@ def main() -> None:
         megabytes = sum(path.stat().st_size for path in Path(bundle).iterdir()) / 1e6
         manifest = model.manifest
         name = Path(bundle).name
-        print(
-            f"| {name} | {manifest.target} | {manifest.quantize} | {megabytes:.1f} | {count} | {perplexity:.3f} | {perplexity / first - 1:+.2%} |"
-        )
+        figures = f"{megabytes:.1f} | {count} | {perplexity:.3f} | {perplexity / first - 1:+.2%}"
+        print(f"| {name} | {manifest.target} | {manifest.quantize} | {figures} |")
 
 
 if __name__ == "__main__":

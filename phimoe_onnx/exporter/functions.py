@@ -1,7 +1,8 @@
-"""The three seams of modeling.py as ONNX functions in standard operators: what the portable target runs.
+"""The three seams of modeling.py as ONNX functions in standard operators, with which the traced graph is a whole model.
 
 Each computes exactly what the function of the same name in modeling.py does, in the same order; the letters of the shapes
-are those of that file. The bodies are onnxscript: Python syntax that becomes a graph, `for` a Loop and `if` an If.
+are those of that file. The bodies are onnxscript: Python syntax that becomes a graph, `for` a Loop and `if` an If. The portable
+target inlines Attention and SparseMixer; the experts become branches, which read their weights in place and not through Gather.
 """
 
 from __future__ import annotations

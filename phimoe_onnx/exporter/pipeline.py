@@ -31,7 +31,7 @@ from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.source import resolve
-from phimoe_onnx.exporter.staging import Journal, staged
+from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
 
@@ -90,6 +90,7 @@ def export(
     folder = resolve(source, revision, token)
     config = read_config(folder)
     output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
+    check_output(output, overwrite)
     _check_shape(config, target, quantize, block_size)
     stored = read_headers(folder)
     rows = parameters(config, stored)
@@ -111,7 +112,7 @@ def export(
             store_half(graph)
         graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
 
-    with staged(output, overwrite) as staging:
+    with staged(output) as staging:
         layout = Layout()
         for file, graph in models.items():
             layout.save(graph, staging / file)

@@ -18,20 +18,24 @@ JOURNAL = ".journal"
 LOCK = ".lock"
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises ExportError where `output` exists and may not be replaced; only bundles ever are."""
+    if output.exists() and not overwrite:
+        raise ExportError(f"{output}: exists already; name another --output, or pass --overwrite")
+    if output.exists() and not (output / bundle.MANIFEST).exists():
+        raise ExportError(f"{output}: exists and is no bundle, so --overwrite leaves it alone; name another --output")
+
+
 @contextlib.contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its name at the end of the block.
+def staged(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` that takes its name, and its place if it exists, at the end of the block.
 
     What an earlier, killed export left there is still in it. An error removes it, an interrupt or a kill leaves it for the
     next run to go on with.
 
     Raises:
-        ExportError: the output exists and may not be replaced, another export is writing it, or it cannot be written.
+        ExportError: another export is writing the output, or it cannot be written.
     """
-    if output.exists() and not overwrite:
-        raise ExportError(f"{output}: exists already; name another --output, or pass --overwrite")
-    if output.exists() and not (output / bundle.MANIFEST).exists():
-        raise ExportError(f"{output}: exists and is no bundle, so --overwrite leaves it alone; name another --output")
     staging, replaced = (output.parent / f".{output.name}.{state}" for state in ("partial", "replaced"))
     try:
         staging.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,8 @@ class Format:
         """Rows [..., N, K] -> codes uint8 [..., N, K * bits / 8] and scales [..., N, K / block_size].
 
         The scale is signed, so that the block's largest magnitude falls on the lowest code, whose magnitude is one step
-        larger than the highest's: all 2 ** bits codes are used.
+        larger than the highest's: all 2 ** bits codes are used. Values are off by half a step at most, but for those within
+        half a step of the largest magnitude with the other sign, which are clipped to one step less.
         """
         *outer, k = weight.shape
         rows = weight.reshape(-1, k)
