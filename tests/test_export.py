@@ -400,7 +400,9 @@ def test_no_block_size_fits(tmp_path: Path) -> None:
         export(folder, tmp_path / "bundle", quantize="int4")
 
 
-def test_an_existing_output_is_left_alone(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle) -> None:
+def test_an_existing_output_is_left_alone(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = bundle("window", "cpu", "none")
+    monkeypatch.setattr(pipeline, "trace", lambda *_: pytest.fail("no work before the check"))
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "precious.txt").write_text("keep")
@@ -413,9 +415,10 @@ def test_an_existing_output_is_left_alone(tmp_path: Path, checkpoint: Checkpoint
     file.write_text("keep")
     with pytest.raises(ExportError, match="no bundle"):
         export(checkpoint("plain"), file, overwrite=True)
-    old = Path(shutil.copytree(bundle("window", "cpu", "none"), tmp_path / "bundle"))
+    old = Path(shutil.copytree(window, tmp_path / "bundle"))
     with pytest.raises(ExportError, match="exists already"):
         export(checkpoint("plain"), old)
+    monkeypatch.undo()
     assert export(checkpoint("plain"), old, overwrite=True) == old
     assert describe_files(old) == describe_files(bundle("plain", "cpu", "none"))
 
