@@ -71,7 +71,7 @@ def main() -> None:
     if left:
         raise SystemExit(f"left behind: {', '.join(left)}")
     print(
-        f"{killed} exports killed, {finished} complete before the kill, every bundle whole, the last one byte-identical, nothing left behind"
+    print(f"{killed} exports killed, {finished} were complete; every bundle whole, the last one byte-identical, nothing left behind")
     )
     shutil.rmtree(folder)
 
