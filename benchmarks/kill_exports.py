@@ -70,9 +70,7 @@ def main() -> None:
     left = sorted(path.name for path in folder.iterdir() if path.name not in ("warm", "undisturbed", "bundle"))
     if left:
         raise SystemExit(f"left behind: {', '.join(left)}")
-    print(
     print(f"{killed} exports killed, {finished} were complete; every bundle whole, the last one byte-identical, nothing left behind")
-    )
     shutil.rmtree(folder)
 
 
