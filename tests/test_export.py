@@ -485,7 +485,7 @@ def count_jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_interrupted_export_goes_on_where_it_was(
     tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "bundle"
+    output, uninterrupted = tmp_path / "bundle", bundle("plain", "cpu", "int4")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 30)
         with pytest.raises(KeyboardInterrupt):
@@ -494,7 +494,7 @@ def test_an_interrupted_export_goes_on_where_it_was(
     jobs = count_jobs(monkeypatch)
     export(checkpoint("plain"), output, quantize="int4")
     resumed = len(jobs)
-    assert describe_files(output) == describe_files(bundle("plain", "cpu", "int4"))
+    assert describe_files(output) == describe_files(uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     export(checkpoint("plain"), output, quantize="int4", overwrite=True)
     assert len(jobs) - resumed == resumed + 30 > 30  # all of them
@@ -514,7 +514,7 @@ def test_what_another_checkpoint_left_is_not_used(
 
 
 def test_one_export_at_a_time_writes_a_bundle(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    with staged(tmp_path / "bundle", False), pytest.raises(ExportError, match="another export is writing this bundle"):
+    with staged(tmp_path / "bundle"), pytest.raises(ExportError, match="another export is writing this bundle"):
         export(checkpoint("plain"), tmp_path / "bundle")
 
 
