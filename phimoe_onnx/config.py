@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
         raise ConfigError(f"{where}: num_experts_per_tok is {raw['num_experts_per_tok']}, SparseMixer routes to 2")
     hidden_size = read.count("hidden_size")
     heads = read.count("num_attention_heads")
-    kv_heads = read.count("num_key_value_heads", heads)
+    kv_heads = read.count("num_key_value_heads")
     if heads % kv_heads:
         raise ConfigError(f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
     if raw.get("head_dim") is None and hidden_size % heads:
@@ -124,7 +125,6 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
         raise ConfigError(f"{where}: num_local_experts is {experts}, expected 2 or more")
     max_positions = read.count("max_position_embeddings")
     rope_theta, longrope = _rope(read, head_dim, max_positions)
-    eos = raw.get("eos_token_id")
     return PhiMoEConfig(
         vocab_size=read.count("vocab_size"),
         hidden_size=hidden_size,
@@ -139,12 +139,12 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
         rope_theta=rope_theta,
         longrope=longrope,
         sliding_window=None if raw.get("sliding_window") is None else read.count("sliding_window"),
-        router_jitter_noise=read.number("router_jitter_noise", 0.01),
+        router_jitter_noise=read.number("router_jitter_noise", 0.01, zero=True),
         attention_bias=read.get("attention_bias", bool, False),
         lm_head_bias=read.get("lm_head_bias", bool, False),
         tie_word_embeddings=read.get("tie_word_embeddings", bool, False),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
+        eos_token_id=read.token_ids("eos_token_id"),
     )
 
 
@@ -171,12 +171,22 @@ class _Reader:
             raise ConfigError(f"{self.where}: {key} is {value}, expected a positive integer")
         return int(value)
 
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self.get(key, (int, float), default))
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        value = float(self.get(key, (int, float), default))
+        if not (0 < value < math.inf or (zero and value == 0)):
+            raise ConfigError(f"{self.where}: {key} is {value}, expected a positive number")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.raw.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(id) is int and id >= 0 for id in ids):
+            raise ConfigError(f"{self.where}: {key} is {value!r}, expected a token id or several")
+        return tuple(ids)
 
     def factors(self, key: str, length: int) -> tuple[float, ...]:
         values = self.get(key, list)
-        if len(values) != length or not all(isinstance(v, int | float) and v > 0 for v in values):
+        if len(values) != length or not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
             raise ConfigError(f"{self.where}: {key} has {len(values)} entries, expected head_dim / 2 = {length} positive numbers")
         return tuple(float(v) for v in values)
 
@@ -189,7 +199,7 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> tuple[float, Long
         raise ConfigError(f"{read.where}: {name} is {scaling!r}, expected an object or null")
     theta = scaling.get("rope_theta", read.raw.get("rope_theta"))
     inner = _Reader({**scaling, "rope_theta": theta}, f"{read.where}: {name}")
-    rope_theta = inner.number("rope_theta", 10000.0)
+    rope_theta = inner.number("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return rope_theta, None

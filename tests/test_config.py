@@ -81,18 +81,18 @@ def test_every_spelling_of_longrope(rope: dict[str, Any], theta: str) -> None:
 @pytest.mark.parametrize(
     "rope",
     [
-        {},
-        {"rope_scaling": None},
-        {"rope_scaling": {}},
-        {"rope_scaling": {"type": "default"}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-        {"rope_parameters": None, "rope_scaling": None},
+        {"rope_theta": 500.0},
+        {"rope_theta": 500.0, "rope_scaling": None},
+        {"rope_theta": 500.0, "rope_scaling": {}},
+        {"rope_theta": 500.0, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_theta": 500.0, "rope_parameters": None, "rope_scaling": None},
     ],
 )
 def test_every_spelling_of_plain_rope(rope: dict[str, Any]) -> None:
     config = parse_config(without("rope_theta", "rope_scaling") | rope)
     assert config.longrope is None
-    assert config.rope_theta == 10000.0
+    assert config.rope_theta == 500.0
 
 
 def test_longrope_without_a_boundary_ends_where_the_context_does() -> None:
@@ -102,9 +102,10 @@ def test_longrope_without_a_boundary_ends_where_the_context_does() -> None:
 
 
 def test_defaults() -> None:
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    needed = (*shape, "max_position_embeddings", "rope_theta")
     config = parse_config({"model_type": "phimoe"} | {key: BASE[key] for key in needed})
-    expected = parse_config(BASE | {"num_key_value_heads": 4, "attention_bias": False, "lm_head_bias": False})
+    expected = parse_config(BASE | {"attention_bias": False, "lm_head_bias": False})
     assert config == dataclasses.replace(expected, bos_token_id=None, eos_token_id=())
     assert config.head_dim == 16
     assert config.num_local_experts == 16
@@ -165,6 +166,15 @@ def test_the_small_model() -> None:
         (BASE | {"rope_parameters": {"rope_type": "linear"}}, ["rope", "'linear'", "longrope"]),
         (BASE | {"rope_scaling": "longrope"}, ["rope_scaling", "'longrope'", "object"]),
         (BASE | {"rope_theta": "1e4"}, ["rope_theta", "'1e4'", "wrong type"]),
+        (BASE | {"rope_theta": None}, ["rope_theta", "missing"]),
+        (BASE | {"rope_theta": 0}, ["rope_theta", "0.0", "positive"]),
+        (BASE | {"rms_norm_eps": -1e-5}, ["rms_norm_eps", "-1e-05", "positive"]),
+        (BASE | {"router_jitter_noise": -0.1}, ["router_jitter_noise", "-0.1", "positive"]),
+        (BASE | {"rope_scaling": longrope(16) | {"long_mscale": float("nan")}}, ["long_mscale", "nan", "positive"]),
+        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + [True]}}, ["long_factor", "positive"]),
+        (BASE | {"eos_token_id": "x"}, ["eos_token_id", "'x'", "token id"]),
+        (BASE | {"eos_token_id": [7, 1.5]}, ["eos_token_id", "1.5", "token id"]),
+        (BASE | {"bos_token_id": "a"}, ["bos_token_id", "'a'", "token id"]),
         (BASE | {"rope_scaling": longrope(32)}, ["rope_scaling", "short_factor", "16 entries", "head_dim / 2 = 8"]),
         (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7}}, ["rope_scaling", "long_factor", "7 entries", "8"]),
         (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + [0.0]}}, ["rope_scaling", "long_factor", "positive"]),

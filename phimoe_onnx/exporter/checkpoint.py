@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,8 +183,11 @@ def _stored(file: Path, name: str, entry: Any, data_bytes: int) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         inside = 0 <= begin <= end <= data_bytes
+        whole = end - begin == math.prod(shape) * DTYPES[dtype] if dtype in DTYPES else True
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: the header's entry for {name} is damaged; download the shard again") from None
     if not inside:
         raise CheckpointError(f"{file}: is truncated, {name} ends {end - data_bytes} bytes past its end; download it again")
+    if not whole:
+        raise CheckpointError(f"{file}: {name} has {end - begin} bytes, which do not fit {dtype} {list(shape)}; download the shard again")
     return Stored(file, dtype, shape)

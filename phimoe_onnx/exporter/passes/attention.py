@@ -32,7 +32,8 @@ class FuseAttention(ir.passes.InPlacePass):
        and W_v (and the biases) below each other.
     2. Attention becomes com.microsoft.GroupQueryAttention with rope inside, over tables of cos and sin that hold a row per
        position. With longrope the rows of the short factors come first and those of the long factors after them, and
-       `position_ids` point into one or the other by the length of each row of the batch.
+       `position_ids` point into one or the other by the length of each row of the batch. In a first prompt of several rows
+       the operator takes row 0's choice for all (ONNX Runtime 1.32), so rows on both sides of the boundary are to be run alone.
     3. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
 
     Matches exactly `num_hidden_layers` places.
