@@ -191,6 +191,7 @@ def header(folder: Path, entry: object) -> None:
         (lambda f: header(f, {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}), [SHARD, "lm_head.bias", "damaged"]),
         (lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}), [SHARD, "lm_head.bias", "damaged"]),
         (lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 17]}), [SHARD, "lm_head.bias", "truncated"]),
+        (lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}), [SHARD, "lm_head.bias", "8 bytes", "F32 [4]"]),
         (lambda f: edit_index(f, lambda m: m.update({"model.absent": SHARD})), [SHARD, "model.absent", INDEX]),
         (lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": "absent.safetensors"})), ["absent.safetensors", "missing"]),
         (lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": 5})), [INDEX, "weight_map"]),
