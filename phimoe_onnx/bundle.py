@@ -78,7 +78,9 @@ class Manifest:
     def write(self, bundle: Path) -> None:
         """Writes manifest.json into `bundle`."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        draft = bundle / f".{MANIFEST}"  # renamed in one step, so that a reader never sees half of it
+        draft.write_text(text + "\n", encoding="utf-8")
+        draft.replace(bundle / MANIFEST)
 
 
 def read_manifest(bundle: Path) -> Manifest:

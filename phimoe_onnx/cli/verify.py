@@ -63,7 +63,10 @@ def _verify(arguments: argparse.Namespace) -> None:
         _write(arguments.json, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     if arguments.junit:
         _write(arguments.junit, reports.junit(report))
-    reports.record(report, bundle)
+    try:
+        reports.record(report, bundle)
+    except OSError as error:
+        print(f"note: the summary is not in {bundle}/manifest.json, which cannot be written ({error.strerror})", file=sys.stderr)
     if report.failures:
         raise PhiMoEError(f"{bundle}: " + "; ".join(report.failures))
 
