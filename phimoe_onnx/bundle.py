@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from phimoe_onnx.errors import BundleError, ConfigError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_HASH_BLOCK = 1 << 20  # bytes
 HASH_LIMIT = 256 << 20  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
 
 INPUT_IDS = "input_ids"  # int64 [batch, sequence]
@@ -123,16 +126,24 @@ def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = Fal
             raise BundleError(f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again")
 
 
-def describe_files(bundle: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in `bundle` but the manifest, by name."""
-    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in _files(bundle)}
+def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `bundle` but the manifest, by name; `advance` is called with the bytes just read."""
+    paths = _files(bundle)
+    with ThreadPoolExecutor(os.cpu_count()) as workers:  # hashlib lets other threads run
+        hashes = workers.map(lambda path: sha256(path, advance), paths)
+        return {path.name: {"size": path.stat().st_size, "sha256": hash} for path, hash in zip(paths, hashes, strict=True)}
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """The file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+            if advance:
+                advance(len(block))
+    return digest.hexdigest()
 
 
-def _files(bundle: Path) -> Iterator[Path]:
-    return (path for path in sorted(bundle.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith("."))
+def _files(bundle: Path) -> list[Path]:
+    return [path for path in sorted(bundle.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,16 @@ def test_it_says_where_the_bundle_is(tmp_path: Path, checkpoint: Checkpoint, bun
     out, errors = capsys.readouterr()
     size = sum(path.stat().st_size for path in output.iterdir())
     assert out.startswith(f"{output}: {size / 1e6:.1f} MB in ")
-    assert out.count("\n") == 1
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[2:-1]}
+    assert rows["experts"][1:4] == ["int4,", "block", "32"]
+    assert sum(float(row[-2]) for row in rows.values() if row[0] != "rope") == pytest.approx(_data_bytes(output) / 1e6, abs=0.1)
+    assert re.fullmatch(r"reading .* s, tracing .* s, writing weights .* s, hashing .* s; peak memory \d\.\d\d GiB", out.splitlines()[-1])
     assert "error" not in errors
     assert describe_files(output) == describe_files(bundle("plain", "cpu", "int4"))
+
+
+def _data_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.data"))
 
 
 def test_its_options_reach_the_bundle(tmp_path: Path, checkpoint: Checkpoint) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import onnx_ir as ir
@@ -19,8 +20,8 @@ from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.chat_format import chat_format
 from phimoe_onnx.exporter.checkpoint import Stored, parameters, read_headers
+from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_for
 from phimoe_onnx.exporter.genai import genai_config
-from phimoe_onnx.exporter.passes import attention
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
@@ -35,8 +36,6 @@ from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
 
-TARGETS = ("cpu", "cuda", "portable")
-QUANTIZE = ("none", "fp16", "int8", "int4")
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -45,8 +44,6 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -56,7 +53,7 @@ def export(
     *,
     quantize: str = "none",
     target: str = "cpu",
-    block_size: int = 32,
+    block_size: int | None = None,
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -70,7 +67,7 @@ def export(
         quantize: "none" (float32 for the CPU, float16 for CUDA), "fp16" (weights stored as float16), "int8" or "int4"
             (experts, attention and lm_head block-wise in that width, embeddings int8, router float32).
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
-        block_size: how many neighbours of a row share a scale.
+        block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the shape.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
         progress: called with a phase, the bytes done and the bytes to do.
@@ -83,21 +80,18 @@ def export(
         ExportError: the options do not fit, or the output cannot be written.
     """
     report = progress or (lambda phase, done, total: None)
-    if target not in TARGETS:
-        raise ExportError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
-    if quantize not in QUANTIZE:
-        raise ExportError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZE)}")
+    check_names(target, quantize)
+    report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
     output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
-    _check_shape(config, target, quantize, block_size)
+    format = format_for(config, target, quantize, block_size)
     stored = read_headers(folder)
     rows = parameters(config, stored)
 
     report("tracing", 0, 0)
-    dtype = ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
-    format = Format(int(quantize[3:]), block_size, dtype) if quantize.startswith("int") else None
+    dtype = activation_dtype(target)
     model = trace(config, rows, dtype)
     _fuse(model, config, target, format)
     models = {"model.onnx": model}
@@ -118,22 +112,14 @@ def export(
             layout.save(graph, staging / file)
         journal = Journal(staging, _plan(staging, models, stored))
         _check_room(staging, layout.nbytes)
-        done = 0
-
-        def advance(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            report("writing weights", done, layout.nbytes)
-
         try:
-            write_weights(layout, staging, journal, advance)
+            write_weights(layout, staging, journal, _advance(report, "writing weights", layout.nbytes))
         finally:
             journal.close()
         generation = _copy(folder, staging)
         if target != "portable":
             genai = genai_config(config, generation, "model.onnx", target)
             (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-        report("hashing", 0, 0)
         bundle.Manifest(
             tool_version=__version__,
             source=str(source) if not Path(source).exists() else folder.resolve().name,
@@ -143,10 +129,24 @@ def export(
             dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
             weights=_describe(quantize, target, format),
             graphs=tuple(bundle.Graph(file, _minimum_onnxruntime(graph)) for file, graph in models.items()),
-            files=bundle.describe_files(staging),
+            files=bundle.describe_files(staging, _advance(report, "hashing", layout.nbytes)),
             chat=chat_format(folder),
         ).write(staging)
     return output
+
+
+def _advance(report: Progress, phase: str, total: int) -> Callable[[int], None]:
+    """Counts bytes, from any thread, into reports of `phase`."""
+    done = 0
+    lock = Lock()
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            report(phase, min(done, total), total)
+
+    return advance
 
 
 # The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is slow, from
@@ -186,27 +186,6 @@ def _clean(model: ir.Model) -> None:
     common.RemoveUnusedOpsetsPass()(model)
     common.TopologicalSortPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
-
-
-def _check_shape(config: PhiMoEConfig, target: str, quantize: str, block_size: int) -> None:
-    """Raises ExportError for what the target or the quantiser does not take, before any work is done."""
-    if target == "portable" and quantize.startswith("int"):
-        raise ExportError(
-            f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; use none or fp16"
-        )
-    if target != "portable":
-        attention.check(config)
-    if not quantize.startswith("int"):
-        return
-    widths = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
-    }
-    fitting = [size for size in BLOCK_SIZES if not any(width % size for width in widths.values())]
-    if block_size not in fitting:
-        shapes = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise ExportError(f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}")
 
 
 def _plan(staging: Path, models: Iterable[str], stored: dict[str, Stored]) -> str:

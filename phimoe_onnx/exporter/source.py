@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from phimoe_onnx.errors import CheckpointError
+from phimoe_onnx.exporter.checkpoint import Stored, read_headers
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
@@ -31,3 +32,13 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{source}: no such folder, and the hub gave no model of this name ({reason})") from None
+
+
+def headers(source: str | Path, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, Stored]]:
+    """The folder with config.json and every tensor's entry, of a local folder or of a hub id whose weights are not downloaded.
+
+    Raises:
+        CheckpointError: as for `resolve` and `read_headers`.
+    """
+    folder = resolve(source, revision, token)
+    return folder, read_headers(folder)

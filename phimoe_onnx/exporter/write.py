@@ -21,7 +21,8 @@ FILE_LIMIT = 8 << 30  # bytes after which a new data file begins
 class Layout:
     """Where every piece lies: data file and offset, decided before anything is computed, from sizes alone.
 
-    Graphs laid out by the same Layout share pieces, so a second graph over the same weights adds no data.
+    Graphs laid out by the same Layout share pieces, so a second graph over the same weights adds no data. Scales have files of
+    their own, whose pages the runtime lets go of when a graph is loaded (runtime/mapped.py).
     """
 
     def __init__(self, stem: str = "model", file_limit: int = FILE_LIMIT) -> None:
@@ -29,6 +30,7 @@ class Layout:
         self.file_limit = file_limit
         self.places: dict[Piece, tuple[str, int]] = {}
         self.sizes: dict[str, int] = {}
+        self._open: dict[str, str] = {}  # the last file of each kind
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +70,12 @@ class Layout:
         return first
 
     def _append(self, weight: Weight) -> tuple[str, int]:
-        files = list(self.sizes)
-        file = files[-1] if files else f"{self.stem}.data"
-        if files and self.sizes[file] + weight.nbytes > self.file_limit:
-            file = f"{self.stem}.{len(files)}.data"
+        stem = f"{self.stem}.scales" if weight.name.endswith(".scales") else self.stem
+        file = self._open.get(stem, f"{stem}.data")
         start = -(-self.sizes.get(file, 0) // ALIGNMENT) * ALIGNMENT
+        if start and start + weight.nbytes > self.file_limit:
+            file, start = f"{stem}.{sum(name.startswith(f'{stem}.') for name in self.sizes)}.data", 0
+        self._open[stem] = file
         offset = start
         for piece in weight.pieces:
             self.places[piece] = (file, offset)

@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from phimoe_onnx.bundle import Graph, Manifest
 from phimoe_onnx.errors import DeviceError
+from phimoe_onnx.runtime.mapped import released
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
@@ -38,7 +39,8 @@ def open_session(bundle: Path, manifest: Manifest, device: str, threads: int | N
     provider = PROVIDERS[device]
     path = bundle / graph.file
     try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
+        with released(bundle):
+            session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's exceptions have no common base below this
         raise DeviceError(f"{path}: ONNX Runtime {ort.__version__} cannot load it on {device}: {error}") from error
     if provider not in session.get_providers():

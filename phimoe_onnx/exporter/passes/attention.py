@@ -141,6 +141,11 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, be
     return [seqlens_k, total, cos, sin, position_ids]
 
 
+def rope_rows(config: PhiMoEConfig) -> int:
+    """How many rows each rope table has."""
+    return config.max_position_embeddings + (_short_rows(config) if config.longrope else 0)
+
+
 def _short_rows(config: PhiMoEConfig) -> int:
     assert config.longrope
     return min(config.longrope.original_max_position_embeddings, config.max_position_embeddings)

@@ -1,0 +1,62 @@
+"""Which targets and stored forms there are, and the block-wise format that a model's shape takes."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.passes import attention
+from phimoe_onnx.exporter.quantize.rtn import Format
+
+TARGETS = ("cpu", "cuda", "portable")
+QUANTIZE = ("none", "fp16", "int8", "int4")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+LARGEST_DEFAULT_BLOCK = 64
+
+
+def activation_dtype(target: str) -> ir.DataType:
+    """The dtype of activations and cache."""
+    return ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
+
+
+def check_names(target: str, quantize: str) -> None:
+    """Raises ExportError for an unknown target or form."""
+    if target not in TARGETS:
+        raise ExportError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    if quantize not in QUANTIZE:
+        raise ExportError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZE)}")
+
+
+def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int | None) -> Format | None:
+    """How the experts and projections are stored, None where they are not quantised.
+
+    Args:
+        config: the model's shape.
+        target: one of TARGETS.
+        quantize: one of QUANTIZE.
+        block_size: None is the largest number up to 64 that divides the widths.
+
+    Raises:
+        ExportError: the target or the quantiser does not take the model's shape or this block size.
+    """
+    if target == "portable" and quantize.startswith("int"):
+        raise ExportError(
+            f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; use none or fp16"
+        )
+    if target != "portable":
+        attention.check(config)
+    if not quantize.startswith("int"):
+        return None
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
+    }
+    fitting = [size for size in BLOCK_SIZES if not any(width % size for width in widths.values())]
+    if block_size is None:
+        block_size = max((size for size in fitting if size <= LARGEST_DEFAULT_BLOCK), default=LARGEST_DEFAULT_BLOCK)
+    if block_size not in fitting:
+        shapes = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ExportError(f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}")
+    return Format(int(quantize[3:]), block_size, activation_dtype(target))
