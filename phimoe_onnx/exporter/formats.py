@@ -11,6 +11,7 @@ from phimoe_onnx.exporter.quantize.rtn import Format
 
 TARGETS = ("cpu", "cuda", "portable")
 QUANTIZE = ("none", "fp16", "int8", "int4")
+KV_CACHE = ("none", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 LARGEST_DEFAULT_BLOCK = 64
 
@@ -20,12 +21,16 @@ def activation_dtype(target: str) -> ir.DataType:
     return ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
 
 
-def check_names(target: str, quantize: str) -> None:
-    """Raises ExportError for an unknown target or form."""
+def check_names(target: str, quantize: str, kv_cache: str = "none") -> None:
+    """Raises ExportError for an unknown target or form, or a cache that the target does not know."""
     if target not in TARGETS:
         raise ExportError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
     if quantize not in QUANTIZE:
         raise ExportError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZE)}")
+    if kv_cache not in KV_CACHE:
+        raise ExportError(f"kv_cache is {kv_cache!r}, expected one of {', '.join(KV_CACHE)}")
+    if target == "portable" and kv_cache != "none":
+        raise ExportError(f"--target portable has no --kv-cache {kv_cache}: the standard operators keep keys and values as they are")
 
 
 def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int | None) -> Format | None:

@@ -24,6 +24,7 @@ from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_f
 from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
+from phimoe_onnx.exporter.passes.cache import QuantizeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
@@ -54,6 +55,7 @@ def export(
     quantize: str = "none",
     target: str = "cpu",
     block_size: int | None = None,
+    kv_cache: str = "none",
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -68,6 +70,7 @@ def export(
             (experts, attention and lm_head block-wise in that width, embeddings int8, router float32).
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
         block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the shape.
+        kv_cache: "none" (the dtype of the activations), "int8" or "int4": how keys and values are cached.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
         progress: called with a phase, the bytes done and the bytes to do.
@@ -80,7 +83,7 @@ def export(
         ExportError: the options do not fit, or the output cannot be written.
     """
     report = progress or (lambda phase, done, total: None)
-    check_names(target, quantize)
+    check_names(target, quantize, kv_cache)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
@@ -94,6 +97,8 @@ def export(
     dtype = activation_dtype(target)
     model = trace(config, rows, dtype)
     _fuse(model, config, target, format)
+    if kv_cache != "none":
+        QuantizeCache(config, rows, int(kv_cache[3:]))(model)
     models = {"model.onnx": model}
     if target != "cuda":
         branched = model if format is None else model.clone()
