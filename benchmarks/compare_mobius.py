@@ -163,7 +163,7 @@ def compare(case: Case, candidates: dict[str, Candidate]) -> list[Sequence[objec
     model = reference.load_reference(case.checkpoint)
     longest = max(case.lengths.values(), default=0)
     if case.checkpoint == MODEL:
-        ids = Tokenizer(MODEL).encode(SAMPLE.read_text(encoding="utf-8"))[:longest]
+        ids = Tokenizer(MODEL, hidden=()).encode(SAMPLE.read_text(encoding="utf-8"))[:longest]
     else:
         ids = np.random.default_rng(0).integers(3, 2000, longest).tolist()
     rows: list[Sequence[object]] = []

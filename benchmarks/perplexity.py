@@ -29,7 +29,7 @@ def main() -> None:
     for bundle in arguments.bundles:
         model = PhiMoE.load(bundle)
         token_ids = model.tokenizer.encode(text)
-        size = model.config.max_position_embeddings
+        size = model.decoding.context
         windows = [token_ids[start : start + size] for start in range(0, len(token_ids) - 1, size)]
         scores = [
             model.score(window)

@@ -67,7 +67,12 @@ def write_checkpoint(folder: Path, shape: str, layers: int, random_layers: int) 
     shards = [_layer(config, n) for n in range(layers)]
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     shards[0]["model.embed_tokens.weight"] = (vocab, hidden)
-    shards[-1] |= {"model.norm.weight": (hidden,), "model.norm.bias": (hidden,), "lm_head.weight": (vocab, hidden), "lm_head.bias": (vocab,)}
+    shards[-1] |= {
+        "model.norm.weight": (hidden,),
+        "model.norm.bias": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+        "lm_head.bias": (vocab,),
+    }
     random = np.random.default_rng(0)
     weight_map = {}
     for number, tensors in enumerate(shards):

@@ -18,6 +18,7 @@ from phimoe_onnx.errors import BundleError, ConfigError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _HASH_BLOCK = 1 << 20  # bytes
+PREFILL_CHUNK = 512  # enough to fill the matrix products, and bounds their memory
 HASH_LIMIT = 256 << 20  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
 
 INPUT_IDS = "input_ids"  # int64 [batch, sequence]
@@ -44,11 +45,50 @@ class Graph:
 class ChatFormat:
     """The chat template as plain strings: a turn is prefix + content + suffix, and `generation` opens the answer.
 
-    `turns` maps a role to (prefix, suffix). None in the manifest where the template cannot be said this way.
+    `turns` maps a role to (prefix, suffix); the roles in `skipped_when_empty` have no turn where the content is empty. None in
+    the manifest where the template cannot be said this way.
     """
 
     turns: dict[str, tuple[str, str]]
     generation: str
+    skipped_when_empty: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """One of the cache's arrays is [batch, num_key_value_heads, length, head_dim]; there are two a layer, key and value.
+
+    `shared` says whether past and present may be one buffer, of any greater length, that the graph writes in place; where it
+    is false, `present` is past + new.
+    """
+
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a generation loop must know, in any language; docs/embedding.md says how it is used.
+
+    Attributes:
+        vocab_size: the logits' width.
+        context: the most tokens of a sequence, the prompt's and the new ones.
+        rope_boundary: the length beyond which longrope rotates every position by other factors; None without longrope.
+        prefill_chunk: how many tokens of a prompt run at once.
+        eos_token_ids: the tokens that end a text.
+        hidden_tokens: the special tokens that are no text, by their own; a byte of a character is text.
+        cache: its shape.
+    """
+
+    vocab_size: int
+    context: int
+    rope_boundary: int | None
+    prefill_chunk: int
+    eos_token_ids: tuple[int, ...]
+    hidden_tokens: dict[str, int]
+    cache: CacheShape
 
 
 @dataclass(frozen=True)
@@ -73,6 +113,7 @@ class Manifest:
     dtype: str
     weights: dict[str, str]
     graphs: tuple[Graph, ...]
+    decoding: Decoding
     files: dict[str, dict[str, Any]]
     chat: ChatFormat | None = None
     parity: dict[str, Any] | None = None
@@ -103,10 +144,23 @@ def read_manifest(bundle: Path) -> Manifest:
         raw["graphs"] = tuple(Graph(**graph) for graph in raw["graphs"])
         if chat := raw.get("chat"):
             turns = {role: (prefix, suffix) for role, (prefix, suffix) in chat["turns"].items()}
-            raw["chat"] = ChatFormat(turns, chat["generation"])
+            raw["chat"] = ChatFormat(turns, chat["generation"], tuple(chat["skipped_when_empty"]))
+        raw["decoding"] = _decoding(raw["decoding"])
         return Manifest(**raw)
     except (TypeError, KeyError, ValueError) as error:
         raise BundleError(f"{bundle / MANIFEST}: is damaged ({error}); export the bundle again") from None
+
+
+def _decoding(raw: dict[str, Any]) -> Decoding:
+    decoding = Decoding(**raw | {"eos_token_ids": tuple(raw["eos_token_ids"]), "cache": CacheShape(**raw["cache"])})
+    cache = decoding.cache
+    counts = [decoding.vocab_size, decoding.context, decoding.prefill_chunk, cache.num_hidden_layers]
+    counts += [cache.num_key_value_heads, cache.head_dim, 1 if decoding.rope_boundary is None else decoding.rope_boundary]
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError("a number of its decoding section is not a positive integer")
+    if not all(type(id) is int for id in (*decoding.eos_token_ids, *decoding.hidden_tokens.values())):
+        raise ValueError("a token id of its decoding section is not an integer")
+    return decoding
 
 
 def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = False) -> None:

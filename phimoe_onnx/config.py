@@ -143,9 +143,22 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
         attention_bias=read.get("attention_bias", bool, False),
         lm_head_bias=read.get("lm_head_bias", bool, False),
         tie_word_embeddings=read.get("tie_word_embeddings", bool, False),
-        bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
-        eos_token_id=read.token_ids("eos_token_id"),
+        bos_token_id=next(iter(read_token_ids(raw, "bos_token_id", where)), None),
+        eos_token_id=read_token_ids(raw, "eos_token_id", where),
     )
+
+
+def read_token_ids(raw: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """The token id or ids under `key` of a parsed JSON file that `where` names; none where it is missing.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int and id >= 0 for id in ids):
+        raise ConfigError(f"{where}: {key} is {value!r}, expected a token id or several")
+    return tuple(ids)
 
 
 class _Reader:
@@ -176,13 +189,6 @@ class _Reader:
         if not (0 < value < math.inf or (zero and value == 0)):
             raise ConfigError(f"{self.where}: {key} is {value}, expected a positive number")
         return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(id) is int and id >= 0 for id in ids):
-            raise ConfigError(f"{self.where}: {key} is {value!r}, expected a token id or several")
-        return tuple(ids)
 
     def factors(self, key: str, length: int) -> tuple[float, ...]:
         values = self.get(key, list)

@@ -308,15 +308,27 @@ def test_the_chat_format_is_the_template(bundle: Bundle) -> None:
     chat = read_manifest(folder).chat
     assert chat is not None
     template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
-    messages = [{"role": role, "content": f"{role} says\nhi "} for role in ("system", "user", "assistant", "user")]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    rendered = environment.from_string(template).render(messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
-    turns = [(chat.turns[message["role"]], message["content"]) for message in messages]
-    assert "".join(prefix + content + suffix for (prefix, suffix), content in turns) + chat.generation == rendered
+    compiled = environment.from_string(template)
+    assert chat.skipped_when_empty == ("system",)
+    for contents in (["Be\nbrief. ", "", "hi\n", "a"], ["", "b", "", "c"]):
+        messages = [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), contents, strict=True)]
+        rendered = compiled.render(messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+        turns = [(chat.turns[m["role"]], m["content"]) for m in messages if m["content"] or m["role"] != "system"]
+        assert "".join(prefix + content + suffix for (prefix, suffix), content in turns) + chat.generation == rendered
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages | length }}", "{{ raise_exception('no') }}", "{% for", "{{ messages[3].content }}", None]
+    "template",
+    [
+        "{{ messages | length }}",
+        "{{ raise_exception('no') }}",
+        "{% for",
+        "{{ messages[3].content }}",
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
+        None,
+    ],
 )
 def test_a_template_that_plain_strings_cannot_say(tmp_path: Path, template: str | None) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1, num_local_experts=2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from phimoe_onnx.errors import GenerationError
-from phimoe_onnx.runtime import Generation, PhiMoE, cache, decoder
+from phimoe_onnx.runtime import Generation, PhiMoE, cache
 from tests.toy_bundle import BOUNDARY, CONTEXT, ToyModel, write_bundle
 
 Loaded = tuple[PhiMoE, ToyModel]
@@ -40,16 +40,16 @@ def tokens(generations: list[Generation]) -> list[list[int]]:
 @pytest.mark.parametrize("length", [1, BOUNDARY, BOUNDARY + 1, CONTEXT])
 def test_logits(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, chunk: int, length: int) -> None:
     model, toy = loaded
-    monkeypatch.setattr(decoder, "CHUNK", chunk)
-    ids = prompt(length, model.config.vocab_size)
+    monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=chunk))
+    ids = prompt(length, model.decoding.vocab_size)
     np.testing.assert_allclose(model.logits(ids), toy.logits(ids), atol=5e-4)
 
 
 @pytest.mark.parametrize("length", [1, 5, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 50])
 def test_greedy_generation_on_both_sides_of_the_boundary(endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     model, toy = endless
-    monkeypatch.setattr(decoder, "CHUNK", 9)
-    ids = prompt(length, model.config.vocab_size)
+    monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=9))
+    ids = prompt(length, model.decoding.vocab_size)
     generation = model.generate(ids, max_new_tokens=40)
     assert generation.token_ids == toy.greedy(ids, 40)
     assert (generation.finish_reason, generation.prompt_tokens) == ("length", length)
@@ -58,7 +58,7 @@ def test_greedy_generation_on_both_sides_of_the_boundary(endless: Loaded, monkey
 
 def test_a_batch_gives_each_row_what_it_gets_alone(endless: Loaded) -> None:
     model, toy = endless
-    prompts = [prompt(length, model.config.vocab_size) for length in (BOUNDARY - 4, 3, BOUNDARY, 40, BOUNDARY - 4)]
+    prompts = [prompt(length, model.decoding.vocab_size) for length in (BOUNDARY - 4, 3, BOUNDARY, 40, BOUNDARY - 4)]
     prompts.append(prompts[0])
     assert tokens(model.generate(prompts, max_new_tokens=30)) == [toy.greedy(ids, 30) for ids in prompts]
     options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}
@@ -69,7 +69,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(endless: Loaded) -> None:
 
 def test_rows_of_a_batch_end_at_different_steps(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, toy = loaded
-    prompts = [prompt(length, model.config.vocab_size) for length in (20, 3, 24, 40, 9)]
+    prompts = [prompt(length, model.decoding.vocab_size) for length in (20, 3, 24, 40, 9)]
     whole = [toy.greedy(ids, 20) for ids in prompts]
     for ends in [(3, 19, 0, 7, 11), (0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (5, 5, 5, 5, 5)]:
         eos = frozenset(row[end] for row, end in zip(whole, ends, strict=True))
@@ -162,7 +162,7 @@ def test_prompts_of_every_kind(endless: Loaded) -> None:
 
 def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, toy = loaded
-    monkeypatch.setattr(decoder, "CHUNK", 5)
+    monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=5))
     text = "the stop, a the the stop. and so, the a stop. the and the"
     score = model.score(text)
     ids = model.tokenizer.encode(text)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -99,12 +100,24 @@ def test_a_bundle_for_another_task_is_refused(bundle: Path) -> None:
         PhiMoE.load(bundle)
 
 
-def test_the_end_tokens_fall_back_on_config_json(bundle: Path) -> None:
-    for text, expected in (('{"eos_token_id": 7}', {7}), ("{}", "config")):
-        (bundle / "generation_config.json").write_text(text)
-        rewrite_manifest(bundle)
-        model = PhiMoE.load(bundle)
-        assert model.eos == (set(model.config.eos_token_id) if expected == "config" else expected)
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (None, "'decoding'"),
+        ({"context": None}, "not a positive integer"),
+        ({"rope_boundary": 0}, "not a positive integer"),
+        ({"eos_token_ids": ["</s>"]}, "token id"),
+        ({"cache": {"num_hidden_layers": 2}}, "num_key_value_heads"),
+    ],
+)
+def test_a_damaged_decoding_section_is_named(bundle: Path, section: dict[str, Any] | None, message: str) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    decoding = manifest.pop("decoding")
+    if section is not None:
+        manifest["decoding"] = decoding | section
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=f"damaged.*{message}.*export the bundle again"):
+        PhiMoE.load(bundle)
 
 
 def rewrite_manifest(bundle: Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phimoe_onnx.errors import BundleError
+from phimoe_onnx.exporter.decoding import hidden_tokens
 from phimoe_onnx.runtime.stop import StopStrings
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 from tests.toy_bundle import make_tokenizer
@@ -16,7 +17,7 @@ from tests.toy_bundle import make_tokenizer
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save(str(folder / "tokenizer.json"))
-    return Tokenizer(folder)
+    return Tokenizer(folder, hidden_tokens(folder).values())
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
@@ -75,10 +76,10 @@ def test_byte_tokens_marked_as_special_are_kept_and_chat_tokens_hidden(tokenizer
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Tokenizer(tmp_path)
+        Tokenizer(tmp_path, hidden=())
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Tokenizer(tmp_path)
+        Tokenizer(tmp_path, hidden=())
 
 
 @pytest.mark.parametrize(

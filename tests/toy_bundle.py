@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 
 from phimoe_onnx.bundle import Graph, Manifest, cache_names, describe_files
 from phimoe_onnx.config import LongRope, PhiMoEConfig, parse_config
+from phimoe_onnx.exporter.decoding import read_decoding
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 2, 1, 16, 16
 CONTEXT, BOUNDARY = 96, 24
@@ -247,5 +248,7 @@ def write_bundle(folder: Path, target: str = "cpu", *, minimum_onnxruntime: str 
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     graphs = (Graph("model.onnx", minimum_onnxruntime),)
     files_now = describe_files(folder)
-    Manifest("0", "toy", "text-generation", target, "none", "float32", {}, graphs, files_now).write(folder)
+    Manifest(
+        "0", "toy", "text-generation", target, "none", "float32", {}, graphs, read_decoding(model.config, folder, target), files_now
+    ).write(folder)
     return model

@@ -6,6 +6,7 @@ from typing import Any
 
 from phimoe_onnx import bundle
 from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.exporter.decoding import eos_token_ids
 
 
 def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: str, target: str) -> dict[str, Any]:
@@ -17,8 +18,7 @@ def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: s
         graph_file: the graph to load.
         target: "cpu" or "cuda".
     """
-    eos = generation.get("eos_token_id", list(config.eos_token_id))
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = list(eos_token_ids(config, generation))
     provider_options = [{"cuda": {"enable_cuda_graph": "0"}}] if target == "cuda" else []
     return {
         "model": {

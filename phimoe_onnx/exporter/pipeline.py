@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -16,10 +15,11 @@ from onnxscript import optimizer
 
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
-from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
+from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.chat_format import chat_format
 from phimoe_onnx.exporter.checkpoint import Stored, parameters, read_headers
+from phimoe_onnx.exporter.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_for
 from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
@@ -90,6 +90,7 @@ def export(
     output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
     format = format_for(config, target, quantize, block_size)
+    decoding = read_decoding(config, folder, target)
     stored = read_headers(folder)
     rows = parameters(config, stored)
 
@@ -121,9 +122,9 @@ def export(
             write_weights(layout, staging, journal, _advance(report, "writing weights", layout.nbytes))
         finally:
             journal.close()
-        generation = _copy(folder, staging)
+        _copy(folder, staging)
         if target != "portable":
-            genai = genai_config(config, generation, "model.onnx", target)
+            genai = genai_config(config, read_generation(folder), "model.onnx", target)
             (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         bundle.Manifest(
             tool_version=__version__,
@@ -134,6 +135,7 @@ def export(
             dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
             weights=_describe(quantize, target, format),
             graphs=tuple(bundle.Graph(file, _minimum_onnxruntime(graph)) for file, graph in models.items()),
+            decoding=decoding,
             files=bundle.describe_files(staging, _advance(report, "hashing", layout.nbytes)),
             chat=chat_format(folder),
         ).write(staging)
@@ -211,12 +213,11 @@ def _check_room(folder: Path, nbytes: int) -> None:
         raise ExportError(f"{folder.parent}: the weights need {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
 
 
-def _copy(source: Path, staging: Path) -> dict[str, Any]:
-    """Copies the configuration and tokenizer files that exist; returns generation_config.json."""
+def _copy(source: Path, staging: Path) -> None:
+    """Copies the configuration and tokenizer files that exist."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
-    return read_json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
 
 
 def _describe(quantize: str, target: str, format: Format | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import check_files, read_manifest
-from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.parity import reference as pytorch
 from phimoe_onnx.parity.stored import stored_model
@@ -142,7 +142,7 @@ def verify(
     check_files(folder, manifest, hash_everything=True)
     exact = pytorch.load_reference(checkpoint)
     runtime = PhiMoE.load(folder, device=device)
-    if runtime.config != exact.config:
+    if read_config(folder) != exact.config:
         raise PhiMoEError(f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle")
     stored = stored_model(exact, folder, manifest) if manifest.quantize != "none" else None
     limits = thresholds or DEFAULTS[manifest.quantize]
@@ -222,7 +222,7 @@ def _agreement(routing: pytorch.Routing, other: pytorch.Routing) -> float:
 
 def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> dict[str, Any]:
     prompt = window[: min(32, len(window))]
-    new = min(new_tokens, runtime.config.max_position_embeddings - len(prompt))
+    new = min(new_tokens, runtime.decoding.context - len(prompt))
     expected = pytorch.greedy(exact, prompt, new)
     decoder = runtime.decoder(1, len(prompt) + new)  # not generate(), which would end at an end token
     got = [int(decoder.prefill(0, prompt).argmax())]

@@ -18,7 +18,7 @@ from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding
 
-    from phimoe_onnx.config import PhiMoEConfig
+    from phimoe_onnx.bundle import Decoding
 
 
 class SharedCache:
@@ -28,14 +28,14 @@ class SharedCache:
     buffers that is the row's own memory; a step runs all rows together.
     """
 
-    def __init__(self, session: InferenceSession, config: PhiMoEConfig, dtype: str, device: str, rows: int, capacity: int) -> None:
+    def __init__(self, session: InferenceSession, decoding: Decoding, dtype: str, device: str, rows: int, capacity: int) -> None:
         self._session = session
-        self._vocab_size = config.vocab_size
+        self._vocab_size = decoding.vocab_size
         self._dtype = np.dtype(dtype)
         self._device = device
-        self._past = cache_names(config.num_hidden_layers, "past_key_values")
-        self._present = cache_names(config.num_hidden_layers, "present")
-        shape = (rows, config.num_key_value_heads, _round_up(capacity), config.head_dim)
+        self._past = cache_names(decoding.cache.num_hidden_layers, "past_key_values")
+        self._present = cache_names(decoding.cache.num_hidden_layers, "present")
+        shape = (rows, decoding.cache.num_key_value_heads, _round_up(capacity), decoding.cache.head_dim)
         # zeros, not empty: the pages of a long buffer then cost no memory before they are written
         self._buffers = [self._place(np.zeros(shape, self._dtype)) for _ in self._past]
         self._shape = shape
@@ -127,11 +127,12 @@ class SharedCache:
 class GrowingCache:
     """Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for graphs of standard operators."""
 
-    def __init__(self, session: InferenceSession, config: PhiMoEConfig, dtype: str, rows: int) -> None:
+    def __init__(self, session: InferenceSession, decoding: Decoding, dtype: str, rows: int) -> None:
         self._session = session
-        self._past = cache_names(config.num_hidden_layers, "past_key_values")
-        self._outputs = [LOGITS, *cache_names(config.num_hidden_layers, "present")]
-        nothing = OrtValue.ortvalue_from_numpy(np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.dtype(dtype)))
+        self._past = cache_names(decoding.cache.num_hidden_layers, "past_key_values")
+        self._outputs = [LOGITS, *cache_names(decoding.cache.num_hidden_layers, "present")]
+        shape = (1, decoding.cache.num_key_value_heads, 0, decoding.cache.head_dim)
+        nothing = OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(dtype)))
         self._rows = [[nothing] * len(self._past) for _ in range(rows)]
 
     def run_row(self, row: int, ids: Sequence[int], past: int, keep: int, rope_length: int) -> NDArray[np.float32]:

@@ -8,23 +8,22 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.bundle import Decoding
 from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
-
-CHUNK = 512  # tokens of a prefill that run at once: enough to fill the matrix products, and bounds their memory
 
 
 class Decoder:
     """The tokens that each row has in its cache; longrope's change of factors is handled here and nowhere above.
 
-    A sequence that passes `original_max_position_embeddings` rotates every position by other factors, so its cached keys are
-    then worth nothing and the row is prefilled again. V below is vocab_size.
+    A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth nothing
+    and the row is prefilled again. V below is vocab_size.
     """
 
-    def __init__(self, cache: SharedCache | GrowingCache, config: PhiMoEConfig, rows: int) -> None:
+    def __init__(self, cache: SharedCache | GrowingCache, decoding: Decoding, rows: int) -> None:
         self._cache = cache
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self._boundary = config.longrope.original_max_position_embeddings if config.longrope else None
+        self._boundary = decoding.rope_boundary
+        self._chunk = decoding.prefill_chunk
         self._long = [False] * rows  # whether the row's keys were rotated by the long factors
 
     def prefill(self, row: int, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -47,7 +46,7 @@ class Decoder:
         return logits
 
     def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Row 0 from nothing: the logits after each token, in order, in pieces float32 [up to CHUNK, V]."""
+        """Row 0 from nothing: the logits after each token, in order, in pieces float32 [up to prefill_chunk, V]."""
         self.tokens[0].clear()
         return self._run(0, ids, 0, len(ids))
 
@@ -77,8 +76,8 @@ class Decoder:
         """Runs the rest of `ids` after what the row holds, chunk by chunk; yields float32 [keep or the chunk's length, V]."""
         held = self.tokens[row]
         self._long[row] = self._is_long(rope_length)
-        for start in range(len(held), len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
+        for start in range(len(held), len(ids), self._chunk):
+            chunk = ids[start : start + self._chunk]
             logits = self._cache.run_row(row, chunk, start, keep, rope_length)
             held.extend(chunk)
             yield logits

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
-from phimoe_onnx.config import PhiMoEConfig, read_config, read_json
-from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
+from phimoe_onnx.errors import BundleError, GenerationError
 from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
 from phimoe_onnx.runtime.chat import ChatTemplate, Message
 from phimoe_onnx.runtime.conversation import Conversation
@@ -51,8 +50,8 @@ class PhiMoE:
     Its methods may be called from several threads: each call has a cache of its own.
 
     Attributes:
-        config: the model's shape.
         manifest: the bundle's manifest.
+        decoding: its section about the model's shape and special tokens.
         tokenizer: text to token ids and back.
         eos: the token ids that end a text.
 
@@ -62,16 +61,14 @@ class PhiMoE:
         self,
         session: InferenceSession,
         manifest: Manifest,
-        config: PhiMoEConfig,
         tokenizer: Tokenizer,
         template: ChatTemplate,
-        eos: frozenset[int],
         device: str,
     ) -> None:
         self.manifest = manifest
-        self.config = config
+        self.decoding = manifest.decoding
         self.tokenizer = tokenizer
-        self.eos = eos
+        self.eos = frozenset(manifest.decoding.eos_token_ids)
         self._session = session
         self._template = template
         self._device = device
@@ -95,11 +92,10 @@ class PhiMoE:
         if manifest.task != "text-generation":
             raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for text-generation")
         check_files(folder, manifest)
-        config = read_config(folder)
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
         template = ChatTemplate(folder)
         session = open_session(folder, manifest, device, threads)
-        return cls(session, manifest, config, tokenizer, template, _eos(folder, config), device)
+        return cls(session, manifest, tokenizer, template, device)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
@@ -193,8 +189,8 @@ class PhiMoE:
             return self.tokenizer.encode(self._template.render(cast("Sequence[Message]", prompt)), special=False)
         ids = []
         for item in prompt:
-            if not isinstance(item, int | np.integer) or not 0 <= item < self.config.vocab_size:
-                raise GenerationError(f"{name} holds {item!r}, expected token ids from 0 to {self.config.vocab_size - 1}")
+            if not isinstance(item, int | np.integer) or not 0 <= item < self.decoding.vocab_size:
+                raise GenerationError(f"{name} holds {item!r}, expected token ids from 0 to {self.decoding.vocab_size - 1}")
             ids.append(int(item))
         return ids
 
@@ -205,20 +201,20 @@ class PhiMoE:
             GenerationError: as for `generate`.
 
         """
-        return make_request(self.encode(prompt, name), self.config.max_position_embeddings, name, **options)
+        return make_request(self.encode(prompt, name), self.decoding.context, name, **options)
 
     def decoder(self, rows: int, capacity: int) -> Decoder:
         """Empty caches for `rows` rows of up to `capacity` tokens."""
         cache: SharedCache | GrowingCache
-        if self.manifest.target == "portable":
-            cache = GrowingCache(self._session, self.config, self.manifest.dtype, rows)
+        if self.decoding.cache.shared:
+            cache = SharedCache(self._session, self.decoding, self.manifest.dtype, self._device, rows, capacity)
         else:
-            cache = SharedCache(self._session, self.config, self.manifest.dtype, self._device, rows, capacity)
-        return Decoder(cache, self.config, rows)
+            cache = GrowingCache(self._session, self.decoding, self.manifest.dtype, rows)
+        return Decoder(cache, self.decoding, rows)
 
     def _logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        if len(ids) > self.config.max_position_embeddings:
-            raise GenerationError(f"the text has {len(ids)} tokens, the context holds {self.config.max_position_embeddings}")
+        if len(ids) > self.decoding.context:
+            raise GenerationError(f"the text has {len(ids)} tokens, the context holds {self.decoding.context}")
         return self.decoder(1, len(ids)).logits(ids)
 
 
@@ -227,15 +223,3 @@ def _is_batch(prompt: Prompt | Batch) -> bool:
     if isinstance(prompt, str) or not len(prompt):
         return False
     return not isinstance(prompt[0], Mapping | int | np.integer)
-
-
-def _eos(folder: Path, config: PhiMoEConfig) -> frozenset[int]:
-    """The end tokens: generation_config.json's, for it has those that end an answer in a chat; else config.json's."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return frozenset(config.eos_token_id)
-    try:
-        eos = read_json(path).get("eos_token_id")
-    except ConfigError as error:
-        raise BundleError(str(error)) from None
-    return frozenset(config.eos_token_id if eos is None else eos if isinstance(eos, list) else [eos])

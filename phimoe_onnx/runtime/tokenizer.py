@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,19 +9,18 @@ import tokenizers
 
 from phimoe_onnx.errors import BundleError
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of half a character
 
 
 class Tokenizer:
-    """The tokenizer of a bundle.
+    """The tokenizer of a bundle, whose manifest says which tokens are `hidden`: special ones that are no text.
 
     Raises:
         BundleError: `folder`/tokenizer.json is missing or cannot be read.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hidden: Iterable[int]) -> None:
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -30,11 +28,7 @@ class Tokenizer:
             raise BundleError(f"{path}: cannot be read as a tokenizer ({error}); copy or export the bundle again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # a checkpoint may mark its byte tokens as special; to skip those would drop newlines and emoji
-        self.hidden = frozenset(
-            id for id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special and not _BYTE_TOKEN.fullmatch(token.content)
-        )  # fmt: skip
+        self.hidden = frozenset(hidden)
         self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
         self._anchor_length = len(self.decode(self._anchor))
 

@@ -1,0 +1,55 @@
+"""What the manifest tells a generation loop: gathered here once, so that no language reads the checkpoint's files for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from phimoe_onnx.bundle import PREFILL_CHUNK, CacheShape, Decoding
+from phimoe_onnx.config import PhiMoEConfig, read_json, read_token_ids
+from phimoe_onnx.errors import ConfigError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def read_decoding(config: PhiMoEConfig, folder: Path, target: str) -> Decoding:
+    """The manifest's section for a checkpoint in `folder`.
+
+    Raises:
+        ConfigError: generation_config.json or tokenizer.json is damaged.
+    """
+    rope = config.longrope
+    return Decoding(
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        rope_boundary=rope.original_max_position_embeddings if rope else None,
+        prefill_chunk=PREFILL_CHUNK,
+        eos_token_ids=eos_token_ids(config, read_generation(folder)),
+        hidden_tokens=hidden_tokens(folder),
+        cache=CacheShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, shared=target != "portable"),
+    )
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json, or nothing where there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def eos_token_ids(config: PhiMoEConfig, generation: dict[str, Any]) -> tuple[int, ...]:
+    """The end tokens: generation_config.json's, for it has those that end an answer in a chat; else config.json's."""
+    return read_token_ids(generation, "eos_token_id", "generation_config.json") or config.eos_token_id
+
+
+def hidden_tokens(folder: Path) -> dict[str, int]:
+    """tokenizer.json's special tokens with their ids, but for the bytes `<0x00>` to `<0xFF>`.
+
+    A checkpoint may mark its byte tokens as special; to skip those would drop newlines and emoji.
+    """
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    try:
+        return {token["content"]: token["id"] for token in added if token["special"] and not _BYTE_TOKEN.fullmatch(token["content"])}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: its added_tokens are damaged ({error!r}); download the checkpoint's file again") from None
