@@ -23,6 +23,7 @@ from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes import attention
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
+from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
@@ -162,7 +163,9 @@ def _minimum_onnxruntime(model: ir.Model) -> str:
 def _fuse(model: ir.Model, config: PhiMoEConfig, target: str, format: Format | None) -> None:
     """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
     layers = config.num_hidden_layers
-    if target != "portable":
+    if target == "portable":
+        ReshapeCache(config)(model)
+    else:
         FuseAttention(config)(model)
         FuseSkipLayerNorm(layers)(model)
     FuseExperts(layers, format)(model)
