@@ -27,6 +27,16 @@ def transformers5(session: nox.Session) -> None:
 
 
 @nox.session
+def optimum(session: nox.Session) -> None:
+    """optimum-onnx, which wants transformers 4; this package is installed as a wheel, for optimum-cli to find its plug-in."""
+    _install(
+        session, "-c", "constraints.txt", "optimum-onnx==0.1.0", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2"
+    )
+    session.install("--no-deps", ".")
+    _pytest(session, "tests/test_optimum.py")
+
+
+@nox.session
 def onnxruntime_1_29(session: nox.Session) -> None:
     """The oldest ONNX Runtime that pyproject.toml allows."""
     _install(session, "--no-deps", "onnxruntime==1.29.0")

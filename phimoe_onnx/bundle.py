@@ -56,8 +56,9 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One of the cache's arrays is [batch, num_key_value_heads, length, head_dim]; there are two a layer, key and value.
+    """One of the cache's arrays is [batch, num_key_value_heads, length, head_dim] of `dtype`; there are two a layer, key and value.
 
+    An int4 cache has the dtype "uint8" and half the model's head_dim: each number holds two channels.
     `shared` says whether past and present may be one buffer, of any greater length, that the graph writes in place; where it
     is false, `present` is past + new.
     """
@@ -65,6 +66,7 @@ class CacheShape:
     num_hidden_layers: int
     num_key_value_heads: int
     head_dim: int
+    dtype: str
     shared: bool
 
 
@@ -98,7 +100,7 @@ class Manifest:
     Attributes:
         target: "cpu", "cuda" or "portable"; a portable graph's `present` is past + new, the others' may be one buffer.
         quantize: "none", "fp16", "int8" or "int4".
-        dtype: activations and cache, "float32", "float16" or "bfloat16".
+        dtype: activations, "float32", "float16" or "bfloat16".
         weights: how each kind of weight is stored, as {"experts": "int4, block 32", ...}.
         graphs: in order of preference.
         files: size in bytes and SHA-256 of every other file, by name.

@@ -6,12 +6,14 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from phimoe_onnx.bundle import describe_files, read_manifest
+from phimoe_onnx.cli import optimum_export
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.exporter.checkpoint import SINGLE
 from tests.checkpoints import BASE, write_checkpoint
@@ -149,3 +151,13 @@ def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str], co
         module.main(["--nonsense"])
     assert stop.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "noted"), [("onnx", True), ("openvino", False)])
+def test_a_release_of_optimum_without_the_command_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, noted: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "optimum.commands.export.onnx", None)
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "export", command])
+    optimum_export.register()
+    assert ("this release of optimum cannot export a PhiMoE" in capsys.readouterr().err) is noted

@@ -174,6 +174,20 @@ def test_a_shape_without_longrope_ignores_rope_length(bundle: Bundle) -> None:
     assert np.array_equal(forced, session.run(["logits"], inputs)[0])
 
 
+def test_portable_takes_an_empty_cache_of_any_width_and_a_full_one_of_its_own(bundle: Bundle) -> None:
+    session = open_graph(bundle("head_dim", "portable", "none") / "model.onnx")
+    model = make_model(BASE | SHAPES["head_dim"])
+    ids = random_ids(20)
+    inputs = feeds(model.config, [ids[:19]])
+    wide = {name: np.zeros((1, 4, 0, 64 // 4), np.float32) for name in inputs if name.startswith("past")}
+    logits, *past = session.run(None, inputs | wide)
+    assert_close(logits[0], reference.logits(model, ids[:19]))
+    inputs = feeds(model.config, [ids[19:]], past)
+    assert_close(session.run(["logits"], inputs)[0][0, -1], reference.logits(model, ids)[-1])
+    with pytest.raises(Exception, match=r"past_key_values\.0\.key/Reshape"):
+        session.run(None, inputs | {"past_key_values.0.key": np.zeros((1, 4, 19, 32), np.float32)})
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_portable_is_standard_onnx(bundle: Bundle, shape: str) -> None:
     path = bundle(shape, "portable", "none") / "model.onnx"

@@ -48,6 +48,37 @@ def test_the_tokenizer_and_the_chat_template_read_alike(small: Path) -> None:
     assert rendered == ChatTemplate(small).render(messages)
 
 
+def test_a_batch_that_its_tokenizer_pads_continues_alike(small: Path) -> None:
+    texts = [text for text in TEXTS if text]
+    rows = [PhiMoE.load(small).encode(text) for text in texts]
+    assert og.Tokenizer(og.Model(str(small))).encode_batch(texts).as_numpy().tolist() == padded(small, rows)
+    check_alike(small, rows, 60)
+
+
+def test_a_chat_streams_alike(small: Path) -> None:
+    """The answer to messages, token for token, and its text piece by piece, each a whole character."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Anne? 日本 🙂"}]
+    ours, theirs = PhiMoE.load(small), og.Model(str(small))
+    tokenizer = og.Tokenizer(theirs)
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+    parameters = og.GeneratorParams(theirs)
+    parameters.set_search_options(max_length=len(prompt) + 60)
+    generator, stream = og.Generator(theirs, parameters), tokenizer.create_stream()
+    generator.append_tokens(prompt)
+    pieces = []
+    for expected in ours.generate(messages, max_new_tokens=60, stream=True):
+        generator.generate_next_token()
+        (token,) = generator.get_next_tokens().tolist()
+        assert token == expected.token_id
+        pieces.append((stream.decode(token), expected.text))
+        if expected.result:
+            break
+    assert generator.is_done()
+    (first, ours_first), *rest = pieces
+    assert first.lstrip(" ") == ours_first.lstrip(" ")  # theirs keeps the space that a decoder strips from a text's first word
+    assert all(piece == our_piece for piece, our_piece in rest)
+
+
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 @pytest.mark.parametrize(("shape", "new"), [("plain", 60), ("window", 60), ("longrope", 12), ("no-bias", 60), ("head_dim", 60)])
 def test_random_checkpoints_continue_alike(bundle: Bundle, shape: str, new: int, quantize: str) -> None:
@@ -100,15 +131,21 @@ def check_alike(bundle: Path, rows: Sequence[Sequence[int]], new: int) -> None:
         assert set(tokens[len(expected) :]) <= model.eos  # a row that ended is padded
 
 
-def genai_greedy(bundle: Path, rows: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-    """The tokens that onnxruntime-genai appends to each row, its padding on the right as its own tokenizer does it."""
-    model = og.Model(str(bundle))
+def padded(bundle: Path, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows as onnxruntime-genai's own tokenizer pads them, on the right."""
     pad = json.loads((bundle / "genai_config.json").read_text())["model"]["pad_token_id"]
-    longest = max(len(row) for row in rows)
+    longest = max(map(len, rows))
+    return [[*row, *[pad] * (longest - len(row))] for row in rows]
+
+
+def genai_greedy(bundle: Path, rows: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    """The tokens that onnxruntime-genai appends to each row."""
+    model = og.Model(str(bundle))
+    longest = max(map(len, rows))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=longest + new, batch_size=len(rows))
     generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array([[*row, *[pad] * (longest - len(row))] for row in rows], np.int32))
+    generator.append_tokens(np.array(padded(bundle, rows), np.int32))
     while not generator.is_done():
         generator.generate_next_token()
     return [generator.get_sequence(row)[longest:].tolist() for row in range(len(rows))]

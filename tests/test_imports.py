@@ -62,6 +62,7 @@ def python(code: str) -> str:
         "import phimoe_onnx; phimoe_onnx.PhiMoE",
         "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat",
         "import phimoe_onnx.cli.export, phimoe_onnx.cli.verify",  # for a fast --help
+        "import phimoe_onnx.cli.optimum_export",  # at every start of optimum-cli
     ],
 )
 def test_these_imports_are_light(statement: str) -> None:

@@ -24,6 +24,7 @@ from phimoe_onnx.exporter.passes import attention
 from phimoe_onnx.exporter.passes._edit import MICROSOFT
 from phimoe_onnx.exporter.passes.attention import FuseAttention, rope_tables
 from phimoe_onnx.exporter.passes.branches import BranchExperts
+from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
@@ -128,6 +129,18 @@ def test_the_traced_graph_keeps_the_contract(traced: Traced, checkpoint: Checkpo
         "rope_length": ["1"],
         "logits": ["batch", "kept", "2048"],
     }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reshape_cache(traced: Traced, checkpoint: Checkpoint, shape: str) -> None:
+    model, config = traced(shape), read_config(checkpoint(shape))
+    changed = change(model, ReshapeCache(config))
+    assert changed == {"Shape": 3, "Sub": 1, "Concat": 1, "Reshape": 2 * config.num_hidden_layers}
+    for value in model.graph.inputs:
+        if value.name.startswith("past_key_values"):
+            assert [str(dim) for dim in value.shape] == ["batch", "past_heads", "past", "past_head_dim"]
+            assert [use.node.op_type for use in value.uses()] == ["Reshape"]
+    check_same(model, traced(shape), config)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

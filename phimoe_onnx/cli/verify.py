@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _verify(arguments: argparse.Namespace) -> None:
     verify = phimoe_onnx.verify  # first: it says what is missing where a package is
     from phimoe_onnx.parity import report as reports
-    from phimoe_onnx.parity.verify import DEFAULTS
+    from phimoe_onnx.parity.verify import default_thresholds
 
     bundle = Path(arguments.bundle)
     given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
-    thresholds = dataclasses.replace(DEFAULTS[read_manifest(bundle).quantize], **given)
+    thresholds = dataclasses.replace(default_thresholds(read_manifest(bundle)), **given)
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("comparing", total=None)

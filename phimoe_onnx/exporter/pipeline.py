@@ -24,13 +24,14 @@ from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_f
 from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
-from phimoe_onnx.exporter.passes.cache import QuantizeCache
+from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
 from phimoe_onnx.exporter.passes.moe import FuseExperts
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
+from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.source import resolve
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
@@ -90,7 +91,7 @@ def export(
     output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
     format = format_for(config, target, quantize, block_size)
-    decoding = read_decoding(config, folder, target)
+    decoding = read_decoding(config, folder, target, kv_cache)
     stored = read_headers(folder)
     rows = parameters(config, stored)
 
@@ -169,7 +170,9 @@ def _minimum_onnxruntime(model: ir.Model) -> str:
 def _fuse(model: ir.Model, config: PhiMoEConfig, target: str, format: Format | None) -> None:
     """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
     layers = config.num_hidden_layers
-    if target != "portable":
+    if target == "portable":
+        ReshapeCache(config)(model)
+    else:
         FuseAttention(config)(model)
         FuseSkipLayerNorm(layers)(model)
     FuseExperts(layers, format)(model)

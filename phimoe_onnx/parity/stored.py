@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from phimoe_onnx import modeling
 from phimoe_onnx.bundle import Manifest
 from phimoe_onnx.errors import BundleError
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 
+CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
 Stored = dict[str, ir.TensorProtocol | None]
 
 
@@ -64,3 +70,37 @@ def _read(prefix: str, stored: Stored, k: int) -> Tensor:
     scale = torch.from_numpy(scales.numpy().copy())
     code = torch.from_numpy(codes.numpy().copy()).reshape(*scale.shape[:-1], -1)
     return Format(code.shape[-1] * 8 // k, k // scale.shape[-1]).dequantize(code, scale)
+
+
+@contextmanager
+def stored_cache(bundle: Path, manifest: Manifest) -> Iterator[None]:
+    """Rounds every key and value in PyTorch as the bundle's cache does; does nothing where it keeps them as they are."""
+    cache = manifest.decoding.cache
+    bits = CACHE_BITS.get(cache.dtype)
+    if bits is None:
+        yield
+        return
+    graph = ir.load(bundle / manifest.graphs[0].file).graph
+    names = [f"model.layers.{layer}.self_attn.{part}_cache.scale" for layer in range(cache.num_hidden_layers) for part in "kv"]
+    scales = [torch.from_numpy(graph.initializers[name].const_value.numpy().copy()) for name in names]
+    layers = itertools.cycle(zip(scales[::2], scales[1::2], strict=True))
+    exact = modeling.attention
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        key_scale, value_scale = next(layers)
+        head_dim = past_key.shape[-1]
+        query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
+        query, key = modeling.rotate(query, cos, sin), _rounded(modeling.rotate(key, cos, sin), key_scale, bits)
+        query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, _rounded(value, value_scale, bits)))
+        return exact(query, key, value, torch.ones_like(cos), torch.zeros_like(sin), past_key, past_value, visible)
+
+    with patch.object(modeling, "attention", attention):
+        yield
+
+
+def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """x [B, K, S, D] as codes of `bits` times the channels' scales."""
+    largest = 2 ** (bits - 1)
+    return (x / scale).round().clamp(-largest, largest - 1) * scale

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from phimoe_onnx.bundle import check_files, read_manifest
+from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.parity import reference as pytorch
-from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.parity.stored import stored_cache, stored_model
 from phimoe_onnx.runtime.model import PhiMoE
 
 SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
@@ -51,6 +51,24 @@ DEFAULTS = {
     "int4": Thresholds(kl=1e-1, kernel_kl=1e-2, perplexity_ratio=1.05),
 }
 
+# What a cache of integers may add to the divergence and to the perplexity's ratio, by its dtype: again about twice what the small
+# model shows. One rounding the other way moves single tokens by more than float32's order of sums does.
+CACHE_KL = {"int8": 1e-2, "uint8": 2e-1}
+CACHE_PERPLEXITY = {"int8": 5e-3, "uint8": 5e-2}
+CACHE_KERNEL_KL = {"int8": 1e-3, "uint8": 3e-2}
+
+
+def default_thresholds(manifest: Manifest) -> Thresholds:
+    """Those of the bundle's weights, widened for a cache of integers."""
+    limits, cache = DEFAULTS[manifest.quantize], manifest.decoding.cache.dtype
+    if cache not in CACHE_KL:
+        return limits
+    return Thresholds(
+        kl=(limits.kl or 0.0) + CACHE_KL[cache],
+        kernel_kl=(limits.kernel_kl or 0.0) + CACHE_KERNEL_KL[cache],
+        perplexity_ratio=(limits.perplexity_ratio or 1.0) + CACHE_PERPLEXITY[cache],
+    )
+
 
 @dataclass
 class Comparison:
@@ -83,8 +101,8 @@ class Report:
     Attributes:
         tokens: how many tokens were compared, in windows of `windows` tokens.
         bundle_to_reference: what a user of the bundle sees.
-        bundle_to_stored: the kernels alone, against PyTorch over the stored weights; None where those are the reference's.
-        stored_to_reference: the rounding of the weights alone, with the reference's choice of experts replayed.
+        bundle_to_stored: the kernels alone, against PyTorch over the stored weights and cache; None where those are the reference's.
+        stored_to_reference: the rounding of weights and cache alone, with the reference's choice of experts replayed.
         routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
         perplexity: of "reference", "stored" and "bundle".
         greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
@@ -144,8 +162,9 @@ def verify(
     runtime = PhiMoE.load(folder, device=device)
     if read_config(folder) != exact.config:
         raise PhiMoEError(f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle")
-    stored = stored_model(exact, folder, manifest) if manifest.quantize != "none" else None
-    limits = thresholds or DEFAULTS[manifest.quantize]
+    rounded = manifest.quantize != "none" or manifest.decoding.cache.dtype in CACHE_KL
+    stored = stored_model(exact, folder, manifest) if rounded else None
+    limits = thresholds or default_thresholds(manifest)
 
     token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
     windows = list(cut(token_ids, exact.config))
@@ -174,9 +193,9 @@ def verify(
         outputs = {"reference": expected, "bundle": got}
         report.bundle_to_reference.add(got, expected)
         if stored and report.bundle_to_stored and report.stored_to_reference:
-            with pytorch.recorded_routing() as stored_routing:
+            with pytorch.recorded_routing() as stored_routing, stored_cache(folder, manifest):
                 outputs["stored"] = pytorch.logits(stored, window)
-            with pytorch.replayed_routing(routing):
+            with pytorch.replayed_routing(routing), stored_cache(folder, manifest):
                 report.stored_to_reference.add(pytorch.logits(stored, window), expected)
             report.bundle_to_stored.add(got, outputs["stored"])
             same_routing.append(_agreement(routing, stored_routing))

@@ -28,10 +28,10 @@ class SharedCache:
     buffers that is the row's own memory; a step runs all rows together.
     """
 
-    def __init__(self, session: InferenceSession, decoding: Decoding, dtype: str, device: str, rows: int, capacity: int) -> None:
+    def __init__(self, session: InferenceSession, decoding: Decoding, device: str, rows: int, capacity: int) -> None:
         self._session = session
         self._vocab_size = decoding.vocab_size
-        self._dtype = np.dtype(dtype)
+        self._dtype = np.dtype(decoding.cache.dtype)
         self._device = device
         self._past = cache_names(decoding.cache.num_hidden_layers, "past_key_values")
         self._present = cache_names(decoding.cache.num_hidden_layers, "present")
@@ -127,12 +127,12 @@ class SharedCache:
 class GrowingCache:
     """Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for graphs of standard operators."""
 
-    def __init__(self, session: InferenceSession, decoding: Decoding, dtype: str, rows: int) -> None:
+    def __init__(self, session: InferenceSession, decoding: Decoding, rows: int) -> None:
         self._session = session
         self._past = cache_names(decoding.cache.num_hidden_layers, "past_key_values")
         self._outputs = [LOGITS, *cache_names(decoding.cache.num_hidden_layers, "present")]
         shape = (1, decoding.cache.num_key_value_heads, 0, decoding.cache.head_dim)
-        nothing = OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(dtype)))
+        nothing = OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(decoding.cache.dtype)))
         self._rows = [[nothing] * len(self._past) for _ in range(rows)]
 
     def run_row(self, row: int, ids: Sequence[int], past: int, keep: int, rope_length: int) -> NDArray[np.float32]:

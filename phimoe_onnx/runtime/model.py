@@ -207,9 +207,9 @@ class PhiMoE:
         """Empty caches for `rows` rows of up to `capacity` tokens."""
         cache: SharedCache | GrowingCache
         if self.decoding.cache.shared:
-            cache = SharedCache(self._session, self.decoding, self.manifest.dtype, self._device, rows, capacity)
+            cache = SharedCache(self._session, self.decoding, self._device, rows, capacity)
         else:
-            cache = GrowingCache(self._session, self.decoding, self.manifest.dtype, rows)
+            cache = GrowingCache(self._session, self.decoding, rows)
         return Decoder(cache, self.decoding, rows)
 
     def _logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:

@@ -1,82 +1,49 @@
-"""The KV cache of GroupQueryAttention -> int8 or int4, with scales that follow from the weights alone."""
+"""Cache inputs that take an empty cache of any width, as callers make it who know less than config.json says."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import onnx_ir as ir
-import torch
 
+from phimoe_onnx import bundle
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, initializer, nodes
-from phimoe_onnx.exporter.weights import Rows, Weight, job_piece, read_rows
-
-# How many standard deviations of a channel the largest code stands for; more costs resolution, fewer clip.
-DEVIATIONS = {8: 8.0, 4: 4.0}
+from phimoe_onnx.exporter.passes._edit import constant, op
 
 
-class QuantizeCache(ir.passes.InPlacePass):
-    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`, with a fixed scale for each channel.
+class ReshapeCache(ir.passes.InPlacePass):
+    """Puts a Reshape to [B, K, P, D] behind every `past_key_values` input, whose heads and head_dim become symbols.
 
-    The cache's inputs and outputs become int8 [B, K, T, D], or uint8 [B, K, T, D / 2] with two channels a byte.
+    optimum's ORTModelForCausalLM begins with an empty cache of num_attention_heads heads of hidden_size / num_attention_heads.
+    A cache that holds something keeps its shape, and ONNX Runtime passes it on without a copy; another width is an error there.
 
-    No data is needed for the scales: a LayerNorm with weight g and bias b hands a projection W numbers of mean square 1, so
-    channel c of W (g x + b) + bias has about the mean W_c b + bias_c and the standard deviation |W_c g|, and its scale is
-    (|mean| + DEVIATIONS standard deviations) / the largest code. Rope turns channels c and c + D / 2 of a key into each other, so
-    both get the larger deviation, and the length of the two means, times the larger mscale.
-
-    Matches exactly `num_hidden_layers` places.
-
-    Args:
-        config: the model's shape.
-        rows: the checkpoint's parameters.
-        bits: 8 or 4.
+    Takes a graph whose cache grows (the portable target's); GroupQueryAttention wants its buffers as they are.
     """
 
-    def __init__(self, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], bits: int) -> None:
+    def __init__(self, config: PhiMoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.rows = rows
-        self.bits = bits
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        matches = nodes(model, "GroupQueryAttention", MICROSOFT)
-        expect("attention's cache", len(matches), self.config.num_hidden_layers)
-        for layer, attention in enumerate(matches):
-            prefix = f"model.layers.{layer}."
-            scales = [initializer(model.graph, self._scale(prefix, projection)) for projection in ("k_proj", "v_proj")]
-            attention.resize_inputs(14)
-            for index, scale in zip((12, 13), scales, strict=True):
-                attention.replace_input_with(index, scale)
-            for kind in ("k_quant_type", "v_quant_type"):
-                attention.attributes[kind] = ir.AttrString(kind, "PER_CHANNEL")
-            attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self.bits)
-            for value in (*attention.inputs[3:5], *attention.outputs[1:3]):
-                value.type = ir.TensorType(ir.DataType.INT8 if self.bits == 8 else ir.DataType.UINT8)
-                value.shape = ir.Shape([*value.shape[:3], self.config.head_dim * self.bits // 8])
+        graph, config = model.graph, self.config
+        named = {value.name: value for value in graph.inputs}
+        new: list[ir.Node] = []
+
+        def add(op_type: str, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
+            new.append(op(op_type, inputs, name, dict(attributes)))
+            return new[-1].outputs[0]
+
+        batch = add("Shape", named[bundle.INPUT_IDS], name="past_shape/batch", start=0, end=1)
+        sequence = add("Shape", named[bundle.INPUT_IDS], name="past_shape/sequence", start=1)
+        total = add("Shape", named[bundle.ATTENTION_MASK], name="past_shape/total", start=1)
+        length = add("Sub", total, sequence, name="past_shape/past")
+        heads = constant(graph, "num_key_value_heads", [config.num_key_value_heads])
+        head_dim = constant(graph, "head_dim", [config.head_dim])
+        shape = add("Concat", batch, heads, length, head_dim, name="past_shape", axis=0)
+        for name in bundle.cache_names(config.num_hidden_layers, "past_key_values"):
+            past = named[name]
+            reshaped = add("Reshape", past, shape, name=f"{name}/Reshape", allowzero=1)
+            reshaped.type, reshaped.shape = past.type, past.shape
+            ir.convenience.replace_all_uses_with(past, reshaped)
+            new[-1].replace_input_with(0, past)
+            past.shape = ir.Shape(["batch", "past_heads", "past", "past_head_dim"])
+        graph.insert_before(graph[0], new)
         return ir.passes.PassResult(model, modified=True)
-
-    def _scale(self, prefix: str, projection: str) -> Weight:
-        """[1, K, 1, D]."""
-        shape = (1, self.config.num_key_value_heads, 1, self.config.head_dim)
-        run = partial(channel_scales, self.config, self.rows, prefix, projection, self.bits)
-        name = f"{prefix}self_attn.{projection[0]}_cache.scale"
-        return Weight(name, ir.DataType.FLOAT, shape, [job_piece(run, shape, ir.DataType.FLOAT)])
-
-
-def channel_scales(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], prefix: str, projection: str, bits: int) -> torch.Tensor:
-    """The scales of one layer's keys ("k_proj") or values ("v_proj"), float32 [1, K, 1, D]."""
-    weight = read_rows(rows[f"{prefix}self_attn.{projection}.weight"])
-    gain, offset = (read_rows(rows[f"{prefix}input_layernorm.{part}"]) for part in ("weight", "bias"))
-    mean = weight @ offset
-    if config.attention_bias:
-        mean += read_rows(rows[f"{prefix}self_attn.{projection}.bias"])
-    shape = (1, config.num_key_value_heads, 1, config.head_dim)
-    mean, deviation = mean.abs().view(shape), (weight * gain).norm(dim=1).view(shape)
-    if projection == "k_proj":
-        mean, deviation = torch.hypot(*mean.chunk(2, dim=-1)), torch.maximum(*deviation.chunk(2, dim=-1))
-        mscale = max(config.longrope.short_mscale, config.longrope.long_mscale) if config.longrope else 1.0
-        mean, deviation = (torch.cat((x, x), dim=-1) * mscale for x in (mean, deviation))
-    largest = 2 ** (bits - 1) - 1
-    scale: torch.Tensor = (mean + DEVIATIONS[bits] * deviation) / largest
-    return scale.clamp_min(torch.finfo(torch.float32).tiny)  # a channel of zeros

@@ -8,7 +8,7 @@ import torch
 from phimoe_onnx.exporter.passes._edit import initializer, op
 from phimoe_onnx.exporter.weights import Job, Piece, Weight
 
-KEPT = (".gate.weight.transposed", "cos_cache", "sin_cache")  # the router and the rope stay exact
+KEPT = (".gate.weight.transposed", "cos_cache", "sin_cache", "_cache.scale")  # the router, the rope and scales stay exact
 
 
 class StoreHalf(ir.passes.InPlacePass):

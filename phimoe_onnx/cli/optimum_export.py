@@ -1,0 +1,72 @@
+"""`optimum-cli export onnx --model CHECKPOINT --task text-generation-with-past OUT` for a PhiMoE: writes its portable bundle.
+
+optimum's own way is to trace transformers' model. It has none for PhiMoE, and its trace would fix one choice of rope factors
+and of experts. So its command is asked first whether the model is a PhiMoE, and is left as it is for every other. The bundle's
+files are those that optimum expects of a model, and its graph is one that ORTModelForCausalLM runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+# optimum-cli's options that would change what is written, with the values that can be had here; the first is the default
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "task": ("auto", "text-generation-with-past", "causal-lm-with-past"),
+    "dtype": (None, "fp32", "fp16"),
+    "opset": (None, 18),
+    "optimize": (None,),
+    "slim": (False,),
+    "monolith": (False,),
+    "no_dynamic_axes": (False,),
+    "variant": ("default",),
+    "model_kwargs": (None,),
+}
+
+
+def register() -> None:
+    """Puts PhiMoE in front of optimum's command; where this optimum has no such command, says so if it is asked for."""
+    try:
+        from optimum.commands.export.onnx import ONNXExportCommand
+
+        otherwise = ONNXExportCommand.run
+    except (ImportError, AttributeError) as error:
+        if "onnx" in sys.argv:
+            print(f"note: this release of optimum cannot export a PhiMoE ({error}); use phimoe-export --target portable", file=sys.stderr)
+        return
+
+    def run(command: Any) -> None:
+        if _model_type(command.args) == "phimoe":
+            sys.exit(_export(command.args))
+        otherwise(command)
+
+    ONNXExportCommand.run = run
+
+
+def _model_type(arguments: argparse.Namespace) -> str | None:
+    """As config.json says, in a folder or on the hub; None where it cannot be read, which optimum then reports in its own way."""
+    try:
+        from transformers import PretrainedConfig
+
+        config, _ = PretrainedConfig.get_config_dict(arguments.model, cache_dir=arguments.cache_dir)
+    except Exception:
+        return None
+    model_type: str | None = config.get("model_type")
+    return model_type
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """The export as phimoe-export does it; returns the exit code."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from phimoe_onnx.cli import export
+
+    for name, values in (OPTIONS | {"cache_dir": (HF_HUB_CACHE,)}).items():
+        if (given := getattr(arguments, name, values[0])) not in values:
+            expected = " or ".join(str(value) for value in values if value is not None)
+            print(f"error: {name} is {given}, expected {expected or 'none'}; phimoe-onnx exports this model", file=sys.stderr)
+            return 1
+    quantize = "fp16" if getattr(arguments, "dtype", None) == "fp16" else "none"
+    options = ["--target", "portable", "--quantize", quantize, "--overwrite"]
+    return export.main([arguments.model, "--output", str(arguments.output), *options])
