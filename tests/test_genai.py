@@ -27,10 +27,11 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["none", "int4"])
+@pytest.fixture(scope="module", params=[("none", "none"), ("int4", "none"), ("int4", "int8")], ids=["none", "int4", "int4-kv-int8"])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's model as a bundle."""
-    return export(MODEL, tmp_path_factory.mktemp("genai") / "bundle", quantize=request.param)
+    quantize, kv_cache = request.param
+    return export(MODEL, tmp_path_factory.mktemp("genai") / "bundle", quantize=quantize, kv_cache=kv_cache)
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text])
