@@ -113,7 +113,7 @@ def export(
             store_half(graph)
         graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
 
-    with staged(output) as staging:
+    with staged(output, overwrite) as staging:
         layout = Layout()
         for file, graph in models.items():
             layout.save(graph, staging / file)

@@ -1,0 +1,217 @@
+"""Times our quantiser and llama.cpp's side by side: the same matrices, the same cores, in turns, as a Markdown table.
+
+Run it from the repository's root in an environment that has both:
+
+    pip install llama-cpp-python gguf     # compiles llama.cpp for this machine, about ten minutes
+    python -m benchmarks.compare_quantisers [--layers 4] [--rounds 3]
+
+It writes a random bf16 checkpoint of Phi-mini-MoE's shape cut to a few layers, and the same weights as GGUF files in every input
+format that llama.cpp's quantiser reads. Everything is read from the page cache; everything is written to the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+
+from phimoe_onnx._version import __version__
+from phimoe_onnx.config import PhiMoEConfig, read_config
+from phimoe_onnx.exporter import pipeline
+from phimoe_onnx.exporter.checkpoint import parameters, read_headers
+from phimoe_onnx.exporter.quantize.rtn import Format
+from phimoe_onnx.exporter.weights import tensor_bytes
+from tests.checkpoints import write_checkpoint
+
+BLOCK = 32
+GGML_TYPES = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+
+
+def main() -> None:
+    """Prepares, measures in turns and prints the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the checkpoint: 4 (default) are 1.2 B parameters")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each candidate (default: 3)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write, some 18 GB; what is there already is used again")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp())
+    checkpoint = prepare(folder / "checkpoint", arguments.layers)
+    config = read_config(checkpoint)
+    tensors = read_tensors(checkpoint, config)
+    matrices = [tensor for name, tensor in tensors.items() if is_quantised(name)]
+    count = sum(matrix.numel() for matrix in matrices)
+    candidates: dict[str, Callable[[], float]] = {}
+    for dtype, form in GGML_TYPES.items():
+        source = write_gguf(folder / f"{form.name}.gguf", config, tensors, dtype)
+        candidates[f"llama.cpp, {form.name} GGUF to Q4_0 GGUF"] = partial(llama, source, folder / "Q4_0.gguf")
+    candidates |= {
+        "ours, bf16 safetensors to int4, block 32: the weights": partial(ours, checkpoint, folder / "bundle", whole=False),
+        "ours, the whole export": partial(ours, checkpoint, folder / "bundle", whole=True),
+        "ours, bare, bf16 in memory": partial(bare_ours, matrices),
+        "PyTorch, bare, bf16 in memory": partial(bare_torch, matrices),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(arguments.rounds):
+        for name, run in candidates.items():
+            seconds[name].append(run())
+    print(f"{datetime.date.today()}, {_cpu()}, {os.cpu_count()} cores, {count / 1e9:.2f} B parameters, {arguments.rounds} rounds; ", end="")
+    print(f"phimoe-onnx {__version__}, PyTorch {torch.__version__}, llama-cpp-python {llama_cpp.__version__}")
+    print("\n| candidate | M parameters/s, median | best | worst |\n| --- | --- | --- | --- |")
+    for name, runs in seconds.items():
+        print(f"| {name} | " + " | ".join(f"{count / value / 1e6:.0f}" for value in (median(runs), min(runs), max(runs))) + " |")
+    if not arguments.folder:
+        shutil.rmtree(folder)
+
+
+def prepare(folder: Path, layers: int) -> Path:
+    """A random checkpoint of Phi-mini-MoE's shape."""
+    if not folder.exists():
+        shape = {
+            "hidden_size": 4096,
+            "intermediate_size": 960,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32064,
+        }
+        write_checkpoint(folder, shards=layers, dtype=torch.bfloat16, **shape)
+    return folder
+
+
+def read_tensors(checkpoint: Path, config: PhiMoEConfig) -> dict[str, torch.Tensor]:
+    """The model under llama.cpp's names, each layer's experts stacked, bf16."""
+    rows = parameters(config, read_headers(checkpoint))
+
+    def read(name: str, start: int = 0, step: int = 1) -> torch.Tensor:
+        parts = [part.read() for part in rows[name][start::step]]
+        return torch.stack(parts) if "experts" in name else parts[0]
+
+    tensors = {"token_embd.weight": read("model.embed_tokens.weight"), "output.weight": read("lm_head.weight")}
+    tensors |= {f"output_norm.{kind}": read(f"model.norm.{kind}") for kind in ("weight", "bias")} | {"output.bias": read("lm_head.bias")}
+    for n in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{n}.", f"blk.{n}."
+        for kind in ("weight", "bias"):
+            for part in ("q", "k", "v"):
+                tensors[f"{theirs}attn_{part}.{kind}"] = read(f"{ours}self_attn.{part}_proj.{kind}")
+            tensors[f"{theirs}attn_output.{kind}"] = read(f"{ours}self_attn.o_proj.{kind}")
+            tensors[f"{theirs}attn_norm.{kind}"] = read(f"{ours}input_layernorm.{kind}")
+            tensors[f"{theirs}ffn_norm.{kind}"] = read(f"{ours}post_attention_layernorm.{kind}")
+        moe = f"{ours}block_sparse_moe."
+        tensors[f"{theirs}ffn_gate_inp.weight"] = read(f"{moe}gate.weight")
+        tensors[f"{theirs}ffn_gate_exps.weight"] = read(f"{moe}experts.gate_up_proj", 0, 2)
+        tensors[f"{theirs}ffn_up_exps.weight"] = read(f"{moe}experts.gate_up_proj", 1, 2)
+        tensors[f"{theirs}ffn_down_exps.weight"] = read(f"{moe}experts.down_proj")
+    return tensors
+
+
+def write_gguf(path: Path, config: PhiMoEConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
+    """The tensors as a GGUF file, matrices in `dtype`, a tensor in memory at a time."""
+    if path.exists():
+        return path
+    writer = gguf.GGUFWriter(path, "phimoe")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    kept = {name: dtype if is_quantised(name) else torch.float32 for name in tensors}
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * kept[name].itemsize
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), nbytes, GGML_TYPES[kept[name]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors.items():
+        writer.write_tensor_data(tensor_bytes(tensor.to(kept[name])))
+    writer.close()
+    return path
+
+
+def is_quantised(name: str) -> bool:
+    """Whether both tools quantise the tensor: every matrix but the routers."""
+    return name.endswith(".weight") and "norm" not in name and "ffn_gate_inp" not in name
+
+
+def llama(source: Path, target: Path) -> float:
+    """Seconds of llama.cpp's quantiser, a file to a file, every matrix to Q4_0."""
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.nthread, options.ftype, options.pure = os.cpu_count(), llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    start = time.perf_counter()
+    failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(options))
+    seconds = time.perf_counter() - start
+    if failed:
+        raise SystemExit(f"llama.cpp could not quantise {source}")
+    target.unlink()
+    return seconds
+
+
+def ours(checkpoint: Path, output: Path, whole: bool) -> float:
+    """Seconds of an int4 export: the whole of it, or the writing of the weights alone."""
+    times: dict[str, float] = {}
+    start = time.perf_counter()
+    pipeline.export(checkpoint, output, quantize="int4", progress=lambda phase, *_: times.setdefault(phase, time.perf_counter()))
+    end = time.perf_counter()
+    shutil.rmtree(output)
+    return end - start if whole else times["hashing"] - times["writing weights"]
+
+
+def bare_ours(matrices: list[torch.Tensor]) -> float:
+    """Seconds of `Format.quantize` alone, a matrix a worker, a worker a core, as the export does it."""
+    format = Format(4, BLOCK)
+    return _on_every_core(format.quantize, [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])])
+
+
+def bare_torch(matrices: list[torch.Tensor]) -> float:
+    """Seconds of round to nearest as one would write it in PyTorch: a matrix at a time, PyTorch's own threads."""
+    start = time.perf_counter()
+    for matrix in matrices:
+        blocks = matrix.float().unflatten(-1, (-1, BLOCK))
+        scales = blocks.abs().amax(dim=-1, keepdim=True) / 7
+        codes = (blocks / scales).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(-2)
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return time.perf_counter() - start
+
+
+def _on_every_core(run: Callable[[torch.Tensor], object], matrices: list[torch.Tensor]) -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        for _ in workers.map(run, matrices):
+            pass
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return seconds
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
