@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,31 @@ def test_portable_takes_an_empty_cache_of_any_width_and_a_full_one_of_its_own(bu
     assert_close(session.run(["logits"], inputs)[0][0, -1], reference.logits(model, ids)[-1])
     with pytest.raises(Exception, match=r"past_key_values\.0\.key/Reshape"):
         session.run(None, inputs | {"past_key_values.0.key": np.zeros((1, 4, 19, 32), np.float32)})
+
+
+WORD = r"(fc[12]|[a-z]+(_[a-z]+)*)"  # val_12 is none
+NAME = rf"{WORD}(\.\d+|[./]({WORD}|[A-Z]\w*))*"
+NAMED = [("cpu", "none"), ("cpu", "fp16"), ("cpu", "int4"), ("cuda", "none"), ("cuda", "int4"), ("portable", "none")]
+
+
+@pytest.mark.parametrize(("target", "quantize"), NAMED)
+def test_every_node_and_value_has_a_readable_name_with_its_layer(bundle: Bundle, target: str, quantize: str) -> None:
+    folder = bundle("longrope-window", target, quantize)
+    for graph in read_manifest(folder).graphs:
+        model = ir.load(folder / graph.file)
+        nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+        outputs = [value.name for node in nodes for value in node.outputs if value.name]
+        names = [node.name for node in nodes]
+        assert len(set(names)) == len(names)
+        assert len(set(outputs)) == len(outputs)
+        assert {name for name in (*names, *outputs) if not re.fullmatch(NAME, name)} == set()
+        assert {name for name in model.graph.initializers if re.fullmatch(r"(val|v|n|tmp)_?\d+(_\d+)?", name)} == set()
+        for node in nodes:
+            layer = re.match(r"model\.layers\.\d+\.", node.name)
+            for value in node.inputs:
+                if value is not None and value.name.startswith("model.layers.") and re.search("weight|bias|codes|scales", value.name):
+                    assert layer is not None
+                    assert value.name.startswith(layer[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -29,6 +29,7 @@ from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
 from phimoe_onnx.exporter.passes.moe import FuseExperts
+from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.quantize.rtn import Format
@@ -141,6 +142,20 @@ def test_reshape_cache(traced: Traced, checkpoint: Checkpoint, shape: str) -> No
             assert [str(dim) for dim in value.shape] == ["batch", "past_heads", "past", "past_head_dim"]
             assert [use.node.op_type for use in value.uses()] == ["Reshape"]
     check_same(model, traced(shape), config)
+
+
+def test_name_nodes(traced: Traced, checkpoint: Checkpoint) -> None:
+    model, config = traced("plain"), read_config(checkpoint("plain"))
+    common.InlinePass()(model)
+    NameNodes()(model)
+    names = [node.name for node in ir.traversal.RecursiveGraphIterator(model.graph)]
+    assert len(set(names)) == len(names)
+    moe = "model.layers.1.block_sparse_moe"
+    assert {"model/CumSum", "model.layers.0/Add", "model.layers.0/Add_2", f"{moe}/TopK", "lm_head/MatMul"} < set(names)
+    values = {value.name: node.name for node in model.graph for value in node.outputs}
+    assert (values[f"{moe}/TopK.0"], values[f"{moe}/TopK.1"]) == (f"{moe}/TopK", f"{moe}/TopK")
+    assert (values["lm_head/MatMul"], values["logits"]) == ("lm_head/MatMul", "lm_head/Add")
+    check_same(model, traced("plain"), config)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

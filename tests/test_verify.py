@@ -20,7 +20,7 @@ from phimoe_onnx.cli.verify import main
 from phimoe_onnx.config import parse_config
 from phimoe_onnx.errors import BundleError, PhiMoEError
 from phimoe_onnx.parity import reference
-from phimoe_onnx.parity.report import junit
+from phimoe_onnx.parity.report import junit, markdown
 from phimoe_onnx.parity.verify import DEFAULTS, Comparison, Thresholds, cut, log_softmax
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import BASE, MODEL, SHAPES
@@ -186,6 +186,20 @@ def test_a_comparison_is_the_formulas_over_all_windows() -> None:
     assert comparison.kl == pytest.approx(np.mean(kl), rel=1e-4)
     same = np.concatenate([logits.argmax(axis=1) == expected.argmax(axis=1) for logits, expected in pairs])
     assert comparison.top1_agreement == pytest.approx(same.mean())
+
+
+def test_markdown_has_a_row_a_comparison_and_escapes_the_texts(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    report = verify(bundle(SHAPE, "cpu", "int4"), checkpoint(SHAPE), tokens=60, new_tokens=4, thresholds=Thresholds(kl=0.0))
+    report.greedy["bundle"] = "<b> & `"
+    lines = markdown(report).splitlines()
+    assert lines[0] == f"### phimoe-verify: `{report.bundle}` (cpu, int4) failed"
+    assert f"**{report.failures[0]}**" in lines
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert [len(row) for row in table] == [4, 5, 5, 5, 5]  # the first column has no title
+    assert table[2][0] == "bundle to reference"
+    assert table[2][3] == f"{report.bundle_to_reference.kl:.2e}"
+    assert f"- perplexity: reference {report.perplexity['reference']:.4f}" in markdown(report)
+    assert "<pre>&lt;b&gt; &amp; `</pre>" in lines
 
 
 def run(bundle: Path, checkpoint: Path, folder: Path, *arguments: str) -> int:

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--new-tokens", type=int, default=64, metavar="N", help="length of the greedy continuations (default: 64)")
     add("--device", default="cpu", metavar="DEVICE", help="where the bundle runs: cpu (default) or cuda")
     add("--junit", metavar="FILE", help="write JUnit XML")
+    add("--markdown", metavar="FILE", help="write the tables as Markdown")
     add("--json", metavar="FILE", help="write the whole report as JSON")
     for name in LIMITS:
         add(f"--max-{name.replace('_', '-')}", type=float, metavar="X", help="override the precision's default threshold")
@@ -61,6 +62,8 @@ def _verify(arguments: argparse.Namespace) -> None:
     reports.show(report, Console())
     if arguments.json:
         _write(arguments.json, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    if arguments.markdown:
+        _write(arguments.markdown, reports.markdown(report))
     if arguments.junit:
         _write(arguments.junit, reports.junit(report))
     try:

@@ -29,6 +29,7 @@ from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
 from phimoe_onnx.exporter.passes.moe import FuseExperts
+from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
@@ -182,6 +183,7 @@ def _fuse(model: ir.Model, config: PhiMoEConfig, target: str, format: Format | N
     if format is not None:
         QuantizeEmbedding(Format(8, format.block_size, format.dtype))(model)
     common.InlinePass()(model)
+    NameNodes()(model)
     _clean(model)
 
 

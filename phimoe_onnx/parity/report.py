@@ -1,8 +1,10 @@
-"""A parity report for people (a table), for CI (JUnit XML) and for the bundle's manifest."""
+"""A parity report for people (tables, in a terminal or in Markdown), for CI (JUnit XML) and for the bundle's manifest."""
 
 from __future__ import annotations
 
 import dataclasses
+import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,28 +16,21 @@ from rich.text import Text
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.parity.verify import Comparison, Report
 
+COLUMNS = ("", "mean |d| / std", "max |d| / std", "KL, nats", "top-1 agreement")
+
 
 def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
     title = f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}"
     table = Table(title=title, caption=f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}")
-    for column in ("", "mean |d| / std", "max |d| / std", "KL, nats", "top-1 agreement"):
+    for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
-    for name, comparison in _comparisons(report).items():
-        table.add_row(
-            name,
-            f"{comparison.mean_difference:.2e}",
-            f"{comparison.max_difference:.2e}",
-            f"{comparison.kl:.2e}",
-            f"{comparison.top1_agreement:.2%}",
-        )
+    for row in _rows(report):
+        table.add_row(*row)
     console.print(table)
-    console.print("perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report.perplexity.items()))
-    if report.routing_agreement is not None:
-        console.print(f"choices of experts that the stored weights leave unchanged: {report.routing_agreement:.2%}")
-    greedy = Table(
-        title=f"greedy continuations, {report.greedy['agreeing']} of {report.greedy['new_tokens']} tokens equal", show_lines=True
-    )
+    for line in _lines(report):
+        console.print(line)
+    greedy = Table(title=_greedy(report), show_lines=True)
     greedy.add_column("reference", ratio=1)
     greedy.add_column("bundle", ratio=1)
     greedy.add_row(Text(report.greedy["reference"]), Text(report.greedy["bundle"]))
@@ -44,6 +39,20 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[red]FAILED[/red] {failure}")
     if not report.failures:
         console.print("[green]passed[/green]")
+
+
+def markdown(report: Report) -> str:
+    """The report as GitHub's Markdown."""
+    outcome = "failed" if report.failures else "passed"
+    parts = [f"### phimoe-verify: `{report.bundle}` ({report.target}, {report.quantize}) {outcome}"]
+    parts += [f"**{failure}**" for failure in report.failures]
+    parts.append(f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}, against `{report.reference}`:")
+    table = [COLUMNS, ("---", *["--:"] * (len(COLUMNS) - 1)), *_rows(report)]
+    parts.append("\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table))
+    parts.append("\n".join(f"- {line}" for line in _lines(report)))
+    texts = "".join(f"\n{name}:\n<pre>{html.escape(report.greedy[name])}</pre>" for name in ("reference", "bundle"))
+    parts.append(f"<details><summary>{_greedy(report)}</summary>\n{texts}\n</details>")
+    return "\n\n".join(parts) + "\n"
 
 
 def junit(report: Report) -> str:
@@ -70,6 +79,22 @@ def record(report: Report, bundle: Path) -> None:
         "bundle_to_reference": dataclasses.asdict(report.bundle_to_reference),
     }
     dataclasses.replace(read_manifest(bundle), parity=summary).write(bundle)
+
+
+def _rows(report: Report) -> Iterator[tuple[str, ...]]:
+    for name, comparison in _comparisons(report).items():
+        differences = (comparison.mean_difference, comparison.max_difference, comparison.kl)
+        yield (name, *(f"{value:.2e}" for value in differences), f"{comparison.top1_agreement:.2%}")
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield "perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report.perplexity.items())
+    if report.routing_agreement is not None:
+        yield f"choices of experts that the stored weights leave unchanged: {report.routing_agreement:.2%}"
+
+
+def _greedy(report: Report) -> str:
+    return f"greedy continuations, {report.greedy['agreeing']} of {report.greedy['new_tokens']} tokens equal"
 
 
 def _comparisons(report: Report) -> dict[str, Comparison]:

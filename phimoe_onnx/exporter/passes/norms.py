@@ -28,7 +28,6 @@ class FuseSkipLayerNorm(ir.passes.InPlacePass):
             attributes: dict[str, int | float | str] = {"epsilon": norm.attributes["epsilon"].as_float()}
             inputs = [*add.inputs, *norm.inputs[1:]]
             fused = op("SkipLayerNormalization", inputs, name, attributes, MICROSOFT, outputs=("", "/mean", "/inv_std_var", "/sum"))
-            fused.outputs[1].name = fused.outputs[2].name = ""
             values = [(norm.outputs[0], fused.outputs[0]), (add.outputs[0], fused.outputs[3])]
             model.graph.insert_after(norm, fused)
             replace(model.graph, [add, norm], [], values)

@@ -1,0 +1,36 @@
+"""Names that say where a node comes from."""
+
+from __future__ import annotations
+
+import ast
+
+import onnx_ir as ir
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a traced node, and of what was inlined for one: its modules, outermost first
+
+
+class NameNodes(ir.passes.InPlacePass):
+    """Calls every traced node after its module and operator, `model.layers.0.self_attn/Softmax`, the next such one `..._2`.
+
+    Its outputs are called likewise, with `.0`, `.1` where there are several; the graph's own keep their names. Nodes that a
+    pass made carry no scope and are named by that pass.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+        taken = {node.name for node in nodes if SCOPES not in node.metadata_props}
+        for node in nodes:
+            if SCOPES not in node.metadata_props:
+                continue
+            *_, module, _ = ast.literal_eval(node.metadata_props[SCOPES])
+            plain = f"{module if not module.startswith('_') else 'model'}/{node.op_type}"
+            name, count = plain, 1
+            while name in taken:
+                count += 1
+                name = f"{plain}_{count}"
+            taken.add(name)
+            node.name = name
+            for index, value in enumerate(node.outputs):
+                if not value.is_graph_output():
+                    value.name = name if len(node.outputs) == 1 else f"{name}.{index}"
+        return ir.passes.PassResult(model, modified=True)
