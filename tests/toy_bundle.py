@@ -249,6 +249,6 @@ def write_bundle(folder: Path, target: str = "cpu", *, minimum_onnxruntime: str 
     graphs = (Graph("model.onnx", minimum_onnxruntime),)
     files_now = describe_files(folder)
     Manifest(
-        "0", "toy", "text-generation", target, "none", "float32", {}, graphs, read_decoding(model.config, folder, target), files_now
+        "0", "toy", "text-generation", target, "none", "float32", {}, graphs, read_decoding(model.config, folder, target, "none"), files_now
     ).write(folder)
     return model
