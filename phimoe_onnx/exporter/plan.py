@@ -20,7 +20,7 @@ from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.weights import Rows
 
 # Bytes, measured with torch 2.13 and ONNX Runtime 1.32 on Linux.
-EXPORTER = 680 << 20  # resident before the first weight: torch, a traced graph
+EXPORTER = 1000 << 20  # resident beside the weights at hand: torch, the traced graph, what the allocator keeps
 RUNTIME = 90 << 20  # resident before the first weight: Python, numpy, ONNX Runtime, a tokenizer
 GRAPH_PER_LAYER = 10_700  # without branches
 BRANCHES_PER_EXPERT = 6_560
@@ -105,7 +105,7 @@ def requirements(
         target=target,
         quantize=quantize,
         bundle=stored + tables + fused + branched,
-        export_memory=EXPORTER + _largest_jobs(config, format, width, quantize == "fp16"),
+        export_memory=EXPORTER + _largest_jobs(config, format, width),
         run_memory=RUNTIME + resident + (tables if target == "cuda" else 0),
         cache_per_token=2 * layers * config.num_key_value_heads * config.head_dim * width,
     )
@@ -128,12 +128,12 @@ def _elements(parts: tuple[Rows, ...]) -> int:
     return sum(math.prod(part.shape) for part in parts)
 
 
-def _largest_jobs(config: PhiMoEConfig, format: Format | None, width: int, halved: bool) -> int:
+def _largest_jobs(config: PhiMoEConfig, format: Format | None, width: int) -> int:
     """Bytes of the memory that the writer's workers hold at worst: one the head, the others an expert's fc1 each."""
     head = config.vocab_size * config.hidden_size
     expert = 2 * config.intermediate_size * config.hidden_size
-    if format is None:  # as stored, cast, and transposed or stacked
-        return head * (2 + 2 * width + (2 if halved else 0)) + (_workers() - 1) * expert * (2 + width + (2 if halved else 0))
+    if format is None:  # as stored, cast and transposed; the head is so large that it outlasts the experts
+        return head * (2 + 2 * width)
     codes_and_scales = sum(format.nbytes(1, format.block_size)) / format.block_size
     return int(head * (2 + codes_and_scales) + (_workers() - 1) * expert * (1 + 2 * codes_and_scales))
 
