@@ -1,4 +1,4 @@
-"""Tests against other releases than the installed ones: transformers, which is no dependency, and the oldest ONNX Runtime.
+"""Tests against what is not installed: transformers and optimum-onnx, the oldest ONNX Runtime, and a reader in Rust.
 
 Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what differs.
 """
