@@ -1,8 +1,10 @@
-"""Tests against other releases than the installed ones: transformers, which is no dependency, and the oldest ONNX Runtime.
+"""Tests against what is not installed: transformers and optimum-onnx, the oldest ONNX Runtime, and a reader in Rust.
 
 Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what differs.
 """
 
+import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -41,6 +43,15 @@ def onnxruntime_1_29(session: nox.Session) -> None:
     """The oldest ONNX Runtime that pyproject.toml allows."""
     _install(session, "--no-deps", "onnxruntime==1.29.0")
     _pytest(session, *sorted(map(str, Path("tests").glob("test_runtime_*.py"))), "tests/test_oldest_onnxruntime.py")
+
+
+@nox.session(venv_backend="none")
+def rust(session: nox.Session) -> None:
+    """embed/rust, over the ONNX Runtime library of the installed Python package."""
+    if not shutil.which("cargo"):
+        session.skip("there is no cargo here")
+    session.run("cargo", "build", "--release", "--manifest-path", "embed/rust/Cargo.toml", external=True)
+    session.run(sys.executable, "-m", "pytest", "tests/test_rust.py", *session.posargs, external=True)
 
 
 def _install(session: nox.Session, *arguments: str) -> None:
