@@ -23,7 +23,7 @@ from phimoe_onnx import export
 from phimoe_onnx.bundle import check_files, describe_files, read_manifest
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError, ConfigError, ExportError
-from phimoe_onnx.exporter import pipeline, source
+from phimoe_onnx.exporter import pipeline
 from phimoe_onnx.exporter.chat_format import chat_format
 from phimoe_onnx.exporter.staging import Journal, staged
 from phimoe_onnx.modeling import PhiMoEForCausalLM
@@ -632,33 +632,6 @@ def test_a_source_without_config(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         export(tmp_path / "empty", tmp_path / "bundle")
-
-
-def test_a_hub_id_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"^nobody/nothing: no such folder, and the hub gave no model"):
-        export("nobody/nothing", tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_a_hub_id_is_downloaded(tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked: list[Any] = []
-
-    def download(name: str, *, revision: str | None, token: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, token))
-        assert allow_patterns == source.PATTERNS
-        return str(checkpoint("plain"))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    assert source.resolve("owner/name", "main", "secret") == checkpoint("plain")
-    assert asked == [("owner/name", "main", "secret")]
 
 
 def test_bfloat16_checkpoints_export_exactly(tmp_path: Path) -> None:

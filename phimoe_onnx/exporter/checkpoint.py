@@ -42,17 +42,31 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         if not (folder / SINGLE).exists():
             raise CheckpointError(f"{folder}: holds neither {INDEX} nor {SINGLE}; only safetensors checkpoints are read")
         return _read_header(folder / SINGLE)
+    shards = {file: _read_header(folder / file) for file in shard_files(folder)}
+    weight_map = _weight_map(folder)
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise CheckpointError(f"{folder / file}: {INDEX} promises the tensor {name} here, but the shard lacks it")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def shard_files(folder: Path) -> list[str]:
+    """The names of the files that hold the weights, whether they are there or not: those of the index, or the only one.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    return sorted(set(_weight_map(folder).values())) if (folder / INDEX).exists() else [SINGLE]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
     try:
         weight_map = read_json(folder / INDEX).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensor names to files")
-    shards = {file: _read_header(folder / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise CheckpointError(f"{folder / file}: {INDEX} promises the tensor {name} here, but the shard lacks it")
-    return {name: shards[file][name] for name, file in weight_map.items()}
+    return weight_map
 
 
 def parameters(config: PhiMoEConfig, stored: dict[str, Stored]) -> dict[str, tuple[Rows, ...]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from threading import Lock
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -33,21 +32,12 @@ from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
+from phimoe_onnx.exporter.progress import Progress, counter
 from phimoe_onnx.exporter.quantize.rtn import Format
-from phimoe_onnx.exporter.source import resolve
+from phimoe_onnx.exporter.source import COPIED, fetch_weights, origin, resolve
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
-
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-Progress = Callable[[str, int, int], None]
 
 
 def export(
@@ -89,10 +79,11 @@ def export(
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
-    output = Path(output) if output is not None else Path(f"{folder.resolve().name}-{target}-{quantize}")
+    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
     format = format_for(config, target, quantize, block_size)
     decoding = read_decoding(config, folder, target, kv_cache)
+    fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored)
 
@@ -121,7 +112,7 @@ def export(
         journal = Journal(staging, _plan(staging, models, stored))
         _check_room(staging, layout.nbytes)
         try:
-            write_weights(layout, staging, journal, _advance(report, "writing weights", layout.nbytes))
+            write_weights(layout, staging, journal, counter(report, "writing weights", layout.nbytes))
         finally:
             journal.close()
         _copy(folder, staging)
@@ -130,7 +121,7 @@ def export(
             (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         bundle.Manifest(
             tool_version=__version__,
-            source=str(source) if not Path(source).exists() else folder.resolve().name,
+            source=origin(source, folder),
             task="text-generation",
             target=target,
             quantize=quantize,
@@ -138,24 +129,10 @@ def export(
             weights=_describe(quantize, target, format),
             graphs=tuple(bundle.Graph(file, _minimum_onnxruntime(graph)) for file, graph in models.items()),
             decoding=decoding,
-            files=bundle.describe_files(staging, _advance(report, "hashing", layout.nbytes)),
+            files=bundle.describe_files(staging, counter(report, "hashing", layout.nbytes)),
             chat=chat_format(folder),
         ).write(staging)
     return output
-
-
-def _advance(report: Progress, phase: str, total: int) -> Callable[[int], None]:
-    """Counts bytes, from any thread, into reports of `phase`."""
-    done = 0
-    lock = Lock()
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += nbytes
-            report(phase, min(done, total), total)
-
-    return advance
 
 
 # The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is slow, from

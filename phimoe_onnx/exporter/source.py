@@ -2,66 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from phimoe_onnx.errors import CheckpointError
-from phimoe_onnx.exporter.checkpoint import Stored, read_headers
+from phimoe_onnx.errors import CheckpointError, ExportError
+from phimoe_onnx.exporter import hub
+from phimoe_onnx.exporter.checkpoint import INDEX, Stored, read_headers, shard_files
+from phimoe_onnx.exporter.progress import Progress
 
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def resolve(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of `source`; a hub id is downloaded first, only the files that are needed, and resumes.
+    """The folder with the configuration and the tokenizer of `source`; of a local folder, with its weights as well.
+
+    A model of the hub is downloaded into the hub's cache; `fetch_weights` gets its weights.
 
     Raises:
         CheckpointError: there is no such folder and no such model, or the hub cannot be reached.
+        ExportError: a revision of a local folder is asked for.
     """
     if Path(source).is_dir():
+        if revision is not None:
+            raise ExportError(f"--revision {revision} is for a hub id, but {source} is a local folder; leave it out")
         return Path(source)
-    from huggingface_hub import snapshot_download
+    if Path(source).exists():
+        raise CheckpointError(f"{source}: is a file, expected the folder of a checkpoint")
+    model = str(source)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"{source}: no such folder, and no hub id of the form owner/name either")
+    return hub.snapshot(model, [*COPIED, INDEX], revision, token)
 
-    with _hub_errors(source):
-        return Path(snapshot_download(_hub_id(source), revision=revision, token=token, allow_patterns=PATTERNS))
+
+def fetch_weights(source: str | Path, folder: Path, token: str | None, report: Progress) -> None:
+    """Downloads the safetensors that the model in `folder` needs, if it is one of the hub, going on where a killed run was.
+
+    Raises:
+        CheckpointError: the hub lacks a file or cannot be reached, or what came from it is damaged.
+    """
+    if not Path(source).is_dir():
+        hub.fetch(str(source), shard_files(folder), folder, token, report)
 
 
 def headers(source: str | Path, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, Stored]]:
     """The folder with config.json, and every tensor's entry; of a model on the hub no weights are downloaded.
 
     Raises:
-        CheckpointError: as for `resolve` and `checkpoint.read_headers`.
+        CheckpointError, ExportError: as for `resolve` and `checkpoint.read_headers`.
     """
+    folder = resolve(source, revision, token)
     if Path(source).is_dir():
-        return Path(source), read_headers(Path(source))
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-    repo = _hub_id(source)
-    with _hub_errors(source):
-        config = hf_hub_download(repo, "config.json", revision=revision, token=token)
-        shards = get_safetensors_metadata(repo, revision=revision, token=token).files_metadata
-    tensors = ((Path(file), name, tensor) for file, shard in shards.items() for name, tensor in shard.tensors.items())
-    return Path(config).parent, {name: Stored(file, tensor.dtype, tuple(tensor.shape)) for file, name, tensor in tensors}
+        return folder, read_headers(folder)
+    return folder, hub.headers(str(source), shard_files(folder), folder, token)
 
 
-def _hub_id(source: str | Path) -> str:
-    text = str(source)
-    if Path(source).exists():
-        raise CheckpointError(f"{source}: is a file, expected the folder of a checkpoint")
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise CheckpointError(f"{source}: no such folder, and no hub id of the form owner/name either")
-    return text
-
-
-@contextmanager
-def _hub_errors(source: str | Path) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError
-
-    try:
-        yield
-    except NotASafetensorsRepoError:
-        raise CheckpointError(f"{source}: holds no safetensors on the hub; only safetensors checkpoints are read") from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source}: no such folder, and the hub gave no model of this name ({reason})") from None
+def origin(source: str | Path, folder: Path) -> str:
+    """What the manifest calls a checkpoint: a local folder's name, or a hub id with its commit."""
+    return Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
