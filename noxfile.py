@@ -42,7 +42,7 @@ def optimum(session: nox.Session) -> None:
 def onnxruntime_1_29(session: nox.Session) -> None:
     """The oldest ONNX Runtime that pyproject.toml allows."""
     _install(session, "--no-deps", "onnxruntime==1.29.0")
-    _pytest(session, *sorted(map(str, Path("tests").glob("test_runtime_*.py"))), "tests/test_oldest_onnxruntime.py")
+    _pytest(session, *sorted(map(str, Path("tests").glob("test_runtime_*.py"))), "tests/test_oldest_onnxruntime.py", "tests/conformance")
 
 
 @nox.session(venv_backend="none")
