@@ -73,10 +73,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(config: dict[str, Any], seed: int = 0) -> modeling.PhiMoEForCausalLM:
+def make_model(config: dict[str, Any], seed: int = 0) -> Any:
     """The PyTorch model of a config.json, with random weights large enough for its routing to vary."""
     torch.manual_seed(seed)
-    model = modeling.PhiMoEForCausalLM(parse_config(config)).eval()
+    parsed = parse_config(config)
+    model = modeling.MODELS[parsed.task or "text-generation"](parsed).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.02 if name.endswith("bias") else 0.3 if "gate.weight" in name else 0.08)
@@ -86,7 +87,13 @@ def make_model(config: dict[str, Any], seed: int = 0) -> modeling.PhiMoEForCausa
 
 
 def write_checkpoint(
-    folder: Path, writer: str = "hub", shards: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+    folder: Path,
+    writer: str = "hub",
+    shards: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "model.",
+    **config: Any,
 ) -> Path:
     """Writes a random checkpoint into `folder`, with the small model's tokenizer.
 
@@ -96,6 +103,7 @@ def write_checkpoint(
         shards: number of safetensors files; with more than one there is an index.
         seed: of the weights.
         dtype: of the stored tensors.
+        prefix: of the body's names; AutoModel writes none.
         config: what differs from `BASE`.
     """
     raw = BASE | config
@@ -104,7 +112,7 @@ def write_checkpoint(
     for name, tensor in model.state_dict().items():
         if raw["tie_word_embeddings"] and name == "lm_head.weight":
             continue
-        tensors.update(_spell(name, tensor, writer))
+        tensors.update({prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored: part for stored, part in _spell(name, tensor, writer).items()})
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     names = sorted(tensors)
