@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import LAST_HIDDEN_STATE, LOGITS, TASKS, Manifest, check_files, read_manifest
+from phimoe_onnx.bundle import TASKS, Manifest, check_files, read_manifest
 from phimoe_onnx.errors import BundleError, GenerationError
 from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
 from phimoe_onnx.runtime.chat import ChatTemplate, Message
@@ -189,22 +189,20 @@ class PhiMoE:
     def classify(self, text: Prompt | Batch) -> Classification | list[Classification]:
         """The labels of one text, or of each text of a batch exactly as if it were alone.
 
-        Texts of like length run together, at most `texts.BATCH_TOKENS` tokens at once; a longer text runs alone.
+        Texts of like length run together, up to `texts.BATCH_TOKENS` tokens at once; a longer text runs alone.
 
         Args:
             text: a string, a list of messages or a list of token ids; a list of any of these is a batch, and may be empty.
 
         Raises:
-            GenerationError: a text is empty, or has more tokens than the context holds.
+            GenerationError: a text is empty, or has more tokens than the context holds, before any is run.
 
         """
         self._expect("text-classification", "classify")
         ids, batch = self._encode_texts(text)
         assert self.manifest.classes
-        results: dict[int, Classification] = {}
-        for numbers, logits in run_texts(self._session, LOGITS, ids):
-            results |= {number: classify(row, self.manifest.classes) for number, row in zip(numbers, logits, strict=True)}
-        return [results[number] for number in range(len(ids))] if batch else results[0]
+        results = [classify(logits, self.manifest.classes) for logits in run_texts(self._session, ids)]
+        return results if batch else results[0]
 
     def embed(self, text: Prompt | Batch) -> NDArray[np.float32]:
         """The hidden state of a text's last token, after the final norm: float32 [hidden_size], or [n, hidden_size] for a batch.
@@ -213,11 +211,8 @@ class PhiMoE:
         """
         self._expect("feature-extraction", "embed")
         ids, batch = self._encode_texts(text)
-        result = np.empty((len(ids), self._session.get_outputs()[0].shape[-1]), np.float32)
-        for numbers, hidden in run_texts(self._session, LAST_HIDDEN_STATE, ids):
-            for number, row in zip(numbers, hidden, strict=True):
-                result[number] = row[len(ids[number]) - 1]
-        return result if batch else result[0]
+        results = run_texts(self._session, ids)
+        return results if batch else results[0]
 
     def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
         """The token ids of a prompt; `name` is its name in errors.

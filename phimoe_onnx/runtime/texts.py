@@ -1,4 +1,4 @@
-"""Whole texts in one pass each, without a cache: which of them run together."""
+"""Whole texts in one pass each, without a cache, and which of them run together."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS
+from phimoe_onnx.errors import GenerationError
 
 BATCH_TOKENS = 4096  # that run at once, padding included: enough to fill the matrix products, and bounds their memory
 
 
-def run_texts(session: InferenceSession, output: str, texts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-    """Runs all texts, batch by batch; yields the numbers of a batch's texts and the graph's `output` for them, [rows, ...]."""
+def run_texts(session: InferenceSession, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    """What the graph says of each text's last token: a classifier's logits [n, labels], or hidden states [n, hidden_size].
+
+    Raises:
+        GenerationError: a number is not finite, so the graph computed nonsense.
+
+    """
+    (output,) = session.get_outputs()
+    results = np.empty((len(texts), output.shape[-1]), np.float32)
     for batch in batches([len(text) for text in texts]):
-        longest = len(texts[batch[-1]])
-        tokens = np.zeros((len(batch), longest), np.int64)
-        mask = np.zeros_like(tokens)
-        for row, number in enumerate(batch):
-            tokens[row, : len(texts[number])] = texts[number]
-            mask[row, : len(texts[number])] = 1
-        (result,) = session.run([output], {INPUT_IDS: tokens, ATTENTION_MASK: mask})
-        yield batch, result
+        lengths = np.array([len(texts[number]) for number in batch])
+        mask = (np.arange(lengths[-1]) < lengths[:, None]).astype(np.int64)
+        tokens = np.zeros_like(mask)
+        tokens[mask > 0] = np.concatenate([texts[number] for number in batch])
+        (values,) = session.run([output.name], {INPUT_IDS: tokens, ATTENTION_MASK: mask})
+        results[batch] = values if values.ndim == 2 else values[np.arange(len(batch)), lengths - 1]
+    if not np.isfinite(results).all():
+        raise GenerationError(f"the graph's {output.name} are not finite; check the bundle with phimoe-verify")
+    return results
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
