@@ -294,7 +294,8 @@ class PhiMoEForSequenceClassification(nn.Module):
         return logits
 
 
-MODELS = {
+Model = PhiMoEForCausalLM | PhiMoEForSequenceClassification | PhiMoEForFeatureExtraction
+MODELS: dict[str, type[Model]] = {
     "text-generation": PhiMoEForCausalLM,
     "text-classification": PhiMoEForSequenceClassification,
     "feature-extraction": PhiMoEForFeatureExtraction,

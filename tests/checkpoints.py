@@ -112,7 +112,12 @@ def write_checkpoint(
     for name, tensor in model.state_dict().items():
         if raw["tie_word_embeddings"] and name == "lm_head.weight":
             continue
-        tensors.update({prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored: part for stored, part in _spell(name, tensor, writer).items()})
+        tensors.update(
+            {
+                prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored: part
+                for stored, part in _spell(name, tensor, writer).items()
+            }
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     names = sorted(tensors)

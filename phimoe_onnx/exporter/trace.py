@@ -24,7 +24,7 @@ from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.functions import DOMAIN, FUNCTIONS, OPSET
 from phimoe_onnx.exporter.weights import FLOATS, Parameter, Rows
 
-Contract = dict[str, list[str | int]]  # names and dimensions
+Contract = dict[str, tuple[str | int, ...]]  # names and dimensions
 
 
 def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType, task: str = "text-generation") -> ir.Model:
@@ -122,19 +122,19 @@ def _name_inputs_and_outputs(graph: ir.Graph, inputs: Contract, outputs: Contrac
 
 def _contract(config: PhiMoEConfig, task: str) -> tuple[Contract, Contract]:
     """The inputs and the outputs that bundle.py names, in the model's order."""
-    whole: Contract = {bundle.INPUT_IDS: ["batch", "sequence"], bundle.ATTENTION_MASK: ["batch", "sequence"]}
+
+    def cache(prefix: str, length: str) -> Contract:
+        shape = ("batch", config.num_key_value_heads, length, config.head_dim)
+        return dict.fromkeys(bundle.cache_names(config.num_hidden_layers, prefix), shape)
+
+    ids: Contract = {bundle.INPUT_IDS: ("batch", "sequence")}
+    if task == "text-generation":
+        inputs = ids | {bundle.ATTENTION_MASK: ("batch", "total"), bundle.ROPE_LENGTH: (1,)} | cache("past_key_values", "past")
+        return inputs, {bundle.LOGITS: ("batch", "kept", config.vocab_size)} | cache("present", "total")
+    inputs = ids | {bundle.ATTENTION_MASK: ("batch", "sequence")}
     if task == "text-classification":
-        return whole, {bundle.LOGITS: ["batch", len(config.labels)]}
-    if task == "feature-extraction":
-        return whole, {bundle.LAST_HIDDEN_STATE: ["batch", "sequence", config.hidden_size]}
-    past, present = (
-        dict.fromkeys(
-            bundle.cache_names(config.num_hidden_layers, prefix), ["batch", config.num_key_value_heads, length, config.head_dim]
-        )
-        for prefix, length in (("past_key_values", "past"), ("present", "total"))
-    )
-    inputs: Contract = {bundle.INPUT_IDS: ["batch", "sequence"], bundle.ATTENTION_MASK: ["batch", "total"], bundle.ROPE_LENGTH: [1]}
-    return inputs | past, {bundle.LOGITS: ["batch", "kept", config.vocab_size]} | present
+        return inputs, {bundle.LOGITS: ("batch", len(config.labels))}
+    return inputs, {bundle.LAST_HIDDEN_STATE: ("batch", "sequence", config.hidden_size)}
 
 
 @contextmanager
