@@ -72,6 +72,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "longrope-window": {"rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
 }
 
+TASKS: dict[str, dict[str, Any]] = {
+    "text-generation": {},
+    "text-classification": {
+        "architectures": ["PhimoeForSequenceClassification"],
+        "id2label": {"0": "bad", "1": "fair", "2": "good"},
+    },
+    "feature-extraction": {"architectures": ["PhimoeModel"]},
+}
+
 
 def make_model(config: dict[str, Any], seed: int = 0) -> Any:
     """The PyTorch model of a config.json, with random weights large enough for its routing to vary."""
@@ -92,18 +101,17 @@ def write_checkpoint(
     shards: int = 1,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    prefix: str = "model.",
     **config: Any,
 ) -> Path:
     """Writes a random checkpoint into `folder`, with the small model's tokenizer.
 
     Args:
         folder: is made.
-        writer: "hub" for per-expert tensors, "fused" for the in-memory names of transformers 5.
+        writer: "hub" for per-expert tensors, "fused" for the in-memory names of transformers 5; the tensors of a base model have no
+            prefix `model.` in either.
         shards: number of safetensors files; with more than one there is an index.
         seed: of the weights.
         dtype: of the stored tensors.
-        prefix: of the body's names; AutoModel writes none.
         config: what differs from `BASE`.
     """
     raw = BASE | config
@@ -112,14 +120,10 @@ def write_checkpoint(
     for name, tensor in model.state_dict().items():
         if raw["tie_word_embeddings"] and name == "lm_head.weight":
             continue
-        tensors.update(
-            {
-                prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored: part
-                for stored, part in _spell(name, tensor, writer).items()
-            }
-        )
+        tensors.update(_spell(name, tensor, writer))
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    prefix = "model." if raw["architectures"] == TASKS["feature-extraction"]["architectures"] else ""
+    tensors = {name.removeprefix(prefix): tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     names = sorted(tensors)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

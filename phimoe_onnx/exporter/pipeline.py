@@ -153,11 +153,11 @@ def _minimum_onnxruntime(model: ir.Model) -> str:
 def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format: Format | None) -> None:
     """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
     layers = config.num_hidden_layers
-    if target == "portable":
-        ReshapeCache(config)(model)
-    else:
+    if target != "portable":
         FuseAttention(config)(model)
         FuseSkipLayerNorm(layers)(model)
+    elif task == "text-generation":
+        ReshapeCache(config)(model)
     FuseExperts(layers, format)(model)
     if task == "text-generation":
         AddOptionalInputs()(model)
