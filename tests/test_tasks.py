@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given
@@ -19,8 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from phimoe_onnx import BundleError, CheckpointError, ExportError, GenerationError, PhiMoE, PhiMoEError, export, verify
 from phimoe_onnx.bundle import Classes, read_manifest
-from phimoe_onnx.cli import chat, generate
-from phimoe_onnx.cli.export import main
+from phimoe_onnx.cli import chat as cli_chat
+from phimoe_onnx.cli import classify as cli_classify
+from phimoe_onnx.cli import export as cli_export
+from phimoe_onnx.cli import generate as cli_generate
+from phimoe_onnx.cli import verify as cli_verify
 from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.parity.texts import cut_texts
@@ -141,6 +146,19 @@ def test_the_graph_and_the_manifest_keep_the_contract(bundle: Make, task: str, t
     assert not (folder / "genai_config.json").exists()
 
 
+@pytest.mark.parametrize("shape", ["longrope", "window"])
+def test_attention_without_a_cache(bundle: Make, shape: str) -> None:
+    """The presents, which nothing reads, keep the operator's memory linear in the length; rows turn by positions of their own."""
+    operators = list(ir.load(bundle(shape, "cpu", "none", CLASSIFY) / "model.onnx").graph)
+    attention = [node for node in operators if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == 2
+    for node in attention:
+        assert node.inputs[3] is node.inputs[4] is None
+        assert all(output.name for output in node.outputs[:3])
+        assert node.attributes["do_rotary"].as_int() == (shape == "window")
+    assert sum(node.op_type == "RotaryEmbedding" for node in operators) == (0 if shape == "window" else 2)
+
+
 @pytest.mark.parametrize("writer", ["hub", "fused"])
 def test_a_base_model_and_the_body_of_another_are_the_same_bundle(tmp_path: Path, writer: str) -> None:
     """AutoModel writes the body's tensors without `model.`; the others have a head that is left out."""
@@ -164,7 +182,7 @@ def test_a_base_model_and_the_body_of_another_are_the_same_bundle(tmp_path: Path
 def test_what_a_checkpoint_cannot_serve(tmp_path: Path, checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cases = [
-        ("text-generation", CLASSIFY, "was made for text-generation and has no head for text-classification; use --task text-generation or"),
+        ("text-generation", CLASSIFY, "was made for text-generation and has no head for text-classification"),
         (CLASSIFY, "text-generation", "has no head for text-generation; use --task text-classification or feature-extraction"),
         (EMBED, "text-generation", "was made for feature-extraction and has no head for text-generation; use --task feature-extraction"),
         (EMBED, CLASSIFY, "has no head for text-classification; use --task feature-extraction"),
@@ -244,20 +262,14 @@ def test_bad_texts(bundle: Make) -> None:
 
 def test_methods_of_another_task_are_refused(bundle: Make, capsys: pytest.CaptureFixture[str]) -> None:
     classifier = bundle("longrope-window", "cpu", "none", CLASSIFY)
-    calls: dict[str, Callable[[PhiMoE], object]] = {
-        "generate": lambda model: model.generate("Emma", stream=True),
-        "chat": lambda model: model.chat(),
-        "score": lambda model: model.score("Emma"),
-        "logits": lambda model: model.logits([5]),
-        "classify": lambda model: model.classify("Emma"),
-        "embed": lambda model: model.embed("Emma"),
-    }
-    for task in TASKS:
+    methods = {"text-generation": ["generate", "chat", "score", "logits"], CLASSIFY: ["classify"], EMBED: ["embed"]}
+    for task in methods:
         model = PhiMoE.load(bundle("longrope-window", "cpu", "none", task), threads=1)
-        for name in calls.keys() - {"text-generation": {"generate", "chat", "score", "logits"}, CLASSIFY: {"classify"}, EMBED: {"embed"}}[task]:
-            with pytest.raises(BundleError, match=rf"{name}\(\) needs a bundle for .*, this one is for {task}"):
-                calls[name](model)
-    for command, arguments in ((generate, [str(classifier), "Emma"]), (chat, [str(classifier)])):
+        for other in methods.keys() - {task}:
+            for name in methods[other]:
+                with pytest.raises(BundleError, match=rf"^{name}\(\) needs a bundle for {other}, this one is for {task}$"):
+                    getattr(model, name)("Emma")
+    for command, arguments in ((cli_generate, [str(classifier), "Emma"]), (cli_chat, [str(classifier)])):
         assert command.main(arguments) == 1
         assert capsys.readouterr().err.count("needs a bundle for text-generation, this one is for text-classification\n") == 1
 
@@ -266,7 +278,7 @@ def test_methods_of_another_task_are_refused(bundle: Make, capsys: pytest.Captur
 def test_a_manifest_without_its_classes(tmp_path: Path, bundle: Make, damage: dict[str, object]) -> None:
     manifest = json.loads((bundle("plain", "cpu", "none", CLASSIFY) / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | damage))
-    with pytest.raises(BundleError, match="is damaged|is a bundle for summarization, expected one for text-generation"):
+    with pytest.raises(BundleError, match=r"is damaged|is a bundle for summarization, expected one for"):
         PhiMoE.load(tmp_path)
 
 
@@ -316,19 +328,28 @@ def test_verify_fails_a_doctored_bundle(tmp_path: Path, checkpoint: Make) -> Non
 
 
 def test_the_commands(tmp_path: Path, checkpoint: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    from phimoe_onnx.cli import verify as command
-
     folder = tmp_path / "bundle"
-    assert main([str(checkpoint("plain")), "-o", str(folder), "--task", EMBED]) == 0
+    assert cli_export.main([str(checkpoint("plain")), "-o", str(folder), "--task", EMBED]) == 0
     assert read_manifest(folder).task == EMBED
-    assert command.main([str(folder), "--reference", str(checkpoint("plain")), "--tokens", "60"]) == 0
+    assert cli_verify.main([str(folder), "--reference", str(checkpoint("plain")), "--tokens", "60"]) == 0
     parity = read_manifest(folder).parity
     assert parity is not None
     assert parity["passed"] is True
     capsys.readouterr()
-    assert command.main([str(folder), "--reference", str(checkpoint("plain")), "--tokens", "60", "--max-kl", "1"]) == 1
+    assert cli_verify.main([str(folder), "--reference", str(checkpoint("plain")), "--tokens", "60", "--max-kl", "1"]) == 1
     assert "there is no kl to check of a bundle for feature-extraction" in capsys.readouterr().err
-    assert main([str(checkpoint("plain", CLASSIFY)), "--plan"]) == 0
+    assert cli_export.main([str(checkpoint("plain", CLASSIFY)), "--plan"]) == 0
     printed = capsys.readouterr().out
     assert "score 0.0 M" in printed
     assert "lm_head" not in printed
+
+
+def test_phimoe_classify(bundle: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bundle("longrope-window", "cpu", "none", CLASSIFY)
+    results = PhiMoE.load(folder).classify(TEXTS)
+    expected = [f"{result.label}\t{result.score:.4f}\t{text}" for text, result in zip(TEXTS, results, strict=True)]
+    assert cli_classify.main([str(folder), *TEXTS]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n"))
+    assert cli_classify.main([str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == expected

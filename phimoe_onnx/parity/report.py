@@ -51,7 +51,8 @@ def markdown(report: Report) -> str:
     parts.append(f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}, against `{report.reference}`:")
     table = [COLUMNS, ("---", *["--:"] * (len(COLUMNS) - 1)), *_rows(report)]
     parts.append("\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table))
-    parts += ["\n".join(f"- {line}" for line in _lines(report))] if report.perplexity or report.routing_agreement else []
+    if lines := list(_lines(report)):
+        parts.append("\n".join(f"- {line}" for line in lines))
     if report.greedy:
         texts = "".join(f"\n{name}:\n<pre>{html.escape(report.greedy[name])}</pre>" for name in ("reference", "bundle"))
         parts.append(f"<details><summary>{_greedy(report)}</summary>\n{texts}\n</details>")
