@@ -21,9 +21,13 @@ _HASH_BLOCK = 1 << 20  # bytes
 PREFILL_CHUNK = 512  # enough to fill the matrix products, and bounds their memory
 HASH_LIMIT = 256 << 20  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
 
+# The names in a graph. text-generation has all of them but LAST_HIDDEN_STATE. The other tasks run whole texts, without a cache:
+# input_ids and attention_mask [batch, sequence] give text-classification's logits or feature-extraction's last_hidden_state.
+TASKS = ("text-generation", "text-classification", "feature-extraction")
 INPUT_IDS = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK = "attention_mask"  # int64 [batch, past + sequence]: 1 for a real token; rows are padded on the right
-LOGITS = "logits"  # float32 [batch, sequence or logits_to_keep, vocab_size]
+LOGITS = "logits"  # float32 [batch, sequence or logits_to_keep, vocab_size]; a classifier's [batch, labels], at the last real token
+LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, sequence, hidden_size], after the final norm
 LOGITS_TO_KEEP = "logits_to_keep"  # optional int64 [1]: how many last positions get logits; 0, the default, is all
 ROPE_LENGTH = "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
 
@@ -94,16 +98,31 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What a classifier's logits mean.
+
+    Attributes:
+        labels: a name for each logit.
+        function_to_apply: "softmax", "sigmoid" or "none": what makes scores of the logits.
+    """
+
+    labels: tuple[str, ...]
+    function_to_apply: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """manifest.json.
 
     Attributes:
+        task: one of TASKS.
         target: "cpu", "cuda" or "portable"; a portable graph's `present` is past + new, the others' may be one buffer.
         quantize: "none", "fp16", "int8" or "int4".
         dtype: activations, "float32", "float16" or "bfloat16".
         weights: how each kind of weight is stored, as {"experts": "int4, block 32", ...}.
         graphs: in order of preference.
         files: size in bytes and SHA-256 of every other file, by name.
+        classes: of text-classification, else None.
         parity: the summary of the last `phimoe-verify`, if one was run.
     """
 
@@ -118,6 +137,7 @@ class Manifest:
     decoding: Decoding
     files: dict[str, dict[str, Any]]
     chat: ChatFormat | None = None
+    classes: Classes | None = None
     parity: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -147,6 +167,8 @@ def read_manifest(bundle: Path) -> Manifest:
         if chat := raw.get("chat"):
             turns = {role: (prefix, suffix) for role, (prefix, suffix) in chat["turns"].items()}
             raw["chat"] = ChatFormat(turns, chat["generation"], tuple(chat["skipped_when_empty"]))
+        if raw["task"] == "text-classification":
+            raw["classes"] = Classes(tuple(raw["classes"]["labels"]), raw["classes"]["function_to_apply"])
         raw["decoding"] = _decoding(raw["decoding"])
         return Manifest(**raw)
     except (TypeError, KeyError, ValueError) as error:

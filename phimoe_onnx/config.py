@@ -10,7 +10,15 @@ from typing import Any
 
 from phimoe_onnx.errors import ConfigError
 
-ARCHITECTURES = ("PhiMoEForCausalLM", "PhimoeForCausalLM")
+ARCHITECTURES = {  # and the task that each was made for; Microsoft spells the name one way, transformers the other
+    "PhiMoEForCausalLM": "text-generation",
+    "PhimoeForCausalLM": "text-generation",
+    "PhiMoEForSequenceClassification": "text-classification",
+    "PhimoeForSequenceClassification": "text-classification",
+    "PhiMoEModel": "feature-extraction",
+    "PhimoeModel": "feature-extraction",
+}
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,13 @@ class LongRope:
 
 @dataclass(frozen=True)
 class PhiMoEConfig:
-    """The shape of a PhiMoE; names and meanings are config.json's."""
+    """The shape of a PhiMoE; names and meanings are config.json's.
+
+    Attributes:
+        task: what `architectures` says the checkpoint was made for, None where it says nothing.
+        labels: a classifier's, by the rows of its head.
+        problem_type: one of PROBLEM_TYPES or None; what a classifier was trained for.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -51,6 +65,9 @@ class PhiMoEConfig:
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]
+    task: str | None
+    labels: tuple[str, ...]
+    problem_type: str | None
 
     @property
     def window(self) -> int | None:
@@ -58,6 +75,13 @@ class PhiMoEConfig:
         if self.sliding_window is None or self.sliding_window >= self.max_position_embeddings:
             return None
         return self.sliding_window
+
+    @property
+    def function_to_apply(self) -> str:
+        """What makes scores of a classifier's logits, "softmax", "sigmoid" or "none"; transformers' pipeline has the same rule."""
+        if self.problem_type == "regression":
+            return "none"
+        return "sigmoid" if self.problem_type == "multi_label_classification" or len(self.labels) == 1 else "softmax"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,7 +125,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
     architectures = raw.get("architectures") or []
     if raw.get("model_type") != "phimoe":
         raise ConfigError(f"{where}: model_type is {raw.get('model_type')!r}, expected 'phimoe'")
-    if not isinstance(architectures, list) or not all(name in ARCHITECTURES for name in architectures):
+    if not isinstance(architectures, list) or not all(name in tuple(ARCHITECTURES) for name in architectures):
         raise ConfigError(f"{where}: architectures is {architectures}, expected one of {', '.join(ARCHITECTURES)}")
     read = _Reader(raw, where)
     if read.get("hidden_act", str, "silu") != "silu":
@@ -125,6 +149,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
         raise ConfigError(f"{where}: num_local_experts is {experts}, expected 2 or more")
     max_positions = read.count("max_position_embeddings")
     rope_theta, longrope = _rope(read, head_dim, max_positions)
+    problem_type = raw.get("problem_type")
+    if problem_type not in (None, *PROBLEM_TYPES):
+        raise ConfigError(f"{where}: problem_type is {problem_type!r}, expected one of {', '.join(PROBLEM_TYPES)} or null")
     return PhiMoEConfig(
         vocab_size=read.count("vocab_size"),
         hidden_size=hidden_size,
@@ -145,6 +172,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
         tie_word_embeddings=read.get("tie_word_embeddings", bool, False),
         bos_token_id=next(iter(read_token_ids(raw, "bos_token_id", where)), None),
         eos_token_id=read_token_ids(raw, "eos_token_id", where),
+        task=ARCHITECTURES[architectures[0]] if architectures else None,
+        labels=_labels(read),
+        problem_type=problem_type,
     )
 
 
@@ -220,3 +250,18 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> tuple[float, Long
             "original_max_position_embeddings", read.raw.get("original_max_position_embeddings", max_positions)
         ),
     )
+
+
+def _labels(read: _Reader) -> tuple[str, ...]:
+    """The values of id2label in order; LABEL_0 and so on where there are none, two of them if num_labels does not say otherwise."""
+    names = read.raw.get("id2label")
+    if names is None:
+        return tuple(f"LABEL_{index}" for index in range(read.count("num_labels", 2)))
+    expected = f"{read.where}: id2label is {names!r}, expected"
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ConfigError(f"{expected} an object of names")
+    if not names or names.keys() != {str(index) for index in range(len(names))}:
+        raise ConfigError(f'{expected} the keys "0" to one less than the number of labels')
+    if len(set(names.values())) < len(names):
+        raise ConfigError(f"{expected} a name of its own for each label")
+    return tuple(names[str(index)] for index in range(len(names)))

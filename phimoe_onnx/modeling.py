@@ -186,11 +186,16 @@ class PhiMoEModel(nn.Module):
 
     def __init__(self, config: PhiMoEConfig) -> None:
         super().__init__()
-        self.sliding_window = config.window
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def empty_cache(self, batch: int = 1) -> list[KeyValue]:
+        """A cache that holds nothing: per layer, keys and values [batch, K, 0, D]."""
+        nothing = self.embed_tokens.weight.new_empty(batch, self.config.num_key_value_heads, 0, self.config.head_dim)
+        return [(nothing, nothing)] * self.config.num_hidden_layers
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, rope_length: Tensor, past_key_values: list[KeyValue]
@@ -204,8 +209,8 @@ class PhiMoEModel(nn.Module):
 
         slot = torch.arange(attention_mask.shape[1], device=input_ids.device)
         visible = (attention_mask.unsqueeze(1) > 0) & (slot <= slot[-sequence:].unsqueeze(1))
-        if self.sliding_window is not None:
-            visible = visible & (positions.unsqueeze(2) - slot_position.unsqueeze(1) < self.sliding_window)
+        if self.config.window is not None:
+            visible = visible & (positions.unsqueeze(2) - slot_position.unsqueeze(1) < self.config.window)
         visible = visible.unsqueeze(1)
 
         x = self.embed_tokens(input_ids)
@@ -215,6 +220,12 @@ class PhiMoEModel(nn.Module):
             x, present = layer(x, cos, sin, past, visible)
             presents.append(present)
         return self.norm(x), presents
+
+    def whole(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The normalised hidden states [B, S, H] of whole texts, before which nothing is cached."""
+        rope_length = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+        hidden: Tensor = self(input_ids, attention_mask, rope_length, self.empty_cache(input_ids.shape[0]))[0]
+        return hidden
 
 
 class PhiMoEForCausalLM(nn.Module):
@@ -229,10 +240,8 @@ class PhiMoEForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def empty_cache(self, batch: int = 1) -> list[KeyValue]:
-        """A cache that holds nothing: per layer, keys and values [batch, K, 0, D]."""
-        weight = self.model.embed_tokens.weight
-        nothing = weight.new_empty(batch, self.config.num_key_value_heads, 0, self.config.head_dim)
-        return [(nothing, nothing)] * self.config.num_hidden_layers
+        """As `PhiMoEModel.empty_cache`."""
+        return self.model.empty_cache(batch)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, rope_length: Tensor, past_key_values: list[KeyValue]
@@ -251,3 +260,43 @@ class PhiMoEForCausalLM(nn.Module):
         """
         hidden, presents = self.model(input_ids, attention_mask, rope_length, past_key_values)
         return self.lm_head(hidden).float(), presents
+
+
+class PhiMoEForFeatureExtraction(nn.Module):
+    """The decoder over whole texts, without a cache and without a head; parameters are named as in the others."""
+
+    def __init__(self, config: PhiMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = PhiMoEModel(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids int64 [B, S] and attention_mask int64 [B, S], 1 for a real token -> hidden states, float32 [B, S, H]."""
+        return self.model.whole(input_ids, attention_mask).float()
+
+
+class PhiMoEForSequenceClassification(nn.Module):
+    """The decoder over whole texts, without a cache, with a head on each row's last real token."""
+
+    def __init__(self, config: PhiMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = PhiMoEModel(config)
+        # float32 whatever the model's dtype, like the router: it is small, and what it gives is the answer
+        self.score = nn.Linear(config.hidden_size, len(config.labels), bias=False, dtype=torch.float32)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids int64 [B, S] and attention_mask int64 [B, S], 1 for a real token -> logits float32 [B, labels]."""
+        hidden = self.model.whole(input_ids, attention_mask)
+        slot = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (slot * attention_mask).amax(dim=1).view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
+        logits: Tensor = self.score(hidden.gather(1, last).squeeze(1).float())
+        return logits
+
+
+Model = PhiMoEForCausalLM | PhiMoEForSequenceClassification | PhiMoEForFeatureExtraction
+MODELS: dict[str, type[Model]] = {
+    "text-generation": PhiMoEForCausalLM,
+    "text-classification": PhiMoEForSequenceClassification,
+    "feature-extraction": PhiMoEForFeatureExtraction,
+}

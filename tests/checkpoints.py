@@ -72,11 +72,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "longrope-window": {"rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
 }
 
+TASKS: dict[str, dict[str, Any]] = {
+    "text-generation": {},
+    "text-classification": {
+        "architectures": ["PhimoeForSequenceClassification"],
+        "id2label": {"0": "bad", "1": "fair", "2": "good"},
+    },
+    "feature-extraction": {"architectures": ["PhimoeModel"]},
+}
 
-def make_model(config: dict[str, Any], seed: int = 0) -> modeling.PhiMoEForCausalLM:
+
+def make_model(config: dict[str, Any], seed: int = 0) -> Any:
     """The PyTorch model of a config.json, with random weights large enough for its routing to vary."""
     torch.manual_seed(seed)
-    model = modeling.PhiMoEForCausalLM(parse_config(config)).eval()
+    parsed = parse_config(config)
+    model = modeling.MODELS[parsed.task or "text-generation"](parsed).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.02 if name.endswith("bias") else 0.3 if "gate.weight" in name else 0.08)
@@ -86,13 +96,19 @@ def make_model(config: dict[str, Any], seed: int = 0) -> modeling.PhiMoEForCausa
 
 
 def write_checkpoint(
-    folder: Path, writer: str = "hub", shards: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+    folder: Path,
+    writer: str = "hub",
+    shards: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Path:
     """Writes a random checkpoint into `folder`, with the small model's tokenizer.
 
     Args:
         folder: is made.
-        writer: "hub" for per-expert tensors, "fused" for the in-memory names of transformers 5.
+        writer: "hub" for per-expert tensors, "fused" for the in-memory names of transformers 5; the tensors of a base model have no
+            prefix `model.` in either.
         shards: number of safetensors files; with more than one there is an index.
         seed: of the weights.
         dtype: of the stored tensors.
@@ -106,7 +122,8 @@ def write_checkpoint(
             continue
         tensors.update(_spell(name, tensor, writer))
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    prefix = "model." if raw["architectures"] == TASKS["feature-extraction"]["architectures"] else ""
+    tensors = {name.removeprefix(prefix): tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     names = sorted(tensors)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

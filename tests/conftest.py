@@ -12,44 +12,49 @@ import pytest
 import torch
 
 from phimoe_onnx.exporter import pipeline
-from tests.checkpoints import SHAPES, at_level_0, write_checkpoint
+from tests.checkpoints import SHAPES, TASKS, at_level_0, write_checkpoint
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """checkpoint(shape) -> the folder of a random checkpoint; read it, do not change it."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """checkpoint(shape, task="text-generation") -> the folder of a random checkpoint; read it, do not change it."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return functools.cache(lambda shape: write_checkpoint(folder / shape, **SHAPES[shape]))
 
-
-@pytest.fixture(scope="session")
-def bundle(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
-    """bundle(shape, target, quantize) -> the folder of its bundle; read it, do not change it."""
-    folder = tmp_path_factory.mktemp("bundles")
-    traced: dict[str, ir.Model] = {}  # tracing takes most of the time of so small an export
-
-    def make(shape: str, target: str, quantize: str) -> Path:
-        def trace(*arguments: Any) -> ir.Model:
-            if shape not in traced:
-                traced[shape] = original(*arguments)
-            return traced[shape].clone()
-
-        original = pipeline.trace
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "trace", trace)
-            return pipeline.export(checkpoint(shape), folder / f"{shape}-{target}-{quantize}", target=target, quantize=quantize)
+    def make(shape: str, task: str = "text-generation") -> Path:
+        return write_checkpoint(folder / task / shape, **SHAPES[shape] | TASKS[task])
 
     return functools.cache(make)
 
 
 @pytest.fixture(scope="session")
-def bundle_at_level_0(bundle: Callable[[str, str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
-    """bundle_at_level_0(shape, quantize, graph) -> the bundle with that graph alone, its activations not rounded to int8."""
+def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """bundle(shape, target, quantize, task="text-generation") -> the folder of its bundle; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("bundles")
+    traced: dict[tuple[str, str, ir.DataType], ir.Model] = {}  # tracing takes most of the time of so small an export
+
+    def make(shape: str, target: str, quantize: str, task: str = "text-generation") -> Path:
+        def trace(config: Any, rows: Any, dtype: ir.DataType, task: str) -> ir.Model:
+            if (shape, task, dtype) not in traced:
+                traced[shape, task, dtype] = original(config, rows, dtype, task)
+            return traced[shape, task, dtype].clone()
+
+        original = pipeline.trace
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "trace", trace)
+            output = folder / task / f"{shape}-{target}-{quantize}"
+            return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize)
+
+    return functools.cache(make)
+
+
+@pytest.fixture(scope="session")
+def bundle_at_level_0(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """bundle_at_level_0(shape, quantize, graph, task="text-generation") -> that graph alone, its activations not rounded to int8."""
     folder = tmp_path_factory.mktemp("level-0")
 
-    def make(shape: str, quantize: str, graph: str) -> Path:
-        return at_level_0(bundle(shape, "cpu", quantize), folder / f"{shape}-{quantize}-{graph}", graph)
+    def make(shape: str, quantize: str, graph: str, task: str = "text-generation") -> Path:
+        return at_level_0(bundle(shape, "cpu", quantize, task), folder / f"{task}-{shape}-{quantize}-{graph}", graph)
 
     return functools.cache(make)

@@ -126,10 +126,11 @@ def assert_fails(capsys: pytest.CaptureFixture[str], arguments: list[str], messa
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("export", ["SOURCE", "--output", "--quantize", "--target", "--block-size", "--revision", "--token", "--overwrite"]),
+        ("export", ["SOURCE", "--output", "--task", "--quantize", "--target", "--block-size", "--revision", "--token", "--overwrite"]),
         ("verify", ["BUNDLE", "--reference", "--text", "--junit", "--json", "--max-kl", "--max-perplexity-ratio"]),
         ("generate", ["BUNDLE", "PROMPT", "--max-new-tokens", "--temperature", "--seed", "--stop"]),
         ("chat", ["BUNDLE", "--system", "--top-p"]),
+        ("classify", ["BUNDLE", "TEXT", "--device", "--threads"]),
     ],
 )
 def test_help(capsys: pytest.CaptureFixture[str], command: str, words: list[str]) -> None:
@@ -144,7 +145,7 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str, words: list[str]
         assert word in output
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "generate", "chat"])
+@pytest.mark.parametrize("command", ["export", "verify", "generate", "chat", "classify"])
 def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str], command: str) -> None:
     module = importlib.import_module(f"phimoe_onnx.cli.{command}")
     with pytest.raises(SystemExit) as stop:

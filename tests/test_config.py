@@ -43,17 +43,55 @@ def test_every_value_is_read() -> None:
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=(7, 8),
+        task="text-generation",
+        labels=("LABEL_0", "LABEL_1"),
+        problem_type=None,
     )
 
 
-@pytest.mark.parametrize("name", ["PhiMoEForCausalLM", "PhimoeForCausalLM"])
-def test_both_architecture_names_are_the_same_model(name: str) -> None:
-    assert parse_config(BASE | {"architectures": [name]}) == parse_config(BASE)
+@pytest.mark.parametrize("name", ["PhiMoE", "Phimoe"])
+def test_both_names_of_an_architecture_are_the_same_model(name: str) -> None:
+    assert parse_config(BASE | {"architectures": [f"{name}ForCausalLM"]}) == parse_config(BASE)
+    for suffix, task in (("ForSequenceClassification", "text-classification"), ("Model", "feature-extraction")):
+        assert parse_config(BASE | {"architectures": [name + suffix]}) == dataclasses.replace(parse_config(BASE), task=task)
 
 
 @pytest.mark.parametrize("raw", [without("architectures"), BASE | {"architectures": None}, BASE | {"architectures": []}])
 def test_the_architecture_may_be_left_out(raw: dict[str, Any]) -> None:
-    assert parse_config(raw) == parse_config(BASE)
+    assert parse_config(raw) == dataclasses.replace(parse_config(BASE), task=None)
+
+
+LABELS = {"0": "no", "1": "yes", "2": "perhaps"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "labels"),
+    [
+        ({"id2label": LABELS}, ("no", "yes", "perhaps")),
+        ({"id2label": dict(reversed(LABELS.items()))}, ("no", "yes", "perhaps")),
+        ({"id2label": LABELS, "num_labels": 5}, ("no", "yes", "perhaps")),
+        ({"num_labels": 3}, ("LABEL_0", "LABEL_1", "LABEL_2")),
+        ({"num_labels": 1, "id2label": None}, ("LABEL_0",)),
+    ],
+)
+def test_labels(raw: dict[str, Any], labels: tuple[str, ...]) -> None:
+    assert parse_config(BASE | raw).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "function"),
+    [
+        (3, None, "softmax"),
+        (1, None, "sigmoid"),
+        (3, "single_label_classification", "softmax"),
+        (1, "single_label_classification", "sigmoid"),
+        (3, "multi_label_classification", "sigmoid"),
+        (1, "regression", "none"),
+        (3, "regression", "none"),
+    ],
+)
+def test_what_makes_scores_of_logits(labels: int, problem_type: str | None, function: str) -> None:
+    assert parse_config(BASE | {"num_labels": labels, "problem_type": problem_type}).function_to_apply == function
 
 
 @pytest.mark.parametrize(
@@ -106,7 +144,7 @@ def test_defaults() -> None:
     needed = (*shape, "max_position_embeddings", "rope_theta")
     config = parse_config({"model_type": "phimoe"} | {key: BASE[key] for key in needed})
     expected = parse_config(BASE | {"attention_bias": False, "lm_head_bias": False})
-    assert config == dataclasses.replace(expected, bos_token_id=None, eos_token_id=())
+    assert config == dataclasses.replace(expected, bos_token_id=None, eos_token_id=(), task=None)
     assert config.head_dim == 16
     assert config.num_local_experts == 16
 
@@ -138,6 +176,13 @@ def test_the_small_model() -> None:
         (without("model_type"), ["model_type", "None"]),
         (BASE | {"architectures": ["LlamaForCausalLM"]}, ["architectures", "LlamaForCausalLM", "PhiMoEForCausalLM"]),
         (BASE | {"architectures": "PhiMoEForCausalLM"}, ["architectures"]),
+        (BASE | {"id2label": ["no", "yes"]}, ["id2label", "an object of names"]),
+        (BASE | {"id2label": {"0": 0, "1": 1}}, ["id2label", "an object of names"]),
+        (BASE | {"id2label": {}}, ["id2label", "keys"]),
+        (BASE | {"id2label": {"1": "no", "2": "yes"}}, ["id2label", "keys"]),
+        (BASE | {"id2label": {"0": "no", "1": "no"}}, ["id2label", "a name of its own"]),
+        (BASE | {"num_labels": 0}, ["num_labels", "0"]),
+        (BASE | {"problem_type": "guessing"}, ["problem_type", "'guessing'", "regression"]),
         (BASE | {"architectures": [["PhiMoEForCausalLM"]]}, ["architectures"]),
         (BASE | {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
         (BASE | {"num_experts_per_tok": 3}, ["num_experts_per_tok", "3", "2"]),

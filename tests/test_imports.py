@@ -60,7 +60,7 @@ def python(code: str) -> str:
         "import phimoe_onnx",
         "import phimoe_onnx.runtime",
         "import phimoe_onnx; phimoe_onnx.PhiMoE",
-        "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat",
+        "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat, phimoe_onnx.cli.classify",
         "import phimoe_onnx.cli.export, phimoe_onnx.cli.verify",  # for a fast --help
         "import phimoe_onnx.cli.optimum_export",  # at every start of optimum-cli
     ],

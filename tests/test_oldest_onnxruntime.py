@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -40,3 +41,17 @@ def test_bundle(tmp_path: Path, target: str, quantize: str, graph: str) -> None:
         assert_close(model.logits(ids[:length]), reference.logits(expected, ids[:length]))
     # across the boundary
     assert model.generate(ids[:240], max_new_tokens=40).token_ids == reference.greedy(expected, ids[:240], 40)
+
+
+@pytest.mark.parametrize(("target", "quantize"), [("cpu", "none"), ("portable", "none"), ("cpu", "int4")])
+def test_whole_texts(tmp_path: Path, target: str, quantize: str) -> None:
+    """Texts on both sides of the rope boundary in one batch of a graph without a cache."""
+    folder = export(MODEL, tmp_path / "bundle", task="feature-extraction", target=target, quantize=quantize)
+    manifest = read_manifest(folder)
+    expected = stored_model(reference.load_reference(MODEL, manifest.task), folder, manifest)
+    if quantize != "none":
+        folder = at_level_0(folder, tmp_path / "exact", choose_graph(manifest, onnxruntime.__version__).file)
+    model = PhiMoE.load(folder, threads=1)
+    ids = model.tokenizer.encode(TEXT)
+    texts = [ids[:length] for length in (200, 256, 257, 300)]
+    assert_close(model.embed(texts), np.stack([reference.last(expected, text) for text in texts]))

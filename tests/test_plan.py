@@ -41,6 +41,20 @@ def test_bundle_is_as_large_as_planned(tmp_path: Path, checkpoint: Callable[[str
     assert sum(stored_sizes(bundle).values()) == pytest.approx(weights, rel=1e-3)
 
 
+@pytest.mark.parametrize(("target", "quantize"), [("cpu", "int8"), ("cuda", "none"), ("portable", "fp16")])
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_other_tasks_have_no_cache_and_other_heads(
+    checkpoint: Callable[..., Path], bundle: Callable[..., Path], task: str, target: str, quantize: str
+) -> None:
+    source = checkpoint("plain", task)
+    config = read_config(source)
+    need = requirements(config, parameters(config, read_headers(source), task), target, quantize, None, task=task)
+    assert need.cache_per_token == 0
+    folder = bundle("plain", target, quantize, task)
+    written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".data", ".onnx"))
+    assert need.bundle == pytest.approx(written, rel=0.2)
+
+
 def test_parameters_are_counted_by_kind() -> None:
     config = read_config(MODEL)
     counts = count_parameters(config, parameters(config, read_headers(MODEL)))

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("source", metavar="SOURCE", help="the folder of a checkpoint, or a hub id such as microsoft/Phi-tiny-MoE-instruct")
     add("-o", "--output", metavar="DIR", help="the bundle's folder (default: NAME-TARGET-QUANTIZE)")
     add("--plan", action="store_true", help="write nothing; say what each form would take on disk and in memory, and whether it is here")
+    add("--task", metavar="TASK", help="text-generation, text-classification or feature-extraction (default: as config.json says)")
     add("--quantize", default="none", metavar="FORM", help="none (default), fp16, int8 or int4")
     add("--target", default="cpu", metavar="TARGET", help="cpu (default), cuda or portable (standard ONNX operators only)")
     add("--block-size", type=int, metavar="N", help="how many weights share a scale (default: the largest up to 64 that fits)")
@@ -38,7 +39,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         from phimoe_onnx.cli.plan import show_plan
 
-        show_plan(arguments.source, arguments.output, arguments.block_size, arguments.revision, arguments.token)
+        show_plan(arguments.source, arguments.output, arguments.task, arguments.block_size, arguments.revision, arguments.token)
         return
     start = time.monotonic()
     seconds: dict[str, float] = {}
@@ -61,6 +62,7 @@ def _export(arguments: argparse.Namespace) -> None:
         folder = phimoe_onnx.export(
             arguments.source,
             arguments.output,
+            task=arguments.task,
             quantize=arguments.quantize,
             target=arguments.target,
             block_size=arguments.block_size,

@@ -11,6 +11,7 @@ from rich.table import Table
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.checkpoint import parameters
+from phimoe_onnx.exporter.formats import task_for
 from phimoe_onnx.exporter.plan import Machine, Requirements, count_parameters, requirements, this_machine
 from phimoe_onnx.exporter.source import headers
 
@@ -27,11 +28,12 @@ FORMS = (
 )
 
 
-def show_plan(source: str, output: str | None, block_size: int | None, revision: str | None, token: str | None) -> None:
+def show_plan(source: str, output: str | None, task: str | None, block_size: int | None, revision: str | None, token: str | None) -> None:
     """Prints the checkpoint's parameters by kind, and a row for each target and form."""
     folder, stored = headers(source, revision, token)
     config = read_config(folder)
-    rows = parameters(config, stored)
+    task = task_for(config, task, source)
+    rows = parameters(config, stored, task)
     counts = count_parameters(config, rows)
     console = Console(width=140)  # a row stays a line, in a file too
     console.print(f"{source}: {sum(counts.values()) / 1e9:.2f} B parameters")
@@ -45,7 +47,7 @@ def show_plan(source: str, output: str | None, block_size: int | None, revision:
     table.add_column("runs here")
     for target, quantize in FORMS:
         try:
-            need = requirements(config, rows, target, quantize, block_size)
+            need = requirements(config, rows, target, quantize, block_size, task)
         except ExportError as error:
             console.print(f"{target} {quantize}: {error}")
             continue

@@ -17,7 +17,7 @@ from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli._common import run
 from phimoe_onnx.errors import PhiMoEError
 
-LIMITS = ("mean_difference", "max_difference", "kl", "kernel_kl", "perplexity_ratio")
+LIMITS = ("mean_difference", "max_difference", "kernel_difference", "kl", "kernel_kl", "perplexity_ratio")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

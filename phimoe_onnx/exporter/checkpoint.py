@@ -69,16 +69,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def parameters(config: PhiMoEConfig, stored: dict[str, Stored]) -> dict[str, tuple[Rows, ...]]:
-    """Each parameter of `modeling.PhiMoEForCausalLM`, by its name there, as the stored rows that make it up.
+def parameters(config: PhiMoEConfig, stored: dict[str, Stored], task: str = "text-generation") -> dict[str, tuple[Rows, ...]]:
+    """Each parameter of the task's model in modeling.py, by its name there, as the stored rows that make it up.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, of another dtype, or not accounted for by config.json.
     """
-    rows = {name: tuple(parts) for name, parts in _parameters(config, _Names(stored))}
+    rows = {name: tuple(parts) for name, parts in _parameters(config, _Names(stored), task)}
     known = {name for name, _ in stored.items() if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         known.add("lm_head.weight")
+    if task == "feature-extraction":  # the body of a model with a head
+        known |= {"lm_head.weight", "lm_head.bias", "score.weight"}
     used = {part.tensor for parts in rows.values() for part in parts}
     if extra := sorted(set(stored) - used - known):
         raise CheckpointError(
@@ -102,15 +104,20 @@ class _Part:
 
 
 class _Names:
-    """Looks up a tensor under any of its spellings and checks its shape."""
+    """Looks up a tensor under any of its spellings and checks its shape.
+
+    A base model's tensors have the names of a model with a head without the prefix `model.`.
+    """
 
     def __init__(self, stored: dict[str, Stored]) -> None:
         self.stored = stored
+        self.dropped = "model." if "embed_tokens.weight" in stored else ""
 
     def has(self, name: str) -> bool:
-        return name in self.stored
+        return name.removeprefix(self.dropped) in self.stored
 
     def part(self, shape: tuple[int, ...], *names: str) -> _Part:
+        names = tuple(name.removeprefix(self.dropped) for name in names)
         for name in names:
             if where := self.stored.get(name):
                 if where.shape != shape:
@@ -121,7 +128,7 @@ class _Names:
         raise CheckpointError(f"the checkpoint lacks the tensor {names[0]}" + "".join(f" (or {name})" for name in names[1:]))
 
 
-def _parameters(config: PhiMoEConfig, names: _Names) -> Iterator[tuple[str, list[_Part]]]:
+def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tuple[str, list[_Part]]]:
     h, v = config.hidden_size, config.vocab_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     e, i = config.num_local_experts, config.intermediate_size
@@ -143,9 +150,9 @@ def _parameters(config: PhiMoEConfig, names: _Names) -> Iterator[tuple[str, list
         gate_up, down = f"{moe}experts.gate_up_proj", f"{moe}experts.down_proj"
         fused = next((name for name in (f"{mlp}experts.gate_up_proj", gate_up) if names.has(name)), None)
         if fused:
-            names.part((e, 2 * i, h), fused)
+            fused_up = names.part((e, 2 * i, h), fused).tensor
             fused_down = names.part((e, h, i), fused.replace("gate_up_proj", "down_proj")).tensor
-            yield gate_up, [_Part(fused, (n, first, first + i)) for n in range(e) for first in (0, i)]
+            yield gate_up, [_Part(fused_up, (n, first, first + i)) for n in range(e) for first in (0, i)]
             yield down, [_Part(fused_down, (n, 0, h)) for n in range(e)]
         else:
             expert = [f"{moe}experts.{n}." for n in range(e)]
@@ -153,9 +160,11 @@ def _parameters(config: PhiMoEConfig, names: _Names) -> Iterator[tuple[str, list
             yield down, [names.part((h, i), f"{n}w2.weight") for n in expert]
     yield plain("model.norm.weight", h)
     yield plain("model.norm.bias", h)
-    if not config.tie_word_embeddings:
+    if task == "text-classification":
+        yield plain("score.weight", len(config.labels), h)
+    if task == "text-generation" and not config.tie_word_embeddings:
         yield plain("lm_head.weight", v, h)
-    if config.lm_head_bias:
+    if task == "text-generation" and config.lm_head_bias:
         yield plain("lm_head.bias", v)
 
 

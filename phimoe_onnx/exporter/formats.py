@@ -1,9 +1,10 @@
-"""Which targets and stored forms there are, and the block-wise format that a model's shape takes."""
+"""Which tasks, targets and stored forms there are, and the block-wise format that a model's shape takes."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from phimoe_onnx.bundle import TASKS
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.passes import attention
@@ -21,8 +22,8 @@ def activation_dtype(target: str) -> ir.DataType:
     return ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
 
 
-def check_names(target: str, quantize: str, kv_cache: str = "none") -> None:
-    """Raises ExportError for an unknown target or form, or a cache that the target does not know."""
+def check_names(target: str, quantize: str, kv_cache: str = "none", task: str | None = None) -> None:
+    """Raises ExportError for an unknown target, form or task, or a cache that the target does not know."""
     if target not in TARGETS:
         raise ExportError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
     if quantize not in QUANTIZE:
@@ -31,6 +32,24 @@ def check_names(target: str, quantize: str, kv_cache: str = "none") -> None:
         raise ExportError(f"kv_cache is {kv_cache!r}, expected one of {', '.join(KV_CACHE)}")
     if target == "portable" and kv_cache != "none":
         raise ExportError(f"--target portable has no --kv-cache {kv_cache}: the standard operators keep keys and values as they are")
+    if task not in (None, *TASKS):
+        raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+
+
+def task_for(config: PhiMoEConfig, task: str | None, source: object, kv_cache: str = "none") -> str:
+    """The task that a bundle of the checkpoint `source` serves: the one that is asked for, else the one it was made for.
+
+    Raises:
+        ExportError: the checkpoint lacks the head that the task needs, or the task has no cache of the form that is asked for.
+    """
+    made_for = config.task or task or "text-generation"
+    if task not in (None, made_for, "feature-extraction"):
+        served = " or ".join(dict.fromkeys((made_for, "feature-extraction")))
+        raise ExportError(f"{source}: was made for {made_for} and has no head for {task}; use --task {served}")
+    task = task or made_for
+    if task != "text-generation" and kv_cache != "none":
+        raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
+    return task
 
 
 def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int | None) -> Format | None:

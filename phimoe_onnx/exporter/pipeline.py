@@ -19,7 +19,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.chat_format import chat_format
 from phimoe_onnx.exporter.checkpoint import Stored, parameters, read_headers
 from phimoe_onnx.exporter.decoding import read_decoding, read_generation
-from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_for
+from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_for, task_for
 from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
@@ -44,6 +44,7 @@ def export(
     source: str | Path,
     output: str | Path | None = None,
     *,
+    task: str | None = None,
     quantize: str = "none",
     target: str = "cpu",
     block_size: int | None = None,
@@ -58,6 +59,8 @@ def export(
     Args:
         source: a local folder or a hub id.
         output: the bundle's folder; by default `<name>-<target>-<quantize>` in the working directory.
+        task: "text-generation", "text-classification" (`PhimoeForSequenceClassification`) or "feature-extraction" (any PhiMoE,
+            its head left out); by default the one that config.json's architectures name.
         quantize: "none" (float32 for the CPU, float16 for CUDA), "fp16" (weights stored as float16), "int8" or "int4"
             (experts, attention and lm_head block-wise in that width, embeddings int8, router float32).
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
@@ -75,22 +78,23 @@ def export(
         ExportError: the options do not fit, or the output cannot be written.
     """
     report = progress or (lambda phase, done, total: None)
-    check_names(target, quantize, kv_cache)
+    check_names(target, quantize, kv_cache, task)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
+    task = task_for(config, task, source, kv_cache)
     output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
     format = format_for(config, target, quantize, block_size)
     decoding = read_decoding(config, folder, target, kv_cache)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
-    rows = parameters(config, stored)
+    rows = parameters(config, stored, task)
 
     report("tracing", 0, 0)
     dtype = activation_dtype(target)
-    model = trace(config, rows, dtype)
-    _fuse(model, config, target, format)
+    model = trace(config, rows, dtype, task)
+    _fuse(model, config, task, target, format)
     if kv_cache != "none":
         QuantizeCache(config, rows, int(kv_cache[3:]))(model)
     models = {"model.onnx": model}
@@ -116,21 +120,22 @@ def export(
         finally:
             journal.close()
         _copy(folder, staging)
-        if target != "portable":
+        if task == "text-generation" and target != "portable":
             genai = genai_config(config, read_generation(folder), "model.onnx", target)
             (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         bundle.Manifest(
             tool_version=__version__,
             source=origin(source, folder),
-            task="text-generation",
+            task=task,
             target=target,
             quantize=quantize,
             dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
-            weights=_describe(quantize, target, format),
+            weights=_describe(task, quantize, target, format),
             graphs=tuple(bundle.Graph(file, _minimum_onnxruntime(graph)) for file, graph in models.items()),
             decoding=decoding,
             files=bundle.describe_files(staging, counter(report, "hashing", layout.nbytes)),
-            chat=chat_format(folder),
+            chat=chat_format(folder) if task == "text-generation" else None,
+            classes=bundle.Classes(config.labels, config.function_to_apply) if task == "text-classification" else None,
         ).write(staging)
     return output
 
@@ -145,16 +150,17 @@ def _minimum_onnxruntime(model: ir.Model) -> str:
     return next((MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE)
 
 
-def _fuse(model: ir.Model, config: PhiMoEConfig, target: str, format: Format | None) -> None:
+def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format: Format | None) -> None:
     """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
     layers = config.num_hidden_layers
-    if target == "portable":
-        ReshapeCache(config)(model)
-    else:
+    if target != "portable":
         FuseAttention(config)(model)
         FuseSkipLayerNorm(layers)(model)
+    elif task == "text-generation":
+        ReshapeCache(config)(model)
     FuseExperts(layers, format)(model)
-    AddOptionalInputs()(model)
+    if task == "text-generation":
+        AddOptionalInputs()(model)
     formats = {} if format is None else dict.fromkeys(("qkv_proj", "o_proj", "lm_head", "embed_tokens"), format)
     StoreProjections(formats)(model)
     if format is not None:
@@ -202,9 +208,11 @@ def _copy(source: Path, staging: Path) -> None:
             shutil.copyfile(source / name, staging / name)
 
 
-def _describe(quantize: str, target: str, format: Format | None) -> dict[str, str]:
-    if format is not None:
-        kinds = dict.fromkeys(("experts", "attention", "lm_head"), str(format))
-        return kinds | {"embeddings": str(Format(8, format.block_size)), "router": "float32", "norms": "float32"}
+def _describe(task: str, quantize: str, target: str, format: Format | None) -> dict[str, str]:
     stored = "float16" if target == "cuda" or quantize == "fp16" else "float32"
-    return dict.fromkeys(("experts", "attention", "lm_head", "embeddings"), stored) | {"router": "float32"}
+    matrices, embeddings = (stored, stored) if format is None else (str(format), str(Format(8, format.block_size)))
+    weights = {"experts": matrices, "attention": matrices, "embeddings": embeddings, "router": "float32"}
+    if format is not None:
+        weights |= {"norms": "float32"}
+    head = {"text-generation": {"lm_head": matrices}, "text-classification": {"score": "float32"}, "feature-extraction": {}}
+    return weights | head[task]

@@ -24,6 +24,7 @@ EXPORTER = 1000 << 20  # resident beside the weights at hand: torch, the traced 
 RUNTIME = 90 << 20  # resident before the first weight: Python, numpy, ONNX Runtime, a tokenizer
 GRAPH_PER_LAYER = 10_700  # without branches
 BRANCHES_PER_EXPERT = 6_560
+EXACT = ("router", "score")  # kinds of weights that are float32 in every form
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ def count_parameters(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]]) ->
 
 
 def requirements(
-    config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], target: str, quantize: str, block_size: int | None
+    config: PhiMoEConfig,
+    rows: dict[str, tuple[Rows, ...]],
+    target: str,
+    quantize: str,
+    block_size: int | None,
+    task: str = "text-generation",
 ) -> Requirements:
     """What exporting a checkpoint to `target` and `quantize` and running the result takes.
 
@@ -73,21 +79,22 @@ def requirements(
         target: "cpu", "cuda" or "portable".
         quantize: "none", "fp16", "int8" or "int4".
         block_size: as for `export`.
+        task: one of bundle.TASKS.
 
     Raises:
         ExportError: the target or the quantiser does not take the model's shape or these options.
     """
     format = format_for(config, target, quantize, block_size)
     width = 2 if target == "cuda" else 4  # bytes of an activation
-    if config.tie_word_embeddings:  # the two uses are stored apart, each as it is read
+    if task == "text-generation" and config.tie_word_embeddings:  # the two uses are stored apart, each as it is read
         rows = rows | {"lm_head.weight": rows["model.embed_tokens.weight"]}
     stored = resident = 0
     for name, parts in rows.items():
-        matrix = len(parts[0].shape) > 1 and kind(name) not in ("norms", "router")
+        matrix = len(parts[0].shape) > 1 and kind(name) not in ("norms", *EXACT)
         form = None if not matrix else Format(8, format.block_size, format.dtype) if format and kind(name) == "embeddings" else format
         elements = _elements(parts)
         if form is None:
-            plain = 4 if kind(name) == "router" else 2 if matrix and quantize == "fp16" else width
+            plain = 4 if kind(name) in EXACT else 2 if matrix and quantize == "fp16" else width
             stored += elements * plain
             resident += elements * (plain if target == "cuda" else 4)  # on the CPU float16 becomes float32
             continue
@@ -107,7 +114,7 @@ def requirements(
         bundle=stored + tables + fused + branched,
         export_memory=EXPORTER + _largest_jobs(config, format, width),
         run_memory=RUNTIME + resident + (tables if target == "cuda" else 0),
-        cache_per_token=2 * layers * config.num_key_value_heads * config.head_dim * width,
+        cache_per_token=0 if task != "text-generation" else 2 * layers * config.num_key_value_heads * config.head_dim * width,
     )
 
 

@@ -1,4 +1,4 @@
-"""Traces modeling.py with KV-cache inputs into an onnx_ir.Model; no weight is allocated.
+"""Traces modeling.py, for text generation with KV-cache inputs, into an onnx_ir.Model; no weight is allocated.
 
 Attention, SparseMixer and the experts stay one node each, calls of the functions in functions.py, so that a pass matches a
 node and not thirty.
@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import onnx_ir as ir
@@ -23,34 +24,26 @@ from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.functions import DOMAIN, FUNCTIONS, OPSET
 from phimoe_onnx.exporter.weights import FLOATS, Parameter, Rows
 
+Contract = dict[str, tuple[str | int, ...]]  # names and dimensions
 
-def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType) -> ir.Model:
-    """The graph of `modeling.PhiMoEForCausalLM` in `dtype`, with the inputs and outputs that bundle.py names.
+
+def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType, task: str = "text-generation") -> ir.Model:
+    """The graph of the task's model in modeling.py in `dtype`, with the inputs and outputs that bundle.py names.
 
     Args:
         config: the model's shape.
         rows: the parameters' rows, as `checkpoint.parameters` gives them.
         dtype: of the activations, the cache and, for now, the weights.
+        task: one of bundle.TASKS.
 
     Returns:
         A complete model in standard operators and calls of the functions in the domain `phimoe`; its weights are
         `Parameter`s.
     """
-    torch_dtype = FLOATS[dtype]
-    dynamic = Dim.DYNAMIC
-    cache = {0: dynamic, 2: dynamic}
     seams = patch.multiple(modeling, attention=_attention, sparse_mixer=_sparse_mixer, experts=_experts)
-    with FakeTensorMode(), seams, _default_dtype(torch_dtype):
-        model = modeling.PhiMoEForCausalLM(config).eval()
-        batch, sequence, past = 2, 3, 5  # any sizes that differ: each becomes a symbol
-        past_shape = (batch, config.num_key_value_heads, past, config.head_dim)
-        arguments = (
-            torch.zeros(batch, sequence, dtype=torch.int64),
-            torch.ones(batch, past + sequence, dtype=torch.int64),
-            torch.zeros(1, dtype=torch.int64),
-            [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(config.num_hidden_layers)],
-        )
-        shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, None, [(cache, cache)] * config.num_hidden_layers)
+    with FakeTensorMode(), seams, _default_dtype(FLOATS[dtype]):
+        model = modeling.MODELS[task](config).eval()
+        arguments, shapes = _cached(config) if task == "text-generation" else _whole()
         with warnings.catch_warnings(), _quiet_logging():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
@@ -60,8 +53,8 @@ def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.Dat
     for function in FUNCTIONS:
         traced.functions[function.identifier()] = function
     traced.opset_imports[DOMAIN] = 1
-    _name_inputs_and_outputs(traced, config)
-    if config.tie_word_embeddings:
+    _name_inputs_and_outputs(traced.graph, *_contract(config, task))
+    if task == "text-generation" and config.tie_word_embeddings:
         rows = rows | {"lm_head.weight": rows["model.embed_tokens.weight"]}
     rope = modeling.Rope(config)
     for name, value in traced.graph.initializers.items():
@@ -70,6 +63,27 @@ def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.Dat
         else:  # the rope's inverse frequencies
             value.const_value = ir.tensor(rope.get_buffer(name.removeprefix("model.rope.")).numpy(), name=name)
     return traced
+
+
+def _cached(config: PhiMoEConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of new tokens after cached ones, and which of their dimensions are symbols."""
+    batch, sequence, past = 2, 3, 5  # any sizes that differ: each becomes a symbol
+    past_shape = (batch, config.num_key_value_heads, past, config.head_dim)
+    arguments = (
+        torch.zeros(batch, sequence, dtype=torch.int64),
+        torch.ones(batch, past + sequence, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(config.num_hidden_layers)],
+    )
+    dynamic = Dim.DYNAMIC
+    cache = {0: dynamic, 2: dynamic}
+    return arguments, ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, None, [(cache, cache)] * config.num_hidden_layers)
+
+
+def _whole() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of whole texts, and which of their dimensions are symbols."""
+    shape = {0: Dim("batch"), 1: Dim("sequence")}
+    return (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)), (shape, shape)
 
 
 def _attention(
@@ -100,19 +114,27 @@ def _experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, d
     )
 
 
-def _name_inputs_and_outputs(model: ir.Model, config: PhiMoEConfig) -> None:
-    """Gives the traced values the contract's names and its dimensions the names batch, sequence, past and total."""
-    graph = model.graph
-    cached, kv_heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    inputs = [bundle.INPUT_IDS, bundle.ATTENTION_MASK, bundle.ROPE_LENGTH, *bundle.cache_names(cached, "past_key_values")]
-    outputs = [bundle.LOGITS, *bundle.cache_names(cached, "present")]
-    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+def _name_inputs_and_outputs(graph: ir.Graph, inputs: Contract, outputs: Contract) -> None:
+    for value, (name, shape) in zip((*graph.inputs, *graph.outputs), (*inputs.items(), *outputs.items()), strict=True):
         value.name = name
-    dims = {bundle.INPUT_IDS: ["batch", "sequence"], bundle.ATTENTION_MASK: ["batch", "total"], bundle.ROPE_LENGTH: [1]}
-    dims[bundle.LOGITS] = ["batch", "kept", config.vocab_size]
-    for value in (*graph.inputs, *graph.outputs):
-        length = "past" if value.name.startswith("past") else "total"
-        value.shape = ir.Shape(dims.get(value.name, ["batch", kv_heads, length, head_dim]))
+        value.shape = ir.Shape(shape)
+
+
+def _contract(config: PhiMoEConfig, task: str) -> tuple[Contract, Contract]:
+    """The inputs and the outputs that bundle.py names, in the model's order."""
+
+    def cache(prefix: str, length: str) -> Contract:
+        shape = ("batch", config.num_key_value_heads, length, config.head_dim)
+        return dict.fromkeys(bundle.cache_names(config.num_hidden_layers, prefix), shape)
+
+    ids: Contract = {bundle.INPUT_IDS: ("batch", "sequence")}
+    if task == "text-generation":
+        inputs = ids | {bundle.ATTENTION_MASK: ("batch", "total"), bundle.ROPE_LENGTH: (1,)} | cache("past_key_values", "past")
+        return inputs, {bundle.LOGITS: ("batch", "kept", config.vocab_size)} | cache("present", "total")
+    inputs = ids | {bundle.ATTENTION_MASK: ("batch", "sequence")}
+    if task == "text-classification":
+        return inputs, {bundle.LOGITS: ("batch", len(config.labels))}
+    return inputs, {bundle.LAST_HIDDEN_STATE: ("batch", "sequence", config.hidden_size)}
 
 
 @contextmanager

@@ -15,24 +15,27 @@ from torch import Tensor
 from phimoe_onnx import modeling
 from phimoe_onnx.config import read_config
 from phimoe_onnx.exporter.checkpoint import parameters, read_headers
+from phimoe_onnx.exporter.formats import task_for
 from phimoe_onnx.exporter.weights import read_rows
-from phimoe_onnx.modeling import PhiMoEForCausalLM
+from phimoe_onnx.modeling import PhiMoEForCausalLM, PhiMoEForFeatureExtraction, PhiMoEForSequenceClassification
 
 Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in order
+TextModel = PhiMoEForSequenceClassification | PhiMoEForFeatureExtraction
 
 
-def load_reference(checkpoint: Path) -> PhiMoEForCausalLM:
-    """The checkpoint as `modeling.PhiMoEForCausalLM` in float32.
+def load_reference(checkpoint: Path, task: str | None = None) -> modeling.Model:
+    """The checkpoint as modeling.py's model for the task, by default the one it was made for, in float32.
 
     Raises:
-        ConfigError, CheckpointError: as for an export.
+        ConfigError, CheckpointError, ExportError: as for an export.
     """
     config = read_config(checkpoint)
-    rows = parameters(config, read_headers(checkpoint))
+    task = task_for(config, task, checkpoint)
+    rows = parameters(config, read_headers(checkpoint), task)
     with torch.device("meta"):
-        model = PhiMoEForCausalLM(config)
+        model = modeling.MODELS[task](config)
     model = model.to_empty(device="cpu").eval()
-    if config.tie_word_embeddings:  # to_empty gave each its own tensor
+    if isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings:  # to_empty gave each its own tensor
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rope = modeling.Rope(config)
     with torch.no_grad():
@@ -45,6 +48,14 @@ def load_reference(checkpoint: Path) -> PhiMoEForCausalLM:
 def logits(model: PhiMoEForCausalLM, token_ids: Sequence[int]) -> NDArray[np.float32]:
     """The logits after every token, float32 [S, V], in one pass."""
     result: NDArray[np.float32] = _forward(model, token_ids, model.empty_cache())[0][0].numpy()
+    return result
+
+
+@torch.inference_mode()
+def last(model: TextModel, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """What the model says of a text's last token: a classifier's logits [labels], or the hidden state [H]."""
+    output = model(torch.tensor([token_ids]), torch.ones(1, len(token_ids), dtype=torch.int64))[0]
+    result: NDArray[np.float32] = (output if output.ndim == 1 else output[-1]).numpy()
     return result
 
 
@@ -76,6 +87,12 @@ def recorded_routing() -> Iterator[Routing]:
 
     with patch.object(modeling, "sparse_mixer", record):
         yield routing
+
+
+def agreement(routing: Routing, other: Routing) -> float:
+    """The share of tokens and layers whose two experts are the same."""
+    same = [torch.equal(a, b) for one, two in zip(routing, other, strict=True) for a, b in zip(one[0], two[0], strict=True)]
+    return sum(same) / len(same)
 
 
 @contextmanager

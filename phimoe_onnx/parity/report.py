@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from phimoe_onnx.bundle import read_manifest
-from phimoe_onnx.parity.verify import Comparison, Report
+from phimoe_onnx.parity.comparison import Comparison
+from phimoe_onnx.parity.verify import Report
 
 COLUMNS = ("", "mean |d| / std", "max |d| / std", "KL, nats", "top-1 agreement")
 
@@ -30,11 +31,12 @@ def show(report: Report, console: Console) -> None:
     console.print(table)
     for line in _lines(report):
         console.print(line)
-    greedy = Table(title=_greedy(report), show_lines=True)
-    greedy.add_column("reference", ratio=1)
-    greedy.add_column("bundle", ratio=1)
-    greedy.add_row(Text(report.greedy["reference"]), Text(report.greedy["bundle"]))
-    console.print(greedy)
+    if report.greedy:
+        greedy = Table(title=_greedy(report), show_lines=True)
+        greedy.add_column("reference", ratio=1)
+        greedy.add_column("bundle", ratio=1)
+        greedy.add_row(Text(report.greedy["reference"]), Text(report.greedy["bundle"]))
+        console.print(greedy)
     for failure in report.failures:
         console.print(f"[red]FAILED[/red] {failure}")
     if not report.failures:
@@ -49,9 +51,11 @@ def markdown(report: Report) -> str:
     parts.append(f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}, against `{report.reference}`:")
     table = [COLUMNS, ("---", *["--:"] * (len(COLUMNS) - 1)), *_rows(report)]
     parts.append("\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table))
-    parts.append("\n".join(f"- {line}" for line in _lines(report)))
-    texts = "".join(f"\n{name}:\n<pre>{html.escape(report.greedy[name])}</pre>" for name in ("reference", "bundle"))
-    parts.append(f"<details><summary>{_greedy(report)}</summary>\n{texts}\n</details>")
+    if lines := list(_lines(report)):
+        parts.append("\n".join(f"- {line}" for line in lines))
+    if report.greedy:
+        texts = "".join(f"\n{name}:\n<pre>{html.escape(report.greedy[name])}</pre>" for name in ("reference", "bundle"))
+        parts.append(f"<details><summary>{_greedy(report)}</summary>\n{texts}\n</details>")
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,11 +88,13 @@ def record(report: Report, bundle: Path) -> None:
 def _rows(report: Report) -> Iterator[tuple[str, ...]]:
     for name, comparison in _comparisons(report).items():
         differences = (comparison.mean_difference, comparison.max_difference, comparison.kl)
-        yield (name, *(f"{value:.2e}" for value in differences), f"{comparison.top1_agreement:.2%}")
+        agreement = "" if comparison.top1_agreement is None else f"{comparison.top1_agreement:.2%}"
+        yield (name, *("" if value is None else f"{value:.2e}" for value in differences), agreement)
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield "perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report.perplexity.items())
+    if report.perplexity:
+        yield "perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report.perplexity.items())
     if report.routing_agreement is not None:
         yield f"choices of experts that the stored weights leave unchanged: {report.routing_agreement:.2%}"
 

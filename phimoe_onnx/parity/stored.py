@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 from unittest.mock import patch
 
 import onnx_ir as ir
@@ -21,9 +22,10 @@ from phimoe_onnx.modeling import PhiMoEForCausalLM
 
 CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
 Stored = dict[str, ir.TensorProtocol | None]
+AnyModel = TypeVar("AnyModel", bound=modeling.Model)
 
 
-def stored_model(reference: PhiMoEForCausalLM, bundle: Path, manifest: Manifest) -> PhiMoEForCausalLM:
+def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyModel:
     """A copy of the reference with every quantised or rounded weight replaced by what the bundle's graph stores.
 
     Raises:
@@ -33,14 +35,14 @@ def stored_model(reference: PhiMoEForCausalLM, bundle: Path, manifest: Manifest)
     if manifest.quantize == "none":
         return model
     config = reference.config
-    if config.tie_word_embeddings:  # the bundle stores the two in formats of their own
+    if isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings:  # the bundle stores the two in formats of their own
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     graph = ir.load(bundle / manifest.graphs[0].file).graph
     stored = {name: value.const_value for name, value in graph.initializers.items()}
     sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim < 2 or name.endswith("gate.weight"):
+            if parameter.ndim < 2 or name.endswith(("gate.weight", "score.weight")):
                 continue
             if manifest.quantize == "fp16":
                 parameter.copy_(parameter.half())

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity import reference as pytorch
+from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.stored import stored_cache, stored_model
+from phimoe_onnx.parity.texts import compare_texts, cut_texts
 from phimoe_onnx.runtime.model import PhiMoE
 
 SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
@@ -27,15 +31,17 @@ class Thresholds:
     """The most that is allowed; None is not checked.
 
     Attributes:
-        mean_difference: of the logits from the reference's, absolute, on average, in standard deviations of the latter.
+        mean_difference: of the outputs from the reference's, absolute, on average, in standard deviations of the latter.
         max_difference: the same at worst.
-        kl: mean divergence from the reference, nats a token.
+        kernel_difference: as mean_difference, from PyTorch over the weights that the bundle stores.
+        kl: mean divergence from the reference, nats a token (of a classifier, a text).
         kernel_kl: mean divergence from PyTorch over the weights that the bundle stores, nats a token.
         perplexity_ratio: the bundle's perplexity over the reference's.
     """
 
     mean_difference: float | None = None
     max_difference: float | None = None
+    kernel_difference: float | None = None
     kl: float | None = None
     kernel_kl: float | None = None
     perplexity_ratio: float | None = None
@@ -51,6 +57,15 @@ DEFAULTS = {
     "int4": Thresholds(kl=1e-1, kernel_kl=1e-2, perplexity_ratio=1.05),
 }
 
+# For outputs that are no distribution: hidden states, and logits of labels that do not exclude each other. About twice what the
+# small model shows as a feature extractor, and as a classifier with a random head.
+VALUES = {
+    "none": DEFAULTS["none"],
+    "fp16": Thresholds(mean_difference=1e-3, kernel_difference=1e-4),
+    "int8": Thresholds(mean_difference=5e-2, kernel_difference=4e-2),
+    "int4": Thresholds(mean_difference=3e-1, kernel_difference=4e-2),
+}
+
 # What a cache of integers may add to the divergence and to the perplexity's ratio, by its dtype: again about twice what the small
 # model shows. One rounding the other way moves single tokens by more than float32's order of sums does.
 CACHE_KL = {"int8": 1e-2, "uint8": 2e-1}
@@ -59,7 +74,10 @@ CACHE_KERNEL_KL = {"int8": 1e-3, "uint8": 3e-2}
 
 
 def default_thresholds(manifest: Manifest) -> Thresholds:
-    """Those of the bundle's weights, widened for a cache of integers."""
+    """Those of the bundle's task and weights, widened for a cache of integers."""
+    if manifest.task != "text-generation":
+        softmax = manifest.classes is not None and manifest.classes.function_to_apply == "softmax"
+        return dataclasses.replace(DEFAULTS[manifest.quantize], perplexity_ratio=None) if softmax else VALUES[manifest.quantize]
     limits, cache = DEFAULTS[manifest.quantize], manifest.decoding.cache.dtype
     if cache not in CACHE_KL:
         return limits
@@ -71,46 +89,23 @@ def default_thresholds(manifest: Manifest) -> Thresholds:
 
 
 @dataclass
-class Comparison:
-    """How far one model's logits are from another's, over all tokens seen so far."""
-
-    tokens: int = 0
-    max_difference: float = 0.0
-    mean_difference: float = 0.0
-    kl: float = 0.0
-    top1_agreement: float = 0.0
-
-    def add(self, logits: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-        """Takes in the logits [S, V] of one window."""
-        scale = float(expected.std())
-        difference = np.abs(logits - expected)
-        log_p, log_q = log_softmax(expected), log_softmax(logits)
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-        same = logits.argmax(axis=-1) == expected.argmax(axis=-1)
-        before, self.tokens = self.tokens, self.tokens + len(logits)
-        self.max_difference = float(np.maximum(self.max_difference, difference.max() / scale))  # keeps a NaN
-        for name, values in (("mean_difference", difference / scale), ("kl", kl), ("top1_agreement", same)):
-            total = getattr(self, name) * before + float(values.mean(dtype=np.float64)) * len(logits)
-            setattr(self, name, total / self.tokens)
-
-
-@dataclass
 class Report:
     """What `verify` found.
 
     Attributes:
-        tokens: how many tokens were compared, in windows of `windows` tokens.
+        tokens: how many tokens were run, in windows of `windows` tokens.
         bundle_to_reference: what a user of the bundle sees.
         bundle_to_stored: the kernels alone, against PyTorch over the stored weights and cache; None where those are the reference's.
         stored_to_reference: the rounding of weights and cache alone, with the reference's choice of experts replayed.
         routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
-        perplexity: of "reference", "stored" and "bundle".
+        perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
         greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
         failures: the thresholds that were passed, in words; empty means success.
     """
 
     bundle: str
     reference: str
+    task: str
     quantize: str
     target: str
     tokens: int
@@ -153,35 +148,55 @@ def verify(
         progress: called with the windows done and the windows to do.
 
     Raises:
-        PhiMoEError: as for loading either, or the text is too short.
+        PhiMoEError: as for loading either, the text is too short, or a threshold is given for what the task does not have.
     """
     folder, checkpoint = Path(bundle), Path(reference)
     manifest = read_manifest(folder)
     check_files(folder, manifest, hash_everything=True)
-    exact = pytorch.load_reference(checkpoint)
+    exact = pytorch.load_reference(checkpoint, manifest.task)
     runtime = PhiMoE.load(folder, device=device)
     if read_config(folder) != exact.config:
         raise PhiMoEError(f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle")
     rounded = manifest.quantize != "none" or manifest.decoding.cache.dtype in CACHE_KL
-    stored = stored_model(exact, folder, manifest) if rounded else None
     limits = thresholds or default_thresholds(manifest)
 
     token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
-    windows = list(cut(token_ids, exact.config))
+    windows = list((cut if manifest.task == "text-generation" else cut_texts)(token_ids, exact.config))
     report = Report(
         bundle=str(bundle),
         reference=str(reference),
+        task=manifest.task,
         quantize=manifest.quantize,
         target=manifest.target,
         tokens=sum(len(window) for window in windows),
         windows=[len(window) for window in windows],
         thresholds=limits,
         bundle_to_reference=Comparison(),
-        bundle_to_stored=Comparison() if stored else None,
-        stored_to_reference=Comparison() if stored else None,
+        bundle_to_stored=Comparison() if rounded else None,
+        stored_to_reference=Comparison() if rounded else None,
         routing_agreement=None,
         perplexity={},
     )
+    if isinstance(exact, PhiMoEForCausalLM):
+        stored = stored_model(exact, folder, manifest) if rounded else None
+        _compare_tokens(report, runtime, exact, stored, partial(stored_cache, folder, manifest), windows, progress)
+        report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
+    else:
+        compare_texts(report, runtime, exact, stored_model(exact, folder, manifest) if rounded else None, windows, progress)
+    report.failures = list(_failures(report, limits))
+    return report
+
+
+def _compare_tokens(
+    report: Report,
+    runtime: PhiMoE,
+    exact: PhiMoEForCausalLM,
+    stored: PhiMoEForCausalLM | None,
+    cache: Callable[[], AbstractContextManager[None]],
+    windows: Sequence[list[int]],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Fills in the comparisons of a report on text generation; `cache` makes PyTorch round keys and values as the bundle does."""
     nll: dict[str, list[NDArray[np.float32]]] = {}
     same_routing: list[float] = []
     for done, window in enumerate(windows):
@@ -193,20 +208,17 @@ def verify(
         outputs = {"reference": expected, "bundle": got}
         report.bundle_to_reference.add(got, expected)
         if stored and report.bundle_to_stored and report.stored_to_reference:
-            with pytorch.recorded_routing() as stored_routing, stored_cache(folder, manifest):
+            with pytorch.recorded_routing() as stored_routing, cache():
                 outputs["stored"] = pytorch.logits(stored, window)
-            with pytorch.replayed_routing(routing), stored_cache(folder, manifest):
+            with pytorch.replayed_routing(routing), cache():
                 report.stored_to_reference.add(pytorch.logits(stored, window), expected)
             report.bundle_to_stored.add(got, outputs["stored"])
-            same_routing.append(_agreement(routing, stored_routing))
+            same_routing.append(pytorch.agreement(routing, stored_routing))
         for name, output in outputs.items():
             nll.setdefault(name, []).append(-np.take_along_axis(log_softmax(output[:-1]), np.array(window[1:])[:, None], axis=-1))
     report.perplexity = {name: float(np.exp(np.concatenate(values).mean(dtype=np.float64))) for name, values in nll.items()}
     if same_routing:
         report.routing_agreement = float(np.average(same_routing, weights=report.windows))
-    report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
-    report.failures = list(_failures(report, limits))
-    return report
 
 
 def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> Iterator[list[int]]:
@@ -223,20 +235,6 @@ def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> Iterator[list[int]]:
         yield list(token_ids[start : min(start + short, half)])
     if rest := list(token_ids[half : half + config.max_position_embeddings]):
         yield rest
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
-def _agreement(routing: pytorch.Routing, other: pytorch.Routing) -> float:
-    same = [
-        torch.equal(a, b) for layer, other_layer in zip(routing, other, strict=True) for a, b in zip(layer[0], other_layer[0], strict=True)
-    ]
-    return sum(same) / len(same)
 
 
 def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> dict[str, Any]:
@@ -256,11 +254,14 @@ def _failures(report: Report, limits: Thresholds) -> Iterator[str]:
     measured = {
         "mean_difference": report.bundle_to_reference.mean_difference,
         "max_difference": report.bundle_to_reference.max_difference,
+        "kernel_difference": report.bundle_to_stored.mean_difference if report.bundle_to_stored else 0.0,
         "kl": report.bundle_to_reference.kl,
         "kernel_kl": report.bundle_to_stored.kl if report.bundle_to_stored else 0.0,
-        "perplexity_ratio": report.perplexity["bundle"] / report.perplexity["reference"],
+        "perplexity_ratio": report.perplexity["bundle"] / report.perplexity["reference"] if report.perplexity else None,
     }
     for name, value in measured.items():
         limit = getattr(limits, name)
+        if limit is not None and value is None:
+            raise PhiMoEError(f"there is no {name} to check of a bundle for {report.task}")
         if limit is not None and not value <= limit:  # not a NaN either
             yield f"{name} is {value:.3g}, allowed is {limit:.3g}"

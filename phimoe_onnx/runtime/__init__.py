@@ -1,7 +1,8 @@
-"""Bundle -> tokens, with onnxruntime, tokenizers, numpy and jinja2 alone."""
+"""Bundle -> tokens, labels or hidden states, with onnxruntime, tokenizers, numpy and jinja2 alone."""
 
+from phimoe_onnx.runtime.classification import Classification
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.generate import Generation, Piece
 from phimoe_onnx.runtime.model import PhiMoE, Score
 
-__all__ = ["Conversation", "Generation", "PhiMoE", "Piece", "Score"]
+__all__ = ["Classification", "Conversation", "Generation", "PhiMoE", "Piece", "Score"]

@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import Manifest, check_files, read_manifest
+from phimoe_onnx.bundle import TASKS, Manifest, check_files, read_manifest
 from phimoe_onnx.errors import BundleError, GenerationError
 from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
 from phimoe_onnx.runtime.chat import ChatTemplate, Message
+from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate, make_request
 from phimoe_onnx.runtime.session import open_session
+from phimoe_onnx.runtime.texts import run_texts
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -45,9 +47,10 @@ class Score:
 
 
 class PhiMoE:
-    """A bundle loaded for generation; `PhiMoE.load` makes one.
+    """A loaded bundle; `PhiMoE.load` makes one.
 
-    Its methods may be called from several threads: each call has a cache of its own.
+    A bundle serves one task: text-generation `generate`, `chat`, `score` and `logits`; text-classification `classify`;
+    feature-extraction `embed`. Its methods may be called from several threads: each call has a cache of its own.
 
     Attributes:
         manifest: the bundle's manifest.
@@ -89,8 +92,8 @@ class PhiMoE:
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
-        if manifest.task != "text-generation":
-            raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for text-generation")
+        if manifest.task not in TASKS:
+            raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
         check_files(folder, manifest)
         tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
         template = ChatTemplate(folder)
@@ -127,8 +130,10 @@ class PhiMoE:
         Raises:
             GenerationError: a prompt is empty or does not fit the context, or an option is out of range; before the first
                 piece of a stream.
+            BundleError: the bundle serves another task; so do the methods below.
 
         """
+        self._expect("text-generation", "generate")
         batch = _is_batch(prompt)
         prompts = cast("Sequence[Prompt]", prompt if batch else [prompt])
         if not prompts:
@@ -143,6 +148,7 @@ class PhiMoE:
 
     def chat(self, system: str | None = None) -> Conversation:
         """A conversation that keeps its cache from turn to turn, opened by a system message if one is given."""
+        self._expect("text-generation", "chat")
         return Conversation(self, system)
 
     def score(self, text: str | Sequence[int]) -> Score:
@@ -152,6 +158,7 @@ class PhiMoE:
             GenerationError: fewer than two tokens, more than the context holds, or an id outside the vocabulary.
 
         """
+        self._expect("text-generation", "score")
         ids = self.encode(text)
         if len(ids) < 2:
             raise GenerationError("the text has one token; a score needs two, since the first one has nothing before it")
@@ -172,7 +179,40 @@ class PhiMoE:
             GenerationError: no tokens, more than the context holds, or an id outside the vocabulary.
 
         """
+        self._expect("text-generation", "logits")
         return np.concatenate(list(self._logits(self.encode(token_ids))))
+
+    @overload
+    def classify(self, text: Prompt) -> Classification: ...
+    @overload
+    def classify(self, text: Batch) -> list[Classification]: ...
+    def classify(self, text: Prompt | Batch) -> Classification | list[Classification]:
+        """The labels of one text, or of each text of a batch exactly as if it were alone.
+
+        Texts of like length run together, up to `texts.BATCH_TOKENS` tokens at once; a longer text runs alone.
+
+        Args:
+            text: a string, a list of messages or a list of token ids; a list of any of these is a batch, and may be empty.
+
+        Raises:
+            GenerationError: a text is empty, or has more tokens than the context holds, before any is run.
+
+        """
+        self._expect("text-classification", "classify")
+        ids, batch = self._encode_texts(text)
+        assert self.manifest.classes
+        results = [classify(logits, self.manifest.classes) for logits in run_texts(self._session, ids)]
+        return results if batch else results[0]
+
+    def embed(self, text: Prompt | Batch) -> NDArray[np.float32]:
+        """The hidden state of a text's last token, after the final norm: float32 [hidden_size], or [n, hidden_size] for a batch.
+
+        Arguments, errors and what runs together are as for `classify`.
+        """
+        self._expect("feature-extraction", "embed")
+        ids, batch = self._encode_texts(text)
+        results = run_texts(self._session, ids)
+        return results if batch else results[0]
 
     def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
         """The token ids of a prompt; `name` is its name in errors.
@@ -211,6 +251,21 @@ class PhiMoE:
         else:
             cache = GrowingCache(self._session, self.decoding, rows)
         return Decoder(cache, self.decoding, rows)
+
+    def _expect(self, task: str, method: str) -> None:
+        if self.manifest.task != task:
+            raise BundleError(f"{method}() needs a bundle for {task}, this one is for {self.manifest.task}")
+
+    def _encode_texts(self, text: Prompt | Batch) -> tuple[list[list[int]], bool]:
+        """The token ids of each text, and whether it was a batch."""
+        batch = _is_batch(text) or (not isinstance(text, str) and not len(text))
+        ids = []
+        for number, each in enumerate(cast("Sequence[Prompt]", text if batch else [text])):
+            name = f"text {number}" if batch else "the text"
+            ids.append(self.encode(each, name))
+            if not 0 < len(ids[-1]) <= self.decoding.context:
+                raise GenerationError(f"{name} has {len(ids[-1])} tokens, expected 1 to {self.decoding.context} (the context)")
+        return ids, batch
 
     def _logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         if len(ids) > self.decoding.context:

@@ -157,15 +157,14 @@ def boundary(checkpoint: Path) -> int:
 
 
 @cache
-def oracle(checkpoint: Path, length: int, attention: str = "eager") -> Any:
+def oracle(checkpoint: Path, length: int, attention: str = "eager", model: str = "PhimoeForCausalLM") -> Any:
     """transformers' model of a checkpoint, right for sequences of `length` tokens."""
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     if not FOUR and read_config(checkpoint).longrope and length > boundary(checkpoint):
         # transformers 5.23.0 keeps the short factors beyond the boundary (it calls rope_init_fn without seq_len), so give it the long ones
         config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
-    return transformers.PhimoeForCausalLM.from_pretrained(
-        checkpoint, config=config, dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    kind = getattr(transformers, model)
+    return kind.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def expected_logits(checkpoint: Path, ids: list[int]) -> NDArray[np.float32]:

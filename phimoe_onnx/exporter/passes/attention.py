@@ -34,7 +34,10 @@ class FuseAttention(ir.passes.InPlacePass):
        position. With longrope the rows of the short factors come first and those of the long factors after them, and
        `position_ids` point into one or the other by the length of each row of the batch. In a first prompt of several rows
        the operator takes row 0's choice for all (ONNX Runtime 1.32), so rows on both sides of the boundary are to be run alone.
-    3. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
+    3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which reads each
+       row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing reads them:
+       without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
+    4. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
 
     Matches exactly `num_hidden_layers` places.
     """
@@ -72,9 +75,16 @@ class FuseAttention(ir.passes.InPlacePass):
         }
         if self.config.window is not None:
             attributes["local_window_size"] = self.config.window
+        seqlens_k, total, cos, sin, position_ids = shared
+        past_key, past_value = attention.inputs[5:7]
+        if not past_key.is_graph_input():
+            past_key = past_value = None
+            if position_ids is not None:
+                packed += self._rotate(graph, packed[-1].outputs[0], position_ids, cos, sin, prefix)
+                attributes["do_rotary"], position_ids, cos, sin = 0, None, None, None
         fused = op(
             "GroupQueryAttention",
-            [packed[-1].outputs[0], None, None, *attention.inputs[5:7], *shared],
+            [packed[-1].outputs[0], None, None, past_key, past_value, seqlens_k, total, cos, sin, position_ids],
             f"{prefix}GroupQueryAttention",
             attributes,
             MICROSOFT,
@@ -82,6 +92,17 @@ class FuseAttention(ir.passes.InPlacePass):
         )
         old = [node for p in projections for node in p.nodes] + [attention]
         replace(graph, old, [*packed, fused], list(zip(attention.outputs, fused.outputs, strict=True)))
+
+    def _rotate(
+        self, graph: ir.Graph, qkv: ir.Value, position_ids: ir.Value, cos: ir.Value | None, sin: ir.Value | None, prefix: str
+    ) -> list[ir.Node]:
+        """The nodes that turn Q and K inside the packed projection."""
+        kv = self.config.num_key_value_heads * self.config.head_dim
+        widths = constant(graph, "qk_and_v", [self.config.num_attention_heads * self.config.head_dim + kv, kv])
+        split = op("Split", [qkv, widths], f"{prefix}qkv_proj/Split", {"axis": -1}, outputs=("/qk", "/v"))
+        qk, v = split.outputs
+        rotated = op("RotaryEmbedding", [qk, position_ids, cos, sin], f"{prefix}RotaryEmbedding", domain=MICROSOFT)
+        return [split, rotated, op("Concat", [rotated.outputs[0], v], f"{prefix}qkv_proj/Concat", {"axis": -1})]
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ def _projection(value: ir.Value) -> _Projection:
 
 
 def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, before: ir.Node) -> list[ir.Value | None]:
-    """seqlens_k, total_sequence_length, cos_cache, sin_cache and position_ids, the same for every layer."""
+    """seqlens_k, total_sequence_length, cos_cache, sin_cache and position_ids, if there are any, the same for every layer."""
     named = {value.name: value for value in graph.inputs}
     mask = named[bundle.ATTENTION_MASK]
     new: list[ir.Node] = []
@@ -131,7 +152,9 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, be
         past = add("Max", add("Sub", lengths, new_tokens, name="past/Sub"), zero, name="past")  # 0 for a padded first prompt
         steps = add("Range", zero, add("Squeeze", new_tokens, name="sequence/Squeeze"), one, name="steps")
         positions = add("Add", past, steps, name="positions")
-        rope_length = add("Max", lengths, named[bundle.ROPE_LENGTH], name="rope_length/Max")
+        rope_length = lengths
+        if bundle.ROPE_LENGTH in named:
+            rope_length = add("Max", lengths, named[bundle.ROPE_LENGTH], name="rope_length/Max")
         boundary = constant(graph, "original_max_position_embeddings", config.longrope.original_max_position_embeddings)
         is_long = add("Greater", rope_length, boundary, name="rope_is_long")
         beyond = add("Add", positions, constant(graph, "long_rope_rows", _short_rows(config)), name="long_positions")

@@ -8,14 +8,15 @@ import torch
 from phimoe_onnx.exporter.passes._edit import initializer, op
 from phimoe_onnx.exporter.weights import Job, Piece, Weight
 
-KEPT = (".gate.weight.transposed", "cos_cache", "sin_cache", "_cache.scale")  # the router, the rope and scales stay exact
+# the router, a classifier's head, the rope and scales stay exact
+KEPT = (".gate.weight.transposed", "score.weight", "cos_cache", "sin_cache", "_cache.scale")
 
 
 class StoreHalf(ir.passes.InPlacePass):
     """Stores every float32 weight of two or more dimensions as float16, with a Cast to float32 behind it.
 
     ONNX Runtime folds the Cast when it loads the graph, so it computes in float32 with the rounded weights. Vectors, the
-    router and the rope tables stay float32. One instance serves several graphs over the same pieces.
+    router, a classifier's head and the rope tables stay float32. One instance serves several graphs over the same pieces.
     """
 
     def __init__(self) -> None:
