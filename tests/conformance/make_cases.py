@@ -338,7 +338,7 @@ def errors(context: int) -> Iterator[Fields]:
     yield bundle("no bundle", {"delete": "manifest.json"}, "manifest.json")
     yield bundle("a manifest that is not JSON", {"replace": ["manifest.json", "{", "["]}, "manifest.json")
     yield bundle("a newer format", {"manifest": {"format_version": 2}}, "manifest.json", "format_version", "2", "1")
-    yield bundle("another task", {"manifest": {"task": "text-classification"}}, "text-classification", "text-generation")
+    yield bundle("another task", {"manifest": {"task": "translation"}}, "translation", "text-generation")
     for file in ("tokenizer.json", "model.data", "model.onnx", "config.json"):
         yield bundle(f"no {file}", {"delete": file}, file, "missing")
     yield bundle("a file of another size", {"replace": ["config.json", "phimoe", "phimoe "]}, "config.json", "bytes")
