@@ -22,10 +22,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """checkpoint(shape, task="text-generation") -> the folder of a random checkpoint; read it, do not change it."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
-    def make(shape: str, task: str = "text-generation") -> Path:
+    @functools.cache
+    def make(shape: str, task: str) -> Path:
         return write_checkpoint(folder / task / shape, **SHAPES[shape] | TASKS[task])
 
-    return functools.cache(make)
+    return lambda shape, task="text-generation": make(shape, task)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,8 @@ def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("bundles")
     traced: dict[tuple[str, str, ir.DataType], ir.Model] = {}  # tracing takes most of the time of so small an export
 
-    def make(shape: str, target: str, quantize: str, task: str = "text-generation") -> Path:
+    @functools.cache
+    def make(shape: str, target: str, quantize: str, task: str) -> Path:
         def trace(config: Any, rows: Any, dtype: ir.DataType, task: str) -> ir.Model:
             if (shape, task, dtype) not in traced:
                 traced[shape, task, dtype] = original(config, rows, dtype, task)
@@ -46,7 +48,7 @@ def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             output = folder / task / f"{shape}-{target}-{quantize}"
             return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize)
 
-    return functools.cache(make)
+    return lambda shape, target, quantize, task="text-generation": make(shape, target, quantize, task)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +56,8 @@ def bundle_at_level_0(bundle: Callable[..., Path], tmp_path_factory: pytest.Temp
     """bundle_at_level_0(shape, quantize, graph, task="text-generation") -> that graph alone, its activations not rounded to int8."""
     folder = tmp_path_factory.mktemp("level-0")
 
-    def make(shape: str, quantize: str, graph: str, task: str = "text-generation") -> Path:
+    @functools.cache
+    def make(shape: str, quantize: str, graph: str, task: str) -> Path:
         return at_level_0(bundle(shape, "cpu", quantize, task), folder / f"{task}-{shape}-{quantize}-{graph}", graph)
 
-    return functools.cache(make)
+    return lambda shape, quantize, graph, task="text-generation": make(shape, quantize, graph, task)

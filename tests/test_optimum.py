@@ -15,14 +15,14 @@ import torch
 from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.runtime import PhiMoE
-from tests.checkpoints import MODEL, random_ids
+from tests.checkpoints import MODEL, assert_close, random_ids
 
 optimum = pytest.importorskip("optimum.onnxruntime")
 commands = pytest.importorskip("optimum.commands.optimum_cli")
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-Bundle = Callable[[str, str, str], Path]
+Bundle = Callable[..., Path]
 TEXTS = ["It was a truth universally known that Anne", "And the LORD said unto Moses,", "a"]
 BOUNDARY = 256  # the small model's original_max_position_embeddings
 
@@ -93,6 +93,25 @@ def test_the_pipeline_answers_chat_messages_alike(small: Path) -> None:
         assert generated["generated_text"].strip(" ") == ours.generate(text, max_new_tokens=60).text.strip(" ")
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_texts_are_classified_and_embedded_alike(bundle: Bundle, task: str, side: str) -> None:
+    folder = bundle("longrope-window", "portable", "none", task)
+    rows = [random_ids(length) for length in (45, 20, 33, 1)]  # on both sides of the rope boundary of 32
+    pads = [45 - len(row) for row in rows]
+    ids = [[0] * pad + row if side == "left" else row + [0] * pad for pad, row in zip(pads, rows, strict=True)]
+    mask = [[0] * pad + [1] * len(row) if side == "left" else [1] * len(row) + [0] * pad for pad, row in zip(pads, rows, strict=True)]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    ours = PhiMoE.load(folder, threads=1)
+    if task == "text-classification":
+        logits = optimum.ORTModelForSequenceClassification.from_pretrained(folder)(**inputs).logits
+        assert_close(logits, [result.logits for result in ours.classify(rows)])
+    else:
+        hidden = optimum.ORTModelForFeatureExtraction.from_pretrained(folder)(**inputs).last_hidden_state
+        last = torch.tensor([44 if side == "left" else len(row) - 1 for row in rows])
+        assert_close(hidden[torch.arange(4), last], ours.embed(rows))
+
+
 def optimum_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     """`optimum-cli export onnx` in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "export", "onnx", *map(str, arguments)])
@@ -107,6 +126,18 @@ def test_optimum_cli_writes_the_portable_bundle(tmp_path: Path, monkeypatch: pyt
         options = ("--task", "text-generation-with-past", "--dtype", dtype)
         assert optimum_cli(monkeypatch, "--model", MODEL, *options, tmp_path / "out") == 0
         assert describe_files(tmp_path / "out") == describe_files(small)
+
+
+def test_optimum_clis_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert optimum_cli(monkeypatch, "--model", checkpoint("plain"), "--task", "feature-extraction", tmp_path / "out") == 0
+    assert read_manifest(tmp_path / "out").task == "feature-extraction"
+    classifier = checkpoint("plain", "text-classification")
+    assert optimum_cli(monkeypatch, "--model", classifier, tmp_path / "classifier") == 0
+    assert read_manifest(tmp_path / "classifier").task == "text-classification"
+    assert optimum_cli(monkeypatch, "--model", classifier, "--task", "text-generation-with-past", tmp_path / "no") == 1
+    assert "has no head for text-generation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

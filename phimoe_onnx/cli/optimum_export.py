@@ -2,7 +2,8 @@
 
 optimum's own way is to trace transformers' model. It has none for PhiMoE, and its trace would fix one choice of rope factors
 and of experts. So its command is asked first whether the model is a PhiMoE, and is left as it is for every other. The bundle's
-files are those that optimum expects of a model, and its graph is one that ORTModelForCausalLM runs.
+files are those that optimum expects of a model, and its graph is one that ORTModelForCausalLM runs, or
+ORTModelForSequenceClassification or ORTModelForFeatureExtraction.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ import argparse
 import sys
 from typing import Any
 
+# optimum's names of tasks, and ours
+TASKS = {
+    "auto": None,
+    "text-generation-with-past": "text-generation",
+    "causal-lm-with-past": "text-generation",
+    "text-classification": "text-classification",
+    "feature-extraction": "feature-extraction",
+}
+
 # optimum-cli's options that would change what is written, with the values that can be had here; the first is the default
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "task": ("auto", "text-generation-with-past", "causal-lm-with-past"),
+    "task": tuple(TASKS),
     "dtype": (None, "fp32", "fp16"),
     "opset": (None, 18),
     "optimize": (None,),
@@ -69,4 +79,6 @@ def _export(arguments: argparse.Namespace) -> int:
             return 1
     quantize = "fp16" if getattr(arguments, "dtype", None) == "fp16" else "none"
     options = ["--target", "portable", "--quantize", quantize, "--overwrite"]
+    if task := TASKS[getattr(arguments, "task", "auto")]:
+        options += ["--task", task]
     return export.main([arguments.model, "--output", str(arguments.output), *options])

@@ -187,7 +187,7 @@ class PhiMoE:
     @overload
     def classify(self, text: Batch) -> list[Classification]: ...
     def classify(self, text: Prompt | Batch) -> Classification | list[Classification]:
-        """The labels of one text, or of each text of a batch exactly as if it were alone.
+        """The labels of one text, or of each text of a batch as if it were alone.
 
         Texts of like length run together, up to `texts.BATCH_TOKENS` tokens at once; a longer text runs alone.
 
