@@ -29,6 +29,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from phimoe_onnx._version import __version__
 from phimoe_onnx.config import PhiMoEConfig, read_config
@@ -37,6 +38,8 @@ from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.weights import tensor_bytes
 from tests.checkpoints import write_checkpoint
+
+Times = NDArray[np.float64]  # seconds, and seconds of all cores together
 
 BLOCK = 32
 GGML_TYPES = {
@@ -59,25 +62,27 @@ def main() -> None:
     tensors = read_tensors(checkpoint, config)
     matrices = [tensor for name, tensor in tensors.items() if is_quantised(name)]
     count = sum(matrix.numel() for matrix in matrices)
-    candidates: dict[str, Callable[[], float]] = {}
+    candidates: dict[str, Callable[[], Times]] = {}
     for dtype, form in GGML_TYPES.items():
         source = write_gguf(folder / f"{form.name}.gguf", config, tensors, dtype)
         candidates[f"llama.cpp, {form.name} GGUF to Q4_0 GGUF"] = partial(llama, source, folder / "Q4_0.gguf")
     candidates |= {
-        "ours, bf16 safetensors to int4, block 32: the weights": partial(ours, checkpoint, folder / "bundle", whole=False),
-        "ours, the whole export": partial(ours, checkpoint, folder / "bundle", whole=True),
+        "ours, bf16 safetensors to int4, block 32": partial(ours, checkpoint, folder / "bundle", ("writing weights", "hashing")),
+        "the same with tracing and hashing": partial(ours, checkpoint, folder / "bundle", ("start", "end")),
         "ours, bare, bf16 in memory": partial(bare_ours, matrices),
         "PyTorch, bare, bf16 in memory": partial(bare_torch, matrices),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[str, list[Times]] = {name: [] for name in candidates}
     for _ in range(arguments.rounds):
         for name, run in candidates.items():
-            seconds[name].append(run())
+            times[name].append(run())
     print(f"{datetime.date.today()}, {_cpu()}, {os.cpu_count()} cores, {count / 1e9:.2f} B parameters, {arguments.rounds} rounds; ", end="")
     print(f"phimoe-onnx {__version__}, PyTorch {torch.__version__}, llama-cpp-python {llama_cpp.__version__}")
-    print("\n| candidate | M parameters/s, median | best | worst |\n| --- | --- | --- | --- |")
-    for name, runs in seconds.items():
-        print(f"| {name} | " + " | ".join(f"{count / value / 1e6:.0f}" for value in (median(runs), min(runs), max(runs))) + " |")
+    print("\n| candidate | M parameters/s, median | best | worst | CPU seconds, least |\n| --- | --- | --- | --- | --- |")
+    for name, runs in times.items():
+        seconds = [wall for wall, _ in runs]
+        speeds = (count / value / 1e6 for value in (median(seconds), min(seconds), max(seconds)))
+        print(f"| {name} | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {min(cpu for _, cpu in runs):.1f} |")
     if not arguments.folder:
         shutil.rmtree(folder)
 
@@ -156,56 +161,56 @@ def is_quantised(name: str) -> bool:
     return name.endswith(".weight") and "norm" not in name and "ffn_gate_inp" not in name
 
 
-def llama(source: Path, target: Path) -> float:
-    """Seconds of llama.cpp's quantiser, a file to a file, every matrix to Q4_0."""
+def llama(source: Path, target: Path) -> Times:
+    """llama.cpp's quantiser, a file to a file, every matrix to Q4_0."""
     options = llama_cpp.llama_model_quantize_default_params()
     options.nthread, options.ftype, options.pure = os.cpu_count(), llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
-    start = time.perf_counter()
+    start = _now()
     failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(options))
-    seconds = time.perf_counter() - start
+    times = _now() - start
     if failed:
         raise SystemExit(f"llama.cpp could not quantise {source}")
     target.unlink()
-    return seconds
+    return times
 
 
-def ours(checkpoint: Path, output: Path, whole: bool) -> float:
-    """Seconds of an int4 export: the whole of it, or the writing of the weights alone."""
-    times: dict[str, float] = {}
-    start = time.perf_counter()
-    pipeline.export(checkpoint, output, quantize="int4", progress=lambda phase, *_: times.setdefault(phase, time.perf_counter()))
-    end = time.perf_counter()
+def ours(checkpoint: Path, output: Path, between: tuple[str, str]) -> Times:
+    """An int4 export, from the beginning of one of its phases to that of another."""
+    begins = {"start": _now()}
+    pipeline.export(checkpoint, output, quantize="int4", block_size=BLOCK, progress=lambda phase, *_: begins.setdefault(phase, _now()))
+    begins["end"] = _now()
     shutil.rmtree(output)
-    return end - start if whole else times["hashing"] - times["writing weights"]
+    return begins[between[1]] - begins[between[0]]
 
 
-def bare_ours(matrices: list[torch.Tensor]) -> float:
-    """Seconds of `Format.quantize` alone, a matrix a worker, a worker a core, as the export does it."""
+def bare_ours(matrices: list[torch.Tensor]) -> Times:
+    """`Format.quantize` alone, a matrix a worker, a worker a core, as the export does it."""
     format = Format(4, BLOCK)
-    return _on_every_core(format.quantize, [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = _now()
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        for _ in workers.map(format.quantize, [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])]):
+            pass
+    times = _now() - start
+    torch.set_num_threads(threads)
+    return times
 
 
-def bare_torch(matrices: list[torch.Tensor]) -> float:
-    """Seconds of round to nearest as one would write it in PyTorch: a matrix at a time, PyTorch's own threads."""
-    start = time.perf_counter()
+def bare_torch(matrices: list[torch.Tensor]) -> Times:
+    """Round to nearest as one would write it in PyTorch: a matrix at a time, PyTorch's own threads."""
+    start = _now()
     for matrix in matrices:
         blocks = matrix.float().unflatten(-1, (-1, BLOCK))
         scales = blocks.abs().amax(dim=-1, keepdim=True) / 7
         codes = (blocks / scales).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(-2)
         codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return time.perf_counter() - start
+    return _now() - start
 
 
-def _on_every_core(run: Callable[[torch.Tensor], object], matrices: list[torch.Tensor]) -> float:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for _ in workers.map(run, matrices):
-            pass
-    seconds = time.perf_counter() - start
-    torch.set_num_threads(threads)
-    return seconds
+def _now() -> Times:
+    """Seconds on the clock, and seconds of all cores."""
+    return np.array((time.perf_counter(), time.process_time()))
 
 
 def _cpu() -> str:

@@ -167,7 +167,7 @@ def _one_sentence(model: str, revision: str | None = None) -> Iterator[None]:
             message = f"the hub lacks one of its shards, and only whole safetensors checkpoints are read ({_reason(error)})"
         elif getattr(getattr(error, "response", None), "status_code", None) == 401:
             message = "the hub refused the token; pass another --token, or log in anew with `hf auth login`"
-        elif isinstance(error, OSError) and error.errno:
+        elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
             message = f"cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}); make room there, or set HF_HOME to another disk"
         else:
             message = f"is no folder, and could not be downloaded from {constants.ENDPOINT} ({_reason(error)}); run the command again"
