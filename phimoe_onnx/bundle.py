@@ -30,6 +30,7 @@ LOGITS = "logits"  # float32 [batch, sequence or logits_to_keep, vocab_size]; a 
 LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, sequence, hidden_size], after the final norm
 LOGITS_TO_KEEP = "logits_to_keep"  # optional int64 [1]: how many last positions get logits; 0, the default, is all
 ROPE_LENGTH = "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
+OPTIONAL_INPUTS = (LOGITS_TO_KEEP, ROPE_LENGTH)
 
 
 def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
@@ -39,10 +40,15 @@ def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph file over the bundle's weights, and the least ONNX Runtime release that loads it."""
+    """One graph file over the bundle's weights, and the least ONNX Runtime release that loads it.
+
+    `optional_inputs` have a default. ONNX Runtime's releases for Java, Node and browsers cannot give values to those, so there
+    a graph without any is to be taken: it has all inputs as plain ones.
+    """
 
     file: str
     minimum_onnxruntime: str
+    optional_inputs: tuple[str, ...] = OPTIONAL_INPUTS
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def read_manifest(bundle: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise BundleError(f"{bundle / MANIFEST}: format_version is {version}, this release reads {FORMAT_VERSION}; upgrade phimoe-onnx")
     try:
-        raw["graphs"] = tuple(Graph(**graph) for graph in raw["graphs"])
+        raw["graphs"] = tuple(Graph(**graph | {"optional_inputs": tuple(graph["optional_inputs"])}) for graph in raw["graphs"])
         if chat := raw.get("chat"):
             turns = {role: (prefix, suffix) for role, (prefix, suffix) in chat["turns"].items()}
             raw["chat"] = ChatFormat(turns, chat["generation"], tuple(chat["skipped_when_empty"]))

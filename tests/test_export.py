@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from onnx.reference import ReferenceEvaluator
 
 from phimoe_onnx import export
-from phimoe_onnx.bundle import check_files, describe_files, read_manifest
+from phimoe_onnx.bundle import Graph, check_files, describe_files, read_manifest
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError, ConfigError, ExportError
 from phimoe_onnx.exporter import pipeline
@@ -34,6 +34,7 @@ from tests.checkpoints import BASE, MODEL, SHAPES, assert_close, feeds, make_mod
 
 Bundle = Callable[[str, str, str], Path]
 Checkpoint = Callable[[str], Path]
+ALL_LOGITS = {"logits_to_keep": 0, "rope_length": 0}  # the optional inputs as they are by default
 LENGTH = 60  # past the rope boundary of 32 and both windows, 9 and 20
 
 
@@ -72,7 +73,7 @@ def test_quantized_graphs_are_pytorch_over_the_stored_weights(
     exact = reference.load_reference(checkpoint(shape))
     model = stored_model(exact, bundle(shape, "cpu", quantize), read_manifest(bundle(shape, "cpu", quantize)))
     ids = random_ids(LENGTH)
-    logits, *_ = open_graph(folder / graph).run(None, feeds(model.config, [ids]))
+    logits, *_ = open_graph(folder / graph).run(None, feeds(model.config, [ids], **ALL_LOGITS))
     expected = reference.logits(model, ids)
     assert_close(logits[0], expected)
     assert np.abs(expected - reference.logits(exact, ids)).mean() > 1e-3 * expected.std()  # the weights were rounded
@@ -83,7 +84,7 @@ def test_quantized_graphs_are_pytorch_over_the_stored_weights(
 def test_both_graphs_of_a_quantized_bundle_agree(bundle: Bundle, shape: str) -> None:
     """As they are shipped, with activations rounded to int8: close on average, since a flipped choice moves a token far."""
     folder = bundle(shape, "cpu", "int4")
-    inputs = feeds(read_config(folder), [random_ids(LENGTH)])
+    inputs = feeds(read_config(folder), [random_ids(LENGTH)], **ALL_LOGITS)
     one, other = (open_graph(folder / graph).run(["logits"], inputs)[0] for graph in ("model.onnx", "model.branches.onnx"))
     assert np.abs(one - other).mean() < 0.05 * one.std()
 
@@ -165,6 +166,20 @@ def test_optional_inputs(bundle: Bundle, target: str, quantize: str) -> None:
     short = session.run(["logits"], feeds(config, [ids], rope_length=32))[0]
     assert np.array_equal(short, everything)
     assert np.abs(long - everything).max() > 0.1 * everything.std()
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp16", "int4"])
+def test_a_graph_without_optional_inputs_is_the_same(bundle: Bundle, quantize: str) -> None:
+    """For languages in which ONNX Runtime takes no values for inputs with a default."""
+    folder = bundle("longrope", "cpu", quantize)
+    session = open_graph(folder / "model.branches.onnx")
+    inputs = feeds(read_config(folder), [random_ids(20)], logits_to_keep=3, rope_length=33)
+    assert not session.get_overridable_initializers()
+    assert {value.name for value in session.get_inputs()} == inputs.keys()
+    logits = session.run(["logits"], inputs)[0]
+    assert logits.shape == (1, 3, 2048)
+    if quantize != "int4":
+        assert np.array_equal(logits, open_graph(folder / "model.onnx").run(["logits"], inputs)[0])
 
 
 def test_a_shape_without_longrope_ignores_rope_length(bundle: Bundle) -> None:
@@ -274,7 +289,7 @@ def test_experts_that_no_token_chose_are_not_computed(
     exact = original if quantize == "none" else bundle_at_level_0("plain", quantize, graph)
     folder = Path(shutil.copytree(exact, tmp_path / "bundle"))
     ids = random_ids(3)
-    inputs = feeds(model.config, [ids])
+    inputs = feeds(model.config, [ids], **ALL_LOGITS)
     with reference.recorded_routing() as routing:
         reference.logits(model, ids)
     expected = open_graph(folder / graph).run(["logits"], inputs)[0]
@@ -302,11 +317,11 @@ def test_every_writer_gives_the_same_bundle(tmp_path: Path, bundle: Bundle, writ
 
 
 GRAPHS = {
-    ("cpu", "none"): [("model.onnx", "1.29")],
-    ("cpu", "fp16"): [("model.onnx", "1.29")],
-    ("portable", "none"): [("model.onnx", "1.29")],
-    ("cpu", "int8"): [("model.onnx", "1.31"), ("model.branches.onnx", "1.29")],
-    ("cpu", "int4"): [("model.onnx", "1.31"), ("model.branches.onnx", "1.29")],
+    ("cpu", "none"): [Graph("model.onnx", "1.29"), Graph("model.branches.onnx", "1.29", ())],
+    ("cpu", "fp16"): [Graph("model.onnx", "1.29"), Graph("model.branches.onnx", "1.29", ())],
+    ("portable", "none"): [Graph("model.onnx", "1.29")],
+    ("cpu", "int8"): [Graph("model.onnx", "1.31"), Graph("model.branches.onnx", "1.29", ())],
+    ("cpu", "int4"): [Graph("model.onnx", "1.31"), Graph("model.branches.onnx", "1.29", ())],
 }
 
 
@@ -316,7 +331,7 @@ def test_the_manifest(bundle: Bundle, target: str, quantize: str) -> None:
     manifest = read_manifest(folder)
     assert (manifest.target, manifest.quantize, manifest.dtype, manifest.task) == (target, quantize, "float32", "text-generation")
     assert manifest.source == "longrope-window"
-    assert [(graph.file, graph.minimum_onnxruntime) for graph in manifest.graphs] == GRAPHS[target, quantize]
+    assert list(manifest.graphs) == GRAPHS[target, quantize]
     assert manifest.files == describe_files(folder)
     assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
     check_files(folder, manifest, hash_everything=True)

@@ -26,7 +26,7 @@ from phimoe_onnx.exporter.passes.branches import BranchExperts
 from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.half import StoreHalf
-from phimoe_onnx.exporter.passes.logits import AddOptionalInputs
+from phimoe_onnx.exporter.passes.logits import AddOptionalInputs, RequireInputs
 from phimoe_onnx.exporter.passes.moe import FuseExperts
 from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
@@ -102,7 +102,11 @@ def export(
         branched = model if format is None else model.clone()
         BranchExperts(config.num_hidden_layers, format)(branched)
         _clean(branched)
-        models.setdefault("model.branches.onnx" if format else "model.onnx", branched)
+        if target == "cpu" and task == "text-generation":
+            models["model.branches.onnx"] = branched if format else branched.clone()
+            RequireInputs()(models["model.branches.onnx"])
+        elif target == "cpu" and format:
+            models["model.branches.onnx"] = branched
     store_half = StoreHalf()
     for graph in models.values():
         if quantize == "fp16" and dtype == ir.DataType.FLOAT:
@@ -131,7 +135,7 @@ def export(
             quantize=quantize,
             dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
             weights=_describe(task, quantize, target, format),
-            graphs=tuple(bundle.Graph(file, _minimum_onnxruntime(graph)) for file, graph in models.items()),
+            graphs=tuple(_describe_graph(file, graph) for file, graph in models.items()),
             decoding=decoding,
             files=bundle.describe_files(staging, counter(report, "hashing", layout.nbytes)),
             chat=chat_format(folder) if task == "text-generation" else None,
@@ -146,8 +150,9 @@ MINIMUM_ONNXRUNTIME = {"QMoE": "1.31"}
 OTHERWISE = "1.29"
 
 
-def _minimum_onnxruntime(model: ir.Model) -> str:
-    return next((MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE)
+def _describe_graph(file: str, model: ir.Model) -> bundle.Graph:
+    minimum = next((MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE)
+    return bundle.Graph(file, minimum, tuple(name for name in bundle.OPTIONAL_INPUTS if name in model.graph.initializers))
 
 
 def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format: Format | None) -> None:

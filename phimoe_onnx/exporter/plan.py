@@ -107,11 +107,12 @@ def requirements(
     tables = 0 if target == "portable" else 2 * rope_rows(config) * config.head_dim // 2 * width
     layers = config.num_hidden_layers
     fused = layers * GRAPH_PER_LAYER if target == "cuda" or format else 0
-    branched = 0 if target == "cuda" else layers * config.num_local_experts * BRANCHES_PER_EXPERT
+    branched = layers * config.num_local_experts * BRANCHES_PER_EXPERT
+    graphs = {"portable": branched, "cuda": fused, "cpu": branched + (fused or branched)}[target]
     return Requirements(
         target=target,
         quantize=quantize,
-        bundle=stored + tables + fused + branched,
+        bundle=stored + tables + graphs,
         export_memory=EXPORTER + _largest_jobs(config, format, width),
         run_memory=RUNTIME + resident + (tables if target == "cuda" else 0),
         cache_per_token=0 if task != "text-generation" else 2 * layers * config.num_key_value_heads * config.head_dim * width,

@@ -1,4 +1,4 @@
-"""The optional inputs: how many last positions get logits, and the rope length."""
+"""The optional inputs, how many last positions get logits and the rope length; and a form in which they are plain inputs."""
 
 from __future__ import annotations
 
@@ -36,4 +36,17 @@ class AddOptionalInputs(ir.passes.InPlacePass):
         rope_length = next(value for value in graph.inputs if value.name == bundle.ROPE_LENGTH)
         rope_length.const_value = ir.tensor(zero, name=rope_length.name)
         graph.initializers.add(rope_length)
+        return ir.passes.PassResult(model, modified=True)
+
+
+class RequireInputs(ir.passes.InPlacePass):
+    """Takes the default values of `OPTIONAL_INPUTS` away, so that they are inputs like any other.
+
+    ONNX Runtime's releases for Java, Node and browsers take no values for inputs with a default: Java refuses them, the others
+    ignore them.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for name in bundle.OPTIONAL_INPUTS:
+            model.graph.initializers.pop(name).const_value = None
         return ir.passes.PassResult(model, modified=True)
