@@ -11,7 +11,9 @@ export type Numbers = Float32Array | Uint16Array | Int8Array | Uint8Array | BigI
 
 /** An open graph of ONNX Runtime, whichever package runs it. */
 export interface Graph {
-  /** Runs it once: writes into the outputs' data, or puts other data in their place where the package cannot. */
+  /** Whether the outputs' data are written in place; else other data take their place. */
+  readonly inPlace: boolean;
+  /** Runs it once. */
   run(inputs: Record<string, Value>, outputs: Record<string, Value>): Promise<void>;
 }
 
@@ -26,15 +28,16 @@ const ARRAYS = { float32: Float32Array, float16: Uint16Array, int8: Int8Array, u
  * where the keys and values lie. B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim.
  */
 export class SharedCache {
-  #graph: Graph;
-  #decoding: Decoding;
-  #buffers: Value[];
-  #step?: Value[];
+  private buffers: Value[];
+  private step?: Value[];
 
-  constructor(graph: Graph, decoding: Decoding, rows: number, capacity: number) {
-    this.#graph = graph;
-    this.#decoding = decoding;
-    this.#buffers = zeros(decoding.cache, rows, roundUp(capacity));
+  constructor(
+    private readonly graph: Graph,
+    private readonly decoding: Decoding,
+    rows: number,
+    capacity: number,
+  ) {
+    this.buffers = zeros(decoding.cache, rows, roundUp(capacity));
   }
 
   /**
@@ -45,37 +48,37 @@ export class SharedCache {
    * @returns the last token's logits, float32 [vocab_size].
    */
   async runRow(row: number, ids: readonly number[], past: number, ropeLength: number): Promise<Float32Array> {
-    const slices = this.#slices(row, 1);
-    return (await pass(this.#graph, this.#decoding, [ids], [past + ids.length], ropeLength, slices, slices))[0];
+    const slices = this.slices(row, 1);
+    return (await pass(this.graph, this.decoding, [ids], [past + ids.length], ropeLength, slices, slices))[0];
   }
 
   /** Runs one new token of every row, after `lengths` cached ones each; returns float32 [vocab_size] a row. */
   runStep(ids: readonly number[], lengths: readonly number[]): Promise<Float32Array[]> {
-    this.#step ??= this.#slices(0, ids.length);
+    this.step ??= this.slices(0, ids.length);
     const [tokens, totals] = [ids.map((id) => [id]), lengths.map((length) => length + 1)];
-    return pass(this.#graph, this.#decoding, tokens, totals, 0, this.#step, this.#step);
+    return pass(this.graph, this.decoding, tokens, totals, 0, this.step, this.step);
   }
 
   /** Forgets a row; the last row takes its number. */
   drop(row: number): void {
-    for (const { dims, data } of this.#buffers) {
+    for (const { dims, data } of this.buffers) {
       const size = dims[1] * dims[2] * dims[3];
       dims[0]--;
       data.copyWithin(row * size, dims[0] * size, (dims[0] + 1) * size);
     }
-    this.#step = undefined;
+    this.step = undefined;
   }
 
   /** Makes room for `capacity` tokens a row, keeping what is cached. */
   reserve(capacity: number): void {
-    if (capacity <= this.#buffers[0].dims[2]) return;
-    this.#buffers = this.#buffers.map((buffer) => resized(buffer, roundUp(capacity)));
-    this.#step = undefined;
+    if (capacity <= this.buffers[0].dims[2]) return;
+    this.buffers = this.buffers.map((buffer) => resized(buffer, roundUp(capacity)));
+    this.step = undefined;
   }
 
   /** Rows first .. first + rows of every buffer. */
-  #slices(first: number, rows: number): Value[] {
-    return this.#buffers.map(({ type, dims: [, ...row], data }) => {
+  private slices(first: number, rows: number): Value[] {
+    return this.buffers.map(({ type, dims: [, ...row], data }) => {
       const size = row[0] * row[1] * row[2];
       return { type, dims: [rows, ...row], data: data.subarray(first * size, (first + rows) * size) };
     });
@@ -84,22 +87,22 @@ export class SharedCache {
 
 /** As SharedCache, for graphs of standard operators: each row's own [1, K, P, D], which every pass replaces by [1, K, T, D]. */
 export class GrowingCache {
-  #graph: Graph;
-  #decoding: Decoding;
-  #rows: Value[][];
+  private readonly rows: Value[][];
 
-  constructor(graph: Graph, decoding: Decoding, rows: number) {
-    this.#graph = graph;
-    this.#decoding = decoding;
-    this.#rows = Array.from({ length: rows }, () => zeros(decoding.cache, 1, 0));
+  constructor(
+    private readonly graph: Graph,
+    private readonly decoding: Decoding,
+    rows: number,
+  ) {
+    this.rows = Array.from({ length: rows }, () => zeros(decoding.cache, 1, 0));
   }
 
   /** As SharedCache.runRow. */
   async runRow(row: number, ids: readonly number[], past: number, ropeLength: number): Promise<Float32Array> {
-    const cached = this.#rows[row].map((value) => (value.dims[2] > past ? resized(value, past) : value));
-    const present = zeros(this.#decoding.cache, 1, past + ids.length);
-    const [logits] = await pass(this.#graph, this.#decoding, [ids], [past + ids.length], ropeLength, cached, present);
-    this.#rows[row] = present;
+    const cached = this.rows[row].map((value) => (value.dims[2] > past ? resized(value, past) : value));
+    const present = zeros(this.decoding.cache, 1, past + ids.length);
+    const [logits] = await pass(this.graph, this.decoding, [ids], [past + ids.length], ropeLength, cached, present);
+    this.rows[row] = present;
     return logits;
   }
 
@@ -112,8 +115,8 @@ export class GrowingCache {
 
   /** As SharedCache.drop. */
   drop(row: number): void {
-    this.#rows[row] = this.#rows[this.#rows.length - 1];
-    this.#rows.pop();
+    this.rows[row] = this.rows[this.rows.length - 1];
+    this.rows.pop();
   }
 
   /** As SharedCache.reserve; there is nothing to do. */

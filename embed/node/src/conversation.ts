@@ -11,13 +11,13 @@ import { type CallOptions, collect, type Model } from "./model.js";
 export class Conversation {
   /** The turns; may be edited between answers. */
   messages: Message[] = [];
-  #model: Model;
-  #id: number;
-  #system: string | undefined;
+  readonly #model: Model;
+  readonly #id: number;
+  readonly #system: string | undefined;
   #answering = false;
 
   /** @internal */
-  constructor(model: Model, id: number, system?: string) {
+  constructor(model: Model, id: number, system: string | undefined) {
     this.#model = model;
     this.#id = id;
     this.#system = system;
@@ -38,23 +38,21 @@ export class Conversation {
    * As `send`, piece by piece. The message and its answer are kept once the answer has begun, as far as it came if the stream
    * is left early.
    */
-  stream(content: string, options?: CallOptions): ReadableStream<Piece> {
+  async *stream(content: string, options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
     if (!content) throw new GenerationError("the message is empty; give at least one character");
-    if (this.#answering) throw new GenerationError("the conversation is still answering; wait for the end of its answer, or cancel it");
+    if (this.#answering) throw new GenerationError("the conversation is still answering; wait for the end of its answer, or leave it");
     const messages = [...this.messages, { role: "user", content }];
     let answer = "";
-    const pieces = this.#model.start(messages, options, {
-      conversation: this.#id,
-      piece: ({ text }) => {
-        answer += text;
-        this.messages = [...messages, { role: "assistant", content: answer }];
-      },
-      ended: () => {
-        this.#answering = false;
-      },
-    });
     this.#answering = true;
-    return pieces;
+    try {
+      for await (const piece of this.#model.answer(messages, options, this.#id)) {
+        answer += piece.text;
+        this.messages = [...messages, { role: "assistant", content: answer }];
+        yield piece;
+      }
+    } finally {
+      this.#answering = false;
+    }
   }
 
   /** Frees the cache; closing the model does so, too. */

@@ -12,15 +12,15 @@ export class Decoder {
   readonly tokens: number[][];
   /** Ends a prefill between two chunks, and a step before it. */
   signal?: AbortSignal;
-  #cache: SharedCache | GrowingCache;
-  #decoding: Decoding;
-  #long: boolean[]; // whether the row's keys were rotated by the long factors
+  private readonly long: boolean[]; // whether the row's keys were rotated by the long factors
 
-  constructor(cache: SharedCache | GrowingCache, decoding: Decoding, rows: number) {
+  constructor(
+    private readonly cache: SharedCache | GrowingCache,
+    private readonly decoding: Decoding,
+    rows: number,
+  ) {
     this.tokens = Array.from({ length: rows }, () => []);
-    this.#cache = cache;
-    this.#decoding = decoding;
-    this.#long = this.tokens.map(() => false);
+    this.long = this.tokens.map(() => false);
   }
 
   /**
@@ -31,16 +31,16 @@ export class Decoder {
    */
   async prefill(row: number, ids: readonly number[], ropeLength = ids.length): Promise<Float32Array> {
     const held = this.tokens[row];
-    const long = this.#isLong(ropeLength);
+    const long = this.isLong(ropeLength);
     let same = 0;
-    if (this.#long[row] === long) while (same < held.length && held[same] === ids[same]) same++;
+    if (this.long[row] === long) while (same < held.length && held[same] === ids[same]) same++;
     held.length = Math.min(same, ids.length - 1); // the last token always runs: its logits are wanted
-    this.#long[row] = long;
+    this.long[row] = long;
     let logits: Float32Array;
     do {
       this.signal?.throwIfAborted();
-      const chunk = ids.slice(held.length, held.length + this.#decoding.prefill_chunk);
-      logits = await this.#cache.runRow(row, chunk, held.length, ropeLength);
+      const chunk = ids.slice(held.length, held.length + this.decoding.prefill_chunk);
+      logits = await this.cache.runRow(row, chunk, held.length, ropeLength);
       held.push(...chunk);
     } while (held.length < ids.length);
     return logits;
@@ -49,18 +49,18 @@ export class Decoder {
   /** Appends one token to every row; returns the logits after it, float32 [vocab_size] a row, valid until the next pass. */
   async step(ids: readonly number[]): Promise<Float32Array[]> {
     for (const [row, held] of this.tokens.entries()) {
-      if (this.#isLong(held.length + 1) !== this.#long[row]) await this.prefill(row, [...held], held.length + 1);
+      if (this.isLong(held.length + 1) !== this.long[row]) await this.prefill(row, [...held], held.length + 1);
     }
     this.signal?.throwIfAborted();
-    const logits = await this.#cache.runStep(ids, this.tokens.map((held) => held.length));
+    const logits = await this.cache.runStep(ids, this.tokens.map((held) => held.length));
     for (const [row, held] of this.tokens.entries()) held.push(ids[row]);
     return logits;
   }
 
   /** Forgets a row; the last row takes its number. */
   drop(row: number): void {
-    this.#cache.drop(row);
-    for (const list of [this.tokens, this.#long]) {
+    this.cache.drop(row);
+    for (const list of [this.tokens, this.long]) {
       list[row] = list[list.length - 1];
       list.pop();
     }
@@ -68,11 +68,11 @@ export class Decoder {
 
   /** Makes room for `capacity` tokens in every row, keeping what is cached. */
   reserve(capacity: number): void {
-    this.#cache.reserve(capacity);
+    this.cache.reserve(capacity);
   }
 
-  #isLong(length: number): boolean {
-    const boundary = this.#decoding.rope_boundary;
+  private isLong(length: number): boolean {
+    const boundary = this.decoding.rope_boundary;
     return boundary !== null && length > boundary;
   }
 }

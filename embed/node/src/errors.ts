@@ -1,32 +1,24 @@
 /** Base of every error thrown on purpose; its text says what was found, what was expected and what to do. */
 export class PhiMoEError extends Error {
-  static {
-    this.prototype.name = "PhiMoEError";
-  }
+  override name = "PhiMoEError";
 }
 
 /** A bundle's files are missing, changed, or written by a newer version. */
 export class BundleError extends PhiMoEError {
-  static {
-    this.prototype.name = "BundleError";
-  }
+  override name = "BundleError";
 }
 
 /** The device or the ONNX Runtime release cannot run the bundle. */
 export class DeviceError extends PhiMoEError {
-  static {
-    this.prototype.name = "DeviceError";
-  }
+  override name = "DeviceError";
 }
 
 /** A prompt or an option is out of range, or the model was closed. */
 export class GenerationError extends PhiMoEError {
-  static {
-    this.prototype.name = "GenerationError";
-  }
+  override name = "GenerationError";
 }
 
-const KINDS = { PhiMoEError, BundleError, DeviceError, GenerationError };
+const KINDS: Record<string, typeof PhiMoEError> = { BundleError, DeviceError, GenerationError };
 
 /** An error on its way from one thread to another, where its class is lost. */
 export interface SentError {
@@ -41,5 +33,5 @@ export function sentError(error: unknown): SentError {
 
 /** The error again, of its class if it is one of this file. */
 export function receivedError({ name, message }: SentError): Error {
-  return new (KINDS[name as keyof typeof KINDS] ?? Error)(message);
+  return new (KINDS[name] ?? Error)(message);
 }

@@ -38,6 +38,8 @@ export interface Generation {
   first_token_seconds: number;
   /** From the call to the row's last token. */
   seconds: number;
+  /** The speed after the first token; 0 where there is no second one. */
+  tokens_per_second: number;
 }
 
 /** One new token of a stream. */
@@ -138,56 +140,53 @@ export async function* generate(
 
 /** A request on its way to its end. */
 class Row {
-  readonly request: Request;
   readonly token_ids: number[] = [];
   readonly seen: Set<number>;
   finished = false;
-  #number: number;
-  #eos: ReadonlySet<number>;
-  #start: number;
-  #first = 0;
-  #text = "";
-  #characters: TextStream;
-  #strings: StopStrings;
-  #stopIds: Set<number>;
+  private first = 0;
+  private text = "";
+  private readonly characters: TextStream;
+  private readonly strings: StopStrings;
+  private readonly stopIds: Set<number | undefined>;
 
-  constructor(number: number, request: Request, tokenizer: Tokenizer, eos: ReadonlySet<number>, start: number) {
-    this.request = request;
+  constructor(
+    private readonly number: number,
+    readonly request: Request,
+    tokenizer: Tokenizer,
+    private readonly eos: ReadonlySet<number>,
+    private readonly start: number,
+  ) {
     this.seen = new Set(request.prompt);
-    this.#number = number;
-    this.#eos = eos;
-    this.#start = start;
-    this.#characters = new TextStream(tokenizer, request.prompt);
-    this.#strings = new StopStrings(request.stop);
+    this.characters = new TextStream(tokenizer, request.prompt);
+    this.strings = new StopStrings(request.stop);
     // a hidden token has no text that a stop string could be found in
-    const ids = request.stop.map((stop) => tokenizer.tokenId(stop));
-    this.#stopIds = new Set(ids.filter((id) => id !== undefined && tokenizer.hidden.has(id)) as number[]);
+    this.stopIds = new Set(request.stop.map((stop) => tokenizer.tokenId(stop)).filter((id) => tokenizer.hidden.has(id!)));
   }
 
   /** Takes the row's next token. */
   add(token: number): Piece {
     const now = performance.now();
-    if (!this.token_ids.length) this.#first = now;
+    if (!this.token_ids.length) this.first = now;
     this.token_ids.push(token);
     this.seen.add(token);
-    let { text, stopped } = this.#strings.add(this.#eos.has(token) ? "" : this.#characters.add(token));
+    let { text, stopped } = this.strings.add(this.eos.has(token) ? "" : this.characters.add(token));
     let finish_reason: Generation["finish_reason"] | undefined;
-    if (this.#eos.has(token)) finish_reason = "eos";
-    else if (stopped || this.#stopIds.has(token)) finish_reason = "stop";
+    if (this.eos.has(token)) finish_reason = "eos";
+    else if (stopped || this.stopIds.has(token)) finish_reason = "stop";
     else if (this.token_ids.length === this.request.max_new_tokens) finish_reason = "length";
     this.finished = finish_reason !== undefined;
-    if (this.finished) text += this.#strings.finish();
-    this.#text += text;
-    const piece = { row: this.#number, token_id: token, text };
+    if (this.finished) text += this.strings.finish();
+    this.text += text;
+    const piece = { row: this.number, token_id: token, text };
     if (!finish_reason) return { ...piece, result: null };
-    const seconds = [this.#first - this.#start, now - this.#start].map((milliseconds) => milliseconds / 1000);
     const result = {
-      text: this.#text,
+      text: this.text,
       token_ids: this.token_ids,
       finish_reason,
       prompt_tokens: this.request.prompt.length,
-      first_token_seconds: seconds[0],
-      seconds: seconds[1],
+      first_token_seconds: (this.first - this.start) / 1000,
+      seconds: (now - this.start) / 1000,
+      tokens_per_second: (1000 * (this.token_ids.length - 1)) / Math.max(now - this.first, 1e-6),
     };
     return { ...piece, result };
   }

@@ -1,8 +1,9 @@
 import { resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 
-import type { Manifest } from "./bundle.js";
+import { receivedError } from "./errors.js";
 import { Model } from "./model.js";
+import type { FromWorker } from "./protocol.js";
 
 export type { Manifest } from "./bundle.js";
 export type { Message } from "./chat.js";
@@ -14,28 +15,31 @@ export type { Prompt } from "./protocol.js";
 
 /** How a bundle is loaded. */
 export interface LoadOptions {
-  /** Threads for one operator; left to ONNX Runtime, which takes one a physical core, if not given. */
+  /** Threads for one operator; if not given, ONNX Runtime takes one a physical core. */
   threads?: number;
 }
 
 /** A bundle loaded for generation, with a thread of its own; `PhiMoE.load` makes one. */
 export class PhiMoE extends Model {
-  /** The bundle's manifest. */
-  manifest!: Manifest;
-
   /**
    * Loads a bundle that phimoe-export wrote.
    *
    * @param bundle - its folder.
    * @throws BundleError: the folder is no bundle, or a file of it is missing or changed.
-   * @throws DeviceError: onnxruntime-node cannot run the bundle.
+   * @throws DeviceError: the installed ONNX Runtime cannot run the bundle, or `threads` is no number of threads.
    */
-  static async load(bundle: string, { threads }: LoadOptions = {}): Promise<PhiMoE> {
-    const worker = new Worker(new URL("./worker.js", import.meta.url), { workerData: { folder: resolve(bundle), threads } });
-    const model = new PhiMoE(worker);
-    worker.on("message", (message) => model.receive(message));
-    worker.on("error", (error: Error) => model.fail(error));
-    model.manifest = await model.loaded;
-    return model;
+  static load(bundle: string, { threads }: LoadOptions = {}): Promise<PhiMoE> {
+    const workerData = { folder: resolve(bundle), threads };
+    // without the program's own flags of Node, of which some fail in a worker
+    const worker = new Worker(new URL("./worker.js", import.meta.url), { workerData, execArgv: [] });
+    return new Promise((loaded, failed) => {
+      let model: PhiMoE;
+      worker.on("message", (message: FromWorker) => {
+        if ("failed" in message) failed(receivedError(message.failed));
+        else if ("ready" in message) loaded((model = new PhiMoE(worker, message.ready)));
+        else model.receive(message);
+      });
+      worker.on("error", (error: Error) => (model ? model.fail(error) : failed(error)));
+    });
   }
 }

@@ -9,43 +9,32 @@ export interface CallOptions extends Options {
   signal?: AbortSignal;
 }
 
-/** What a conversation has to do with a call. */
-export interface Hooks {
-  conversation?: number;
-  piece?(piece: Piece): void;
-  ended?(): void;
-}
-
-/** A worker of Node or of a browser; the first can let a program end while it is idle. */
+/** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
 interface WorkerLike {
   postMessage(message: ToWorker): void;
   ref?(): void;
   unref?(): void;
 }
 
-interface Call {
-  pieces: ReadableStreamDefaultController<Piece>;
-  hooks: Hooks;
-  leave(): void;
-}
+type Reply = { piece: Piece } | { done: true } | { error: unknown };
 
-/** The application's side of a loaded bundle: asks the thread that computes. Calls may run at the same time; they take turns. */
+/** The application's side of a loaded bundle: asks the thread that computes. Calls may overlap; they take turns. */
 export class Model {
-  #worker: WorkerLike;
-  #calls = new Map<number, Call>();
-  #lastId = 0;
+  /** The bundle's manifest. */
+  readonly manifest: Manifest;
+  readonly #worker: WorkerLike;
+  readonly #inboxes = new Map<number, Inbox>();
+  readonly #closed: Promise<void>;
+  #setClosed!: () => void;
   #ended?: Error;
-  #load!: { resolve(manifest: Manifest): void; reject(error: Error): void };
-  #closed?: () => void;
-  #closing?: Promise<void>;
-  /** Resolves when the bundle is loaded. */
-  protected readonly loaded: Promise<Manifest>;
+  #lastId = 0;
 
-  constructor(worker: WorkerLike) {
+  /** @internal */
+  constructor(worker: WorkerLike, manifest: Manifest) {
+    this.manifest = manifest;
     this.#worker = worker;
-    this.loaded = new Promise((resolve, reject) => {
-      this.#load = { resolve, reject };
-    });
+    this.#closed = new Promise((resolve) => (this.#setClosed = resolve));
+    worker.unref?.();
   }
 
   /**
@@ -64,11 +53,11 @@ export class Model {
   }
 
   /**
-   * As `generate`, piece by piece: `for await` reads the stream, and leaving the loop ends the generation. What `generate`
-   * throws comes before the first piece.
+   * As `generate`, piece by piece; leaving the loop that reads them ends the generation. Errors of the prompt and the options
+   * come before the first piece.
    */
-  stream(prompt: Prompt | readonly Prompt[], options?: CallOptions): ReadableStream<Piece> {
-    return this.start(prompt, options, {});
+  stream(prompt: Prompt | readonly Prompt[], options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
+    return this.answer(prompt, options);
   }
 
   /** A conversation that keeps its cache from turn to turn, opened by a system message if one is given. */
@@ -76,96 +65,94 @@ export class Model {
     return new Conversation(this, ++this.#lastId, system);
   }
 
-  /** Ends all generations and frees the memory; the model cannot be used after. */
+  /** Ends all generations and frees the memory. */
   close(): Promise<void> {
-    this.#closing ??= new Promise((resolve) => {
-      this.#closed = resolve;
-      if (this.#ended) return resolve();
+    if (!this.#ended) {
+      this.end(new GenerationError("the model was closed; load the bundle again"));
       this.#worker.ref?.();
       this.#worker.postMessage({ close: true });
-      this.#end(new GenerationError("the model was closed; load the bundle again"));
-    });
-    return this.#closing;
+    }
+    return this.#closed;
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
 
-  /** @internal */
-  start(prompt: Prompt | readonly Prompt[], { signal, ...options }: CallOptions = {}, hooks: Hooks): ReadableStream<Piece> {
+  /** @internal As `stream`, with the cache of a conversation. */
+  async *answer(
+    prompt: Prompt | readonly Prompt[],
+    { signal, ...options }: CallOptions = {},
+    conversation?: number,
+  ): AsyncGenerator<Piece, void, undefined> {
+    if (this.#ended) throw this.#ended;
+    signal?.throwIfAborted();
     const id = ++this.#lastId;
-    const cancel = () => {
-      this.#calls.get(id)?.leave();
-      this.#worker.postMessage({ cancel: id });
-    };
-    return new ReadableStream<Piece>({
-      start: (pieces) => {
-        if (this.#ended) throw this.#ended;
-        signal?.throwIfAborted();
-        this.#worker.postMessage({ id, prompt, options, conversation: hooks.conversation });
-        const abort = () => {
-          cancel();
-          pieces.error(signal?.reason);
-        };
-        signal?.addEventListener("abort", abort);
-        const leave = () => {
-          signal?.removeEventListener("abort", abort);
-          this.#calls.delete(id);
-          if (!this.#calls.size) this.#worker.unref?.();
-          hooks.ended?.();
-        };
-        this.#calls.set(id, { pieces, hooks, leave });
-        this.#worker.ref?.();
-      },
-      cancel,
-    });
+    const inbox = new Inbox();
+    const abort = () => inbox.push({ error: signal?.reason });
+    signal?.addEventListener("abort", abort);
+    this.#inboxes.set(id, inbox);
+    this.#worker.ref?.();
+    try {
+      this.#worker.postMessage({ call: { id, prompt, options, conversation } });
+      for (;;) {
+        const reply = await inbox.next();
+        if ("error" in reply) throw reply.error;
+        if ("done" in reply) return;
+        yield reply.piece;
+      }
+    } finally {
+      this.#worker.postMessage({ cancel: id }); // where it is not at its end
+      signal?.removeEventListener("abort", abort);
+      this.#inboxes.delete(id);
+      if (!this.#inboxes.size && !this.#ended) this.#worker.unref?.();
+    }
   }
 
-  /** @internal */
+  /** @internal Frees a conversation's cache. */
   forget(conversation: number): void {
     if (!this.#ended) this.#worker.postMessage({ forget: conversation });
   }
 
-  /** Takes a message of the worker. */
-  protected receive(message: FromWorker): void {
-    if ("ready" in message) {
-      this.#worker.unref?.();
-      this.#load.resolve(message.ready);
-    } else if ("failed" in message) this.fail(receivedError(message.failed));
-    else if ("closed" in message) this.#closed?.();
-    else {
-      const call = this.#calls.get(message.id);
-      if (!call) return; // it was cancelled
-      if ("piece" in message) {
-        call.hooks.piece?.(message.piece);
-        call.pieces.enqueue(message.piece);
-        return;
-      }
-      call.leave();
-      if ("error" in message) call.pieces.error(receivedError(message.error));
-      else call.pieces.close();
+  /** @internal Takes a message of the worker. */
+  receive(message: FromWorker): void {
+    if ("closed" in message) this.#setClosed();
+    else if ("id" in message) {
+      this.#inboxes.get(message.id)?.push("error" in message ? { error: receivedError(message.error) } : message);
     }
   }
 
-  /** The worker ended by itself. */
-  protected fail(error: Error): void {
-    this.#load.reject(error);
-    this.#end(error);
-    this.#closed?.();
-  }
-
-  #end(error: Error): void {
+  /** @internal The worker is no more, or soon will be. */
+  end(error: Error): void {
     this.#ended ??= error;
-    for (const { pieces, leave } of [...this.#calls.values()]) {
-      leave();
-      pieces.error(error);
-    }
+    for (const inbox of this.#inboxes.values()) inbox.push({ error });
+  }
+
+  /** @internal The worker ended by itself. */
+  fail(error: Error): void {
+    this.end(error);
+    this.#setClosed();
+  }
+}
+
+/** Replies that nobody has read yet. */
+class Inbox {
+  readonly #replies: Reply[] = [];
+  #wake = () => {};
+
+  push(reply: Reply): void {
+    this.#replies.push(reply);
+    this.#wake();
+  }
+
+  async next(): Promise<Reply> {
+    while (!this.#replies.length) await new Promise<void>((resolve) => (this.#wake = resolve));
+    return this.#replies.shift()!;
   }
 }
 
 /** The results of a stream, by row. */
-export async function collect(pieces: ReadableStream<Piece>): Promise<Generation[]> {
+export async function collect(pieces: AsyncIterable<Piece>): Promise<Generation[]> {
   const results: Generation[] = [];
   for await (const { row, result } of pieces) if (result) results[row] = result;
   return results;

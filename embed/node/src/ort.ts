@@ -41,19 +41,19 @@ const ELEMENT_TYPES = { float32: 1, uint8: 2, int8: 3, int64: 7, float16: 10 }; 
 export class OnnxRuntime {
   /** The release, as "1.30.0". */
   readonly version: string;
-  #functions: Record<string, (...parameters: unknown[]) => any> = {};
+  private readonly functions: Record<string, (...parameters: unknown[]) => any> = {};
 
   /** Loads the library; throws where there is none for this platform. */
   constructor() {
     const folder = dirname(createRequire(import.meta.url).resolve("onnxruntime-node/package.json"));
     const library = koffi.load(join(folder, "bin/napi-v6", process.platform, process.arch, LIBRARIES[process.platform] ?? "none"));
-    const base = library.func("OrtGetApiBase", "void *", [])();
-    const [getApi, getVersion] = koffi.decode(base, koffi.array("void *", 2)) as Handle[];
+    this.functions.OrtGetApiBase = library.func("OrtGetApiBase", "void *", []); // kept, or koffi would unload the library
+    const [getApi, getVersion] = koffi.decode(this.functions.OrtGetApiBase(), koffi.array("void *", 2)) as Handle[];
     this.version = koffi.call(getVersion, koffi.proto("str", []));
     const api: Handle = koffi.call(getApi, koffi.proto("void *", ["uint32_t"]), API_VERSION);
     const define = (name: string, place: number, result: string, parameters: any[]) => {
       const pointer = koffi.decode(api, place * koffi.sizeof("void *"), "void *");
-      this.#functions[name] = koffi.decode(pointer, koffi.proto(result, parameters));
+      this.functions[name] = koffi.decode(pointer, koffi.proto(result, parameters));
     };
     define("GetErrorMessage", GET_ERROR_MESSAGE, "str", ["void *"]);
     for (const [name, [place, ...parameters]] of Object.entries(FUNCTIONS)) define(name, place, "void *", parameters);
@@ -62,9 +62,9 @@ export class OnnxRuntime {
 
   /** Calls a function; throws an Error with ONNX Runtime's text if it fails. */
   call(name: keyof typeof FUNCTIONS, ...parameters: unknown[]): void {
-    const status = this.#functions[name](...parameters);
+    const status = this.functions[name](...parameters);
     if (!status) return;
-    const message = this.#functions.GetErrorMessage(status);
+    const message = this.functions.GetErrorMessage(status);
     this.release("Status", status);
     throw new Error(message);
   }
@@ -77,7 +77,7 @@ export class OnnxRuntime {
   }
 
   release(kind: keyof typeof RELEASES, object: Handle): void {
-    this.#functions[`Release${kind}`](object);
+    this.functions[`Release${kind}`](object);
   }
 
   /** Runs a session; `memory` is that of the CPU. The outputs are written in place and may be inputs as well. */

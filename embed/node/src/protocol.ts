@@ -6,12 +6,16 @@ import type { Options, Piece } from "./generate.js";
 /** A text, messages of a chat, or token ids. */
 export type Prompt = string | readonly Message[] | readonly number[];
 
-/** What an application's thread asks of the thread that runs the graph. */
-export type ToWorker =
-  | { id: number; prompt: Prompt | readonly Prompt[]; options: Options; conversation: number | undefined }
-  | { cancel: number }
-  | { forget: number }
-  | { close: true };
+/** Asks for a generation; the cache of a `conversation` is kept for its next call. */
+export interface Call {
+  id: number;
+  prompt: Prompt | readonly Prompt[];
+  options: Options;
+  conversation?: number;
+}
+
+/** What an application's thread tells the thread that runs the graph. */
+export type ToWorker = { call: Call } | { cancel: number } | { forget: number } | { close: true };
 
 /** What comes back. */
 export type FromWorker =

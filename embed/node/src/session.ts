@@ -42,6 +42,7 @@ export function openSession(folder: string, manifest: Manifest, threads: number 
   }
   const memory = ort.create("CreateCpuMemoryInfo", DEVICE_ALLOCATOR, DEFAULT_MEMORY);
   return {
+    inPlace: true,
     async run(inputs, outputs) {
       await setImmediate(); // lets messages in, such as the one that cancels
       ort.run(session, memory, inputs, outputs);

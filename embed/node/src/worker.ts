@@ -14,10 +14,10 @@ try {
   const { folder, threads } = workerData;
   const { manifest, tokenizer } = await readBundle(folder);
   const session = openSession(folder, manifest, threads);
-  const engine = new Engine(session, manifest, tokenizer, true, post);
+  const engine = new Engine(session, manifest, tokenizer, post);
   port.on("message", async (message: ToWorker) => {
-    if (!("close" in message)) return engine.receive(message);
-    await engine.close();
+    await engine.receive(message);
+    if (!("close" in message)) return;
     session.release();
     post({ closed: true });
     port.close();
