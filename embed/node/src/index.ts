@@ -1,0 +1,45 @@
+import { resolve } from "node:path";
+import { Worker } from "node:worker_threads";
+
+import { receivedError } from "./errors.js";
+import { Model } from "./model.js";
+import type { FromWorker } from "./protocol.js";
+
+export type { Manifest } from "./bundle.js";
+export type { Message } from "./chat.js";
+export type { Conversation } from "./conversation.js";
+export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./errors.js";
+export type { Generation, Options, Piece } from "./generate.js";
+export type { CallOptions } from "./model.js";
+export type { Prompt } from "./protocol.js";
+
+/** How a bundle is loaded. */
+export interface LoadOptions {
+  /** Threads for one operator; if not given, ONNX Runtime takes one a physical core. */
+  threads?: number;
+}
+
+/** A bundle loaded for generation, with a thread of its own; `PhiMoE.load` makes one. */
+export class PhiMoE extends Model {
+  /**
+   * Loads a bundle that phimoe-export wrote.
+   *
+   * @param bundle - its folder.
+   * @throws BundleError: the folder is no bundle, or a file of it is missing or changed.
+   * @throws DeviceError: the installed ONNX Runtime cannot run the bundle, or `threads` is no number of threads.
+   */
+  static load(bundle: string, { threads }: LoadOptions = {}): Promise<PhiMoE> {
+    const workerData = { folder: resolve(bundle), threads };
+    // without the program's own flags of Node, of which some fail in a worker
+    const worker = new Worker(new URL("./worker.js", import.meta.url), { workerData, execArgv: [] });
+    return new Promise((loaded, failed) => {
+      let model: PhiMoE;
+      worker.on("message", (message: FromWorker) => {
+        if ("failed" in message) failed(receivedError(message.failed));
+        else if ("ready" in message) loaded((model = new PhiMoE(worker, message.ready)));
+        else model.receive(message);
+      });
+      worker.on("error", (error: Error) => (model ? model.fail(error) : failed(error)));
+    });
+  }
+}

@@ -1,0 +1,159 @@
+import type { Manifest } from "./bundle.js";
+import { Conversation } from "./conversation.js";
+import { GenerationError, receivedError } from "./errors.js";
+import type { Generation, Options, Piece } from "./generate.js";
+import { type FromWorker, isBatch, type Prompt, type ToWorker } from "./protocol.js";
+
+/** Options, and a signal that ends the generation; its promise or stream then fails with the signal's reason. */
+export interface CallOptions extends Options {
+  signal?: AbortSignal;
+}
+
+/** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
+interface WorkerLike {
+  postMessage(message: ToWorker): void;
+  ref?(): void;
+  unref?(): void;
+}
+
+type Reply = { piece: Piece } | { done: true } | { error: unknown };
+
+/** The application's side of a loaded bundle: asks the thread that computes. Calls may overlap; they take turns. */
+export class Model {
+  /** The bundle's manifest. */
+  readonly manifest: Manifest;
+  readonly #worker: WorkerLike;
+  readonly #inboxes = new Map<number, Inbox>();
+  readonly #closed: Promise<void>;
+  #setClosed!: () => void;
+  #ended?: Error;
+  #lastId = 0;
+
+  /** @internal */
+  constructor(worker: WorkerLike, manifest: Manifest) {
+    this.manifest = manifest;
+    this.#worker = worker;
+    this.#closed = new Promise((resolve) => (this.#setClosed = resolve));
+    worker.unref?.();
+  }
+
+  /**
+   * Continues one prompt, or each prompt of a batch exactly as if it were alone.
+   *
+   * @param prompt - a string, a list of messages or a list of token ids; a list of any of these is a batch.
+   * @param options - of generation, and a signal to end it.
+   * @returns the whole text and what led to it; a list of them for a batch.
+   * @throws GenerationError: a prompt is empty or does not fit the context, or an option is out of range.
+   */
+  generate(prompt: Prompt, options?: CallOptions): Promise<Generation>;
+  generate(prompt: readonly Prompt[], options?: CallOptions): Promise<Generation[]>;
+  async generate(prompt: Prompt | readonly Prompt[], options?: CallOptions): Promise<Generation | Generation[]> {
+    const results = await collect(this.stream(prompt, options));
+    return isBatch(prompt) ? results : results[0];
+  }
+
+  /**
+   * As `generate`, piece by piece; leaving the loop that reads them ends the generation. Errors of the prompt and the options
+   * come before the first piece.
+   */
+  stream(prompt: Prompt | readonly Prompt[], options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
+    return this.answer(prompt, options);
+  }
+
+  /** A conversation that keeps its cache from turn to turn, opened by a system message if one is given. */
+  chat(system?: string): Conversation {
+    return new Conversation(this, ++this.#lastId, system);
+  }
+
+  /** Ends all generations and frees the memory. */
+  close(): Promise<void> {
+    if (!this.#ended) {
+      this.end(new GenerationError("the model was closed; load the bundle again"));
+      this.#worker.ref?.();
+      this.#worker.postMessage({ close: true });
+    }
+    return this.#closed;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  /** @internal As `stream`, with the cache of a conversation. */
+  async *answer(
+    prompt: Prompt | readonly Prompt[],
+    { signal, ...options }: CallOptions = {},
+    conversation?: number,
+  ): AsyncGenerator<Piece, void, undefined> {
+    if (this.#ended) throw this.#ended;
+    signal?.throwIfAborted();
+    const id = ++this.#lastId;
+    const inbox = new Inbox();
+    const abort = () => inbox.push({ error: signal?.reason });
+    signal?.addEventListener("abort", abort);
+    this.#inboxes.set(id, inbox);
+    this.#worker.ref?.();
+    try {
+      this.#worker.postMessage({ call: { id, prompt, options, conversation } });
+      for (;;) {
+        const reply = await inbox.next();
+        if ("error" in reply) throw reply.error;
+        if ("done" in reply) return;
+        yield reply.piece;
+      }
+    } finally {
+      this.#worker.postMessage({ cancel: id }); // where it is not at its end
+      signal?.removeEventListener("abort", abort);
+      this.#inboxes.delete(id);
+      if (!this.#inboxes.size && !this.#ended) this.#worker.unref?.();
+    }
+  }
+
+  /** @internal Frees a conversation's cache. */
+  forget(conversation: number): void {
+    if (!this.#ended) this.#worker.postMessage({ forget: conversation });
+  }
+
+  /** @internal Takes a message of the worker. */
+  receive(message: FromWorker): void {
+    if ("closed" in message) this.#setClosed();
+    else if ("id" in message) {
+      this.#inboxes.get(message.id)?.push("error" in message ? { error: receivedError(message.error) } : message);
+    }
+  }
+
+  /** @internal The worker is no more, or soon will be. */
+  end(error: Error): void {
+    this.#ended ??= error;
+    for (const inbox of this.#inboxes.values()) inbox.push({ error });
+  }
+
+  /** @internal The worker ended by itself. */
+  fail(error: Error): void {
+    this.end(error);
+    this.#setClosed();
+  }
+}
+
+/** Replies that nobody has read yet. */
+class Inbox {
+  readonly #replies: Reply[] = [];
+  #wake = () => {};
+
+  push(reply: Reply): void {
+    this.#replies.push(reply);
+    this.#wake();
+  }
+
+  async next(): Promise<Reply> {
+    while (!this.#replies.length) await new Promise<void>((resolve) => (this.#wake = resolve));
+    return this.#replies.shift()!;
+  }
+}
+
+/** The results of a stream, by row. */
+export async function collect(pieces: AsyncIterable<Piece>): Promise<Generation[]> {
+  const results: Generation[] = [];
+  for await (const { row, result } of pieces) if (result) results[row] = result;
+  return results;
+}

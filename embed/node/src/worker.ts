@@ -1,0 +1,28 @@
+/** The thread that loads a bundle and runs its graph. */
+import { parentPort, workerData } from "node:worker_threads";
+
+import { Engine } from "./engine.js";
+import { sentError } from "./errors.js";
+import { readBundle } from "./files.js";
+import type { FromWorker, ToWorker } from "./protocol.js";
+import { openSession } from "./session.js";
+
+const port = parentPort!;
+const post = (message: FromWorker) => port.postMessage(message);
+
+try {
+  const { folder, threads } = workerData;
+  const { manifest, tokenizer } = await readBundle(folder);
+  const session = openSession(folder, manifest, threads);
+  const engine = new Engine(session, manifest, tokenizer, post);
+  port.on("message", async (message: ToWorker) => {
+    await engine.receive(message);
+    if (!("close" in message)) return;
+    session.release();
+    post({ closed: true });
+    port.close();
+  });
+  post({ ready: manifest });
+} catch (error) {
+  post({ failed: sentError(error) });
+}
