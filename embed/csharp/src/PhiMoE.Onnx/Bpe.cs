@@ -47,7 +47,7 @@ internal sealed class Bpe
         _normalized = Lookup(added.Where(each => each.Normalized));
         if (added.Find(each => each.Normalized && Normalize(each.Text) != each.Text) is AddedToken changed)
         {
-            // releases of the library "tokenizers" read such a file in different ways
+            // releases of the library "tokenizers" disagree on such a file
             throw new NotSupportedException($"its added token {changed.Text} is one that the normalizer changes");
         }
     }
@@ -226,6 +226,7 @@ internal sealed class Bpe
 
     private void ReadMerges(JsonElement model)
     {
+        int rank = 0;
         foreach (JsonElement merge in Bundle.Items(model, "merges"))
         {
             // a pair, or in older files a string with a space between
@@ -236,7 +237,7 @@ internal sealed class Bpe
             {
                 throw new FormatException($"the merge {merge} is no pair");
             }
-            _merges[(_vocabulary[pair[0]], _vocabulary[pair[1]])] = (_merges.Count, _vocabulary[pair[0] + pair[1]]);
+            _merges[(_vocabulary[pair[0]], _vocabulary[pair[1]])] = (rank++, _vocabulary[pair[0] + pair[1]]);
         }
     }
 

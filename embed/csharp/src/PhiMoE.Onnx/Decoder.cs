@@ -19,7 +19,7 @@ internal sealed class Decoder : IDisposable
     private readonly int _chunk;
 
     /// <summary>Empty caches for <c>rows</c> rows of up to <c>capacity</c> tokens; a cancellation ends a pass between two operators.</summary>
-    public Decoder(InferenceSession session, Decoding decoding, int rows, int capacity, CancellationToken cancellation)
+    public Decoder(InferenceSession session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
     {
         _boundary = decoding.RopeBoundary;
         _chunk = decoding.PrefillChunk;
@@ -27,8 +27,8 @@ internal sealed class Decoder : IDisposable
         _cache = decoding.Cache.Shared
             ? new SharedCache(session, _run, decoding, rows, capacity)
             : new GrowingCache(session, _run, decoding, rows);
-        _cancellation = cancellation;
-        _registration = cancellation.Register(() => _run.Terminate = true);
+        _cancellation = cancellationToken;
+        _registration = cancellationToken.Register(() => _run.Terminate = true);
     }
 
     /// <summary>Makes an empty row hold <c>ids</c>.</summary>

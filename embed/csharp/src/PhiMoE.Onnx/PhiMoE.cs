@@ -100,28 +100,23 @@ public sealed class PhiMoE : IDisposable
     /// <summary>Streams the continuation of one prompt, or its answer, piece by piece; the work is done on the thread pool.</summary>
     /// <param name="prompt">A text, messages or token ids.</param>
     /// <param name="options">How; null takes the defaults.</param>
-    /// <param name="cancellation">Ends the generation, also within a pass over the model, with an OperationCanceledException.</param>
+    /// <param name="cancellationToken">Ends the generation, also within a pass over the model, with an OperationCanceledException.</param>
     /// <exception cref="GenerationException">As for <c>Generate</c>; thrown by this call, before the first piece.</exception>
     public IAsyncEnumerable<Piece> GenerateAsync(
-        Prompt prompt, GenerationOptions? options = null, CancellationToken cancellation = default) =>
-        RunAsync(Single(prompt, options), cancellation);
+        Prompt prompt, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
+        RunAsync(Single(prompt, options), cancellationToken);
 
     /// <summary>Streams the continuations of a batch, the rows in turn.</summary>
     /// <param name="prompts">The prompts.</param>
     /// <param name="options">As for one prompt, for all of them.</param>
-    /// <param name="cancellation">As for one prompt.</param>
+    /// <param name="cancellationToken">As for one prompt.</param>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
     public IAsyncEnumerable<Piece> GenerateAsync(
-        IReadOnlyList<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellation = default)
-    {
-        return RunAsync(Batch(prompts, options), cancellation);
-    }
+        IReadOnlyList<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
+        RunAsync(Batch(prompts, options), cancellationToken);
 
     /// <summary>Frees the model.</summary>
-    public void Dispose()
-    {
-        _session.Dispose();
-    }
+    public void Dispose() => _session.Dispose();
 
     private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>
         new[] { MakeRequest(prompt, "the prompt", options) };
@@ -164,17 +159,17 @@ public sealed class PhiMoE : IDisposable
         return ids;
     }
 
-    private IEnumerable<Piece> Run(IReadOnlyList<Request> requests, CancellationToken cancellation)
+    private IEnumerable<Piece> Run(IReadOnlyList<Request> requests, CancellationToken cancellationToken)
     {
         int capacity = requests.Max(request => request.Prompt.Count + request.MaxNewTokens);
-        Decoder Open() => new Decoder(_session, Manifest.Decoding, requests.Count, capacity, cancellation);
+        Decoder Open() => new Decoder(_session, Manifest.Decoding, requests.Count, capacity, cancellationToken);
         return Loop.Run(Open, Tokenizer, Manifest.Decoding.EosTokenIds, requests);
     }
 
-    private async IAsyncEnumerable<Piece> RunAsync(IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellation)
+    private async IAsyncEnumerable<Piece> RunAsync(IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellationToken)
     {
-        using IEnumerator<Piece> pieces = Run(requests, cancellation).GetEnumerator();
-        while (await Task.Run(pieces.MoveNext, cancellation).ConfigureAwait(false))
+        using IEnumerator<Piece> pieces = Run(requests, cancellationToken).GetEnumerator();
+        while (await Task.Run(pieces.MoveNext, cancellationToken).ConfigureAwait(false))
         {
             yield return pieces.Current;
         }
