@@ -56,7 +56,7 @@ internal sealed class SharedCache : ICache
         if (rows * rowSize > Array.MaxLength)
         {
             throw new GenerationException(
-                $"{rows} rows of {capacity} tokens need a buffer of more than 16 GiB; give fewer prompts or a smaller max_new_tokens");
+                $"{rows} rows of {capacity} tokens need a buffer of more than 16 GiB; give fewer prompts or a smaller MaxNewTokens");
         }
         _rowSize = (int)rowSize;
         _buffers = new long[2 * _shape.NumHiddenLayers][];

@@ -33,15 +33,15 @@ public sealed record GenerationOptions
     /// <exception cref="GenerationException">A value is out of its range.</exception>
     internal void Check()
     {
-        Expect("temperature", Temperature, Temperature >= 0 && double.IsFinite(Temperature), "0 (greedy) or more");
-        Expect("top_k", TopK, TopK >= 0, "0 (off) or more");
-        Expect("top_p", TopP, TopP > 0 && TopP <= 1, "more than 0 and at most 1 (off)");
-        Expect("min_p", MinP, MinP >= 0 && MinP <= 1, "between 0 (off) and 1");
+        Expect(nameof(Temperature), Temperature, Temperature >= 0 && double.IsFinite(Temperature), "0 (greedy) or more");
+        Expect(nameof(TopK), TopK, TopK >= 0, "0 (off) or more");
+        Expect(nameof(TopP), TopP, TopP > 0 && TopP <= 1, "more than 0 and at most 1 (off)");
+        Expect(nameof(MinP), MinP, MinP >= 0 && MinP <= 1, "between 0 (off) and 1");
         bool isPenalty = RepetitionPenalty > 0 && double.IsFinite(RepetitionPenalty);
-        Expect("repetition_penalty", RepetitionPenalty, isPenalty, "more than 0; 1 is off");
+        Expect(nameof(RepetitionPenalty), RepetitionPenalty, isPenalty, "more than 0; 1 is off");
         if (Stop.Contains(""))
         {
-            throw new GenerationException("stop holds an empty string, which would end the text before it began");
+            throw new GenerationException("Stop holds an empty string, which would end the text before it began");
         }
     }
 
@@ -96,7 +96,7 @@ public sealed record Piece(int Row, int TokenId, string Text, Generation? Result
 /// <summary>One prompt, how many tokens may follow it, and how they are chosen and ended.</summary>
 internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, GenerationOptions Options, long Seed)
 {
-    private const int DefaultNewTokens = 1024; // where max_new_tokens is not given
+    private const int DefaultNewTokens = 1024; // where MaxNewTokens is not given
 
     /// <summary>A request whose options are in range and whose tokens fit the context; <c>name</c> is the prompt's in errors.</summary>
     /// <exception cref="GenerationException">They are not, or do not.</exception>
@@ -110,12 +110,12 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
         int most = options.MaxNewTokens ?? Math.Min(DefaultNewTokens, context - prompt.Count);
         if (most < 1)
         {
-            throw new GenerationException($"max_new_tokens is {most}, expected 1 or more");
+            throw new GenerationException($"MaxNewTokens is {most}, expected 1 or more");
         }
         if (most > context - prompt.Count)
         {
             throw new GenerationException(
-                $"{name} has {prompt.Count} tokens and max_new_tokens is {most}, together more than the context of {context}; "
+                $"{name} has {prompt.Count} tokens and MaxNewTokens is {most}, together more than the context of {context}; "
                 + $"at most {context - prompt.Count} new tokens fit");
         }
         options.Check();

@@ -61,6 +61,13 @@ public sealed class Conformance : IDisposable
         return options;
     }
 
+    /// <summary>An option by the name that it has in C#; other words as they are.</summary>
+    public static string NameHere(string name)
+    {
+        string pascal = string.Concat(name.Split('_').Select(word => char.ToUpperInvariant(word[0]) + word.Substring(1)));
+        return typeof(GenerationOptions).GetProperty(pascal) == null ? name : pascal;
+    }
+
     /// <summary>A copy of the bundle, changed as a case says; the caller deletes it.</summary>
     public static string ChangedBundle(JsonElement change)
     {

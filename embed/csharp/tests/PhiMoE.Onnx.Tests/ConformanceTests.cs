@@ -168,7 +168,7 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
         Assert.Equal(Conformance.Text(given, "error").Replace("Error", "Exception"), error!.GetType().Name);
         foreach (JsonElement name in given.GetProperty("names").EnumerateArray())
         {
-            Assert.Contains(name.GetString()!, error.Message);
+            Assert.Contains(Conformance.NameHere(name.GetString()!), error.Message);
         }
     }
 }
