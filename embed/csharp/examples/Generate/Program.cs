@@ -1,0 +1,83 @@
+// Continues a prompt with a PhiMoE bundle, or answers it as a chat message, and streams the text.
+using System.Globalization;
+using System.Text;
+using PhiMoEOnnx;
+
+const string Usage = "usage: Generate BUNDLE PROMPT [--chat] [--system TEXT] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] "
+    + "[--min-p P] [--repetition-penalty X] [--seed N] [--stop TEXT]... [--threads N]";
+
+Console.OutputEncoding = new UTF8Encoding(false);
+using CancellationTokenSource interrupt = new CancellationTokenSource();
+Console.CancelKeyPress += (sender, pressed) =>
+{
+    pressed.Cancel = true; // end the generation, not the process
+    interrupt.Cancel();
+};
+try
+{
+    List<string> plain = new List<string>();
+    List<Message> messages = new List<Message>();
+    List<string> stop = new List<string>();
+    GenerationOptions options = new GenerationOptions();
+    bool chat = false;
+    int? threads = null;
+    for (int i = 0; i < args.Length; i++)
+    {
+        string Value() => ++i < args.Length ? args[i] : throw new FormatException($"{args[i - 1]} needs a value");
+        int Integer() => int.Parse(Value(), CultureInfo.InvariantCulture);
+        double Number() => double.Parse(Value(), CultureInfo.InvariantCulture);
+        switch (args[i])
+        {
+            case "--chat": chat = true; break;
+            case "--system": messages.Add(new Message("system", Value())); break;
+            case "--max-new-tokens": options = options with { MaxNewTokens = Integer() }; break;
+            case "--temperature": options = options with { Temperature = Number() }; break;
+            case "--top-k": options = options with { TopK = Integer() }; break;
+            case "--top-p": options = options with { TopP = Number() }; break;
+            case "--min-p": options = options with { MinP = Number() }; break;
+            case "--repetition-penalty": options = options with { RepetitionPenalty = Number() }; break;
+            case "--seed": options = options with { Seed = long.Parse(Value(), CultureInfo.InvariantCulture) }; break;
+            case "--stop": stop.Add(Value()); break;
+            case "--threads": threads = Integer(); break;
+            default: plain.Add(args[i]); break;
+        }
+    }
+    if (plain.Count != 2)
+    {
+        throw new FormatException("expected a bundle and a prompt");
+    }
+    Prompt prompt = plain[1];
+    if (chat || messages.Count > 0)
+    {
+        messages.Add(new Message("user", plain[1]));
+        prompt = messages;
+    }
+    using PhiMoE model = PhiMoE.Load(plain[0], threads);
+    await foreach (Piece piece in model.GenerateAsync(prompt, options with { Stop = stop }, interrupt.Token))
+    {
+        Console.Write(piece.Text);
+        if (piece.Result is Generation result)
+        {
+            Console.WriteLine();
+            Console.Error.WriteLine(string.Create(
+                CultureInfo.InvariantCulture,
+                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} tokens/s, ended by {result.FinishReason}]"));
+        }
+    }
+    return 0;
+}
+catch (PhiMoEException error)
+{
+    Console.Error.WriteLine($"error: {error.Message}");
+    return 1;
+}
+catch (Exception error) when (error is FormatException || error is OverflowException)
+{
+    Console.Error.WriteLine($"error: {error.Message}\n{Usage}");
+    return 2;
+}
+catch (OperationCanceledException)
+{
+    Console.WriteLine();
+    return 130;
+}

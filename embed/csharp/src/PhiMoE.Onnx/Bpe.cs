@@ -1,0 +1,426 @@
+using System.Globalization;
+using System.Text;
+using System.Text.Json;
+using System.Text.Unicode;
+
+namespace PhiMoEOnnx;
+
+/// <summary>tokenizer.json as Llama's and Phi-3's are: BPE over characters, with a token for every byte of those it lacks.</summary>
+/// <remarks>Does what the library "tokenizers" does with such a file, and refuses a file that asks for anything else.</remarks>
+internal sealed class Bpe
+{
+    private readonly Dictionary<string, int> _vocabulary;
+    private readonly Dictionary<int, string> _texts;
+    private readonly Dictionary<string, AddedToken> _added;
+    private readonly int[] _bytes;
+    private readonly Dictionary<(int Left, int Right), (int Rank, int Id)> _merges = new Dictionary<(int, int), (int, int)>();
+    private readonly List<Func<string, string>> _normalizers = new List<Func<string, string>>();
+    private readonly List<Func<List<string>, List<string>>> _decoders = new List<Func<List<string>, List<string>>>();
+    private readonly List<int> _before = new List<int>(); // the tokens around a text
+    private readonly List<int> _after = new List<int>();
+    private readonly ILookup<char, AddedToken> _raw; // found in the text as it is, by their first character, the longest first
+    private readonly ILookup<char, AddedToken> _normalized; // found in the normalized text
+    private Func<string, bool, string> _preTokenizer = (text, first) => text;
+
+    private Bpe(JsonElement root)
+    {
+        JsonElement model = Bundle.Get(root, "model");
+        Expect(model, "type", "\"BPE\"");
+        Expect(model, "byte_fallback", "true");
+        Expect(model, "dropout", "null", "0.0");
+        Expect(model, "continuing_subword_prefix", "null", "\"\"");
+        Expect(model, "end_of_word_suffix", "null", "\"\"");
+        Expect(model, "ignore_merges", "false", "null");
+        _vocabulary = Bundle.Members(model, "vocab").ToDictionary(token => token.Name, token => token.Value.GetInt32());
+        _texts = _vocabulary.ToDictionary(token => token.Value, token => token.Key);
+        _bytes = Enumerable.Range(0, 256).Select(value => _vocabulary[$"<0x{value:X2}>"]).ToArray();
+        ReadMerges(model);
+        ReadNormalizer(Optional(root, "normalizer"));
+        ReadPreTokenizer(Optional(root, "pre_tokenizer"));
+        ReadPostProcessor(Optional(root, "post_processor"));
+        ReadDecoder(Bundle.Get(root, "decoder"));
+        List<AddedToken> added = Bundle.Items(root, "added_tokens").Select(each => new AddedToken(each)).ToList();
+        added.RemoveAll(each => each.Text.Length == 0);
+        added.ForEach(each => _texts[each.Id] = each.Text);
+        _added = added.ToDictionary(each => each.Text);
+        _raw = Lookup(added.Where(each => !each.Normalized));
+        _normalized = Lookup(added.Where(each => each.Normalized));
+        if (added.Find(each => each.Normalized && Normalize(each.Text) != each.Text) is AddedToken changed)
+        {
+            // releases of the library "tokenizers" disagree on such a file
+            throw new NotSupportedException($"its added token {changed.Text} is one that the normalizer changes");
+        }
+    }
+
+    /// <summary>Reads a tokenizer.json.</summary>
+    /// <exception cref="BundleException">It is missing or damaged, or has a part that is not known here.</exception>
+    public static Bpe Read(string path)
+    {
+        using JsonDocument document = Bundle.ReadJson(path, "cannot be read as a tokenizer");
+        try
+        {
+            return new Bpe(document.RootElement);
+        }
+        catch (Exception error) when (Bundle.IsMalformed(error))
+        {
+            throw new BundleException($"{path}: cannot be read as a tokenizer ({error.Message}); copy or export the bundle again", error);
+        }
+        catch (NotSupportedException error)
+        {
+            throw new BundleException($"{path}: {error.Message}; PhiMoE.Onnx reads byte-fallback BPE as PhiMoE checkpoints have it", error);
+        }
+    }
+
+    /// <summary>The text's token ids; <c>special</c> adds those that the file puts around a text.</summary>
+    public List<int> Encode(string text, bool special)
+    {
+        List<int> ids = new List<int>();
+        ids.AddRange(special ? _before : Enumerable.Empty<int>());
+        foreach (Part raw in Split(text, _raw))
+        {
+            if (raw.Token != null)
+            {
+                ids.Add(raw.Token.Id);
+                continue;
+            }
+            foreach (Part part in Split(Normalize(raw.Text), _normalized))
+            {
+                if (part.Token != null)
+                {
+                    ids.Add(part.Token.Id);
+                }
+                else
+                {
+                    Merge(_preTokenizer(part.Text, raw.Start == 0 && part.Start == 0), ids);
+                }
+            }
+        }
+        ids.AddRange(special ? _after : Enumerable.Empty<int>());
+        return ids;
+    }
+
+    /// <summary>The text of the ids.</summary>
+    public string Decode(IEnumerable<int> ids)
+    {
+        List<string> texts = new List<string>();
+        foreach (int id in ids)
+        {
+            if (_texts.TryGetValue(id, out string? text))
+            {
+                texts.Add(text);
+            }
+        }
+        return string.Concat(_decoders.Aggregate(texts, (before, decoder) => decoder(before)));
+    }
+
+    /// <summary>The id of a token by its own text.</summary>
+    public int? TokenId(string token)
+    {
+        if (_added.TryGetValue(token, out AddedToken? added))
+        {
+            return added.Id;
+        }
+        return _vocabulary.TryGetValue(token, out int id) ? id : null;
+    }
+
+    /// <summary>Appends the ids of a text: its characters, or their bytes, merged in pairs, by rank and then from the left.</summary>
+    private void Merge(string text, List<int> ids)
+    {
+        List<int> symbols = new List<int>();
+        foreach (Rune rune in text.EnumerateRunes())
+        {
+            if (_vocabulary.TryGetValue(rune.ToString(), out int id))
+            {
+                symbols.Add(id);
+            }
+            else
+            {
+                symbols.AddRange(Encoding.UTF8.GetBytes(rune.ToString()).Select(value => _bytes[value]));
+            }
+        }
+        int[] next = Enumerable.Range(1, symbols.Count).ToArray(); // the symbols that are left, as a chain
+        int[] previous = Enumerable.Range(-1, symbols.Count).ToArray();
+        bool[] gone = new bool[symbols.Count];
+        PriorityQueue<(int Place, int Id), (int Rank, int Place)> queue = new PriorityQueue<(int, int), (int, int)>();
+
+        bool Find(int place, out (int Rank, int Id) merge)
+        {
+            merge = default;
+            return place >= 0 && !gone[place] && next[place] < symbols.Count
+                && _merges.TryGetValue((symbols[place], symbols[next[place]]), out merge);
+        }
+
+        void Look(int place)
+        {
+            if (Find(place, out (int Rank, int Id) merge))
+            {
+                queue.Enqueue((place, merge.Id), (merge.Rank, place));
+            }
+        }
+
+        for (int place = 0; place < symbols.Count; place++)
+        {
+            Look(place);
+        }
+        while (queue.TryDequeue(out (int Place, int Id) pair, out _))
+        {
+            int place = pair.Place;
+            if (!Find(place, out (int Rank, int Id) merge) || merge.Id != pair.Id)
+            {
+                continue; // the pair has changed since it was queued
+            }
+            symbols[place] = merge.Id;
+            gone[next[place]] = true;
+            next[place] = next[next[place]];
+            if (next[place] < symbols.Count)
+            {
+                previous[next[place]] = place;
+            }
+            Look(previous[place]);
+            Look(place);
+        }
+        ids.AddRange(symbols.Where((id, place) => !gone[place]));
+    }
+
+    /// <summary>Cuts a text at added tokens, at each place the longest one.</summary>
+    private static IEnumerable<Part> Split(string text, ILookup<char, AddedToken> tokens)
+    {
+        int start = 0; // of the text that is not cut yet
+        int place = 0;
+        while (place < text.Length)
+        {
+            AddedToken? token = tokens[text[place]].FirstOrDefault(each => each.IsAt(text, place));
+            if (token == null)
+            {
+                place++;
+                continue;
+            }
+            int left = place;
+            place += token.Text.Length;
+            int right = place;
+            while (token.StripsLeft && left > start && char.IsWhiteSpace(text[left - 1]))
+            {
+                left--;
+            }
+            while (token.StripsRight && right < text.Length && char.IsWhiteSpace(text[right]))
+            {
+                right++;
+            }
+            if (left > start)
+            {
+                yield return new Part(text.Substring(start, left - start), start, null);
+            }
+            yield return new Part("", left, token);
+            start = right;
+        }
+        if (start < text.Length)
+        {
+            yield return new Part(text.Substring(start), start, null);
+        }
+    }
+
+    private static ILookup<char, AddedToken> Lookup(IEnumerable<AddedToken> tokens) =>
+        tokens.OrderByDescending(each => each.Text.Length).ToLookup(each => each.Text[0]);
+
+    private string Normalize(string text) => _normalizers.Aggregate(text, (before, normalizer) => normalizer(before));
+
+    private void ReadMerges(JsonElement model)
+    {
+        int rank = 0;
+        foreach (JsonElement merge in Bundle.Items(model, "merges"))
+        {
+            // a pair, or in older files a string with a space between
+            string[] pair = merge.ValueKind == JsonValueKind.String
+                ? Bundle.Text(merge).Split(' ')
+                : merge.EnumerateArray().Select(Bundle.Text).ToArray();
+            if (pair.Length != 2)
+            {
+                throw new FormatException($"the merge {merge} is no pair");
+            }
+            _merges[(_vocabulary[pair[0]], _vocabulary[pair[1]])] = (rank++, _vocabulary[pair[0] + pair[1]]);
+        }
+    }
+
+    private void ReadNormalizer(JsonElement json)
+    {
+        switch (Type(json))
+        {
+            case "":
+                break;
+            case "Sequence":
+                Bundle.Items(json, "normalizers").ToList().ForEach(ReadNormalizer);
+                break;
+            case "Prepend":
+                string prefix = Bundle.Text(json, "prepend");
+                _normalizers.Add(text => text.Length == 0 ? text : prefix + text);
+                break;
+            case "Replace":
+                _normalizers.Add(Replace(json));
+                break;
+            default:
+                throw Unknown("normalizer", json);
+        }
+    }
+
+    private void ReadPreTokenizer(JsonElement json)
+    {
+        switch (Type(json))
+        {
+            case "":
+                break;
+            case "Metaspace":
+                Expect(json, "split", "false");
+                string space = Bundle.Text(json, "replacement");
+                string scheme = Bundle.Text(json, "prepend_scheme");
+                _preTokenizer = (text, first) =>
+                {
+                    string replaced = text.Replace(" ", space);
+                    bool prepends = scheme == "always" || (scheme == "first" && first);
+                    return prepends && !replaced.StartsWith(space, StringComparison.Ordinal) ? space + replaced : replaced;
+                };
+                break;
+            default:
+                throw Unknown("pre_tokenizer", json);
+        }
+    }
+
+    private void ReadPostProcessor(JsonElement json)
+    {
+        switch (Type(json))
+        {
+            case "":
+                break;
+            case "TemplateProcessing":
+                List<int> around = _before;
+                foreach (JsonElement each in Bundle.Items(json, "single"))
+                {
+                    if (each.TryGetProperty("SpecialToken", out JsonElement special))
+                    {
+                        JsonElement token = Bundle.Get(Bundle.Get(json, "special_tokens"), Bundle.Text(special, "id"));
+                        around.AddRange(Bundle.Items(token, "ids").Select(id => id.GetInt32()));
+                    }
+                    else
+                    {
+                        around = _after;
+                    }
+                }
+                break;
+            default:
+                throw Unknown("post_processor", json);
+        }
+    }
+
+    private void ReadDecoder(JsonElement json)
+    {
+        switch (Type(json))
+        {
+            case "Sequence":
+                Bundle.Items(json, "decoders").ToList().ForEach(ReadDecoder);
+                break;
+            case "Replace":
+                Func<string, string> replace = Replace(json);
+                _decoders.Add(texts => texts.Select(replace).ToList());
+                break;
+            case "ByteFallback":
+                _decoders.Add(JoinBytes);
+                break;
+            case "Fuse":
+                _decoders.Add(texts => new List<string> { string.Concat(texts) });
+                break;
+            case "Strip":
+                Expect(json, "start", "1");
+                Expect(json, "stop", "0");
+                string content = Bundle.Text(json, "content");
+                string Strip(string text) => text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
+                _decoders.Add(texts => texts.Select(Strip).ToList());
+                break;
+            default:
+                throw Unknown("decoder", json);
+        }
+    }
+
+    /// <summary>Puts runs of bytes together to text, or to a replacement character each where they are no UTF-8.</summary>
+    private static List<string> JoinBytes(List<string> texts)
+    {
+        List<string> joined = new List<string>();
+        List<byte> bytes = new List<byte>();
+
+        void Flush()
+        {
+            if (bytes.Count > 0)
+            {
+                byte[] run = bytes.ToArray();
+                bytes.Clear();
+                joined.Add(Utf8.IsValid(run) ? Encoding.UTF8.GetString(run) : new string('\uFFFD', run.Length));
+            }
+        }
+
+        foreach (string text in texts)
+        {
+            if (text.Length == 6 && text.StartsWith("<0x", StringComparison.Ordinal) && text[5] == '>'
+                && byte.TryParse(text.AsSpan(3, 2), NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out byte value))
+            {
+                bytes.Add(value);
+                continue;
+            }
+            Flush();
+            joined.Add(text);
+        }
+        Flush();
+        return joined;
+    }
+
+    private static Func<string, string> Replace(JsonElement json)
+    {
+        if (!Bundle.Get(json, "pattern").TryGetProperty("String", out JsonElement pattern))
+        {
+            throw Unknown("pattern", json);
+        }
+        string before = Bundle.Text(pattern);
+        string after = Bundle.Text(json, "content");
+        if (before.Length == 0)
+        {
+            throw Unknown("pattern", json);
+        }
+        return text => text.Replace(before, after);
+    }
+
+    /// <summary>The part under a key; undefined where there is none.</summary>
+    private static JsonElement Optional(JsonElement json, string key) =>
+        json.TryGetProperty(key, out JsonElement value) ? value : default;
+
+    /// <summary>A part's type; empty where there is no part.</summary>
+    private static string Type(JsonElement json) =>
+        json.ValueKind == JsonValueKind.Undefined || json.ValueKind == JsonValueKind.Null ? "" : Bundle.Text(json, "type");
+
+    private static void Expect(JsonElement json, string key, params string[] expected)
+    {
+        string found = json.TryGetProperty(key, out JsonElement value) ? value.GetRawText() : "null";
+        if (!expected.Contains(found))
+        {
+            throw new NotSupportedException($"its {key} is {found}, expected {expected[0]}");
+        }
+    }
+
+    private static NotSupportedException Unknown(string part, JsonElement json) =>
+        new NotSupportedException($"its {part} {json.GetRawText()} is not known");
+
+    private sealed record Part(string Text, int Start, AddedToken? Token);
+
+    /// <summary>A token that is found in a text before anything else.</summary>
+    private sealed record AddedToken(string Text, int Id, bool StripsLeft, bool StripsRight, bool Normalized)
+    {
+        public AddedToken(JsonElement json)
+            : this(
+                Bundle.Text(json, "content"),
+                Bundle.Get(json, "id").GetInt32(),
+                Bundle.Get(json, "lstrip").GetBoolean(),
+                Bundle.Get(json, "rstrip").GetBoolean(),
+                Bundle.Get(json, "normalized").GetBoolean())
+        {
+            Expect(json, "single_word", "false");
+        }
+
+        public bool IsAt(string text, int place) => string.CompareOrdinal(text, place, Text, 0, Text.Length) == 0;
+    }
+}

@@ -1,0 +1,260 @@
+using System.Runtime.InteropServices;
+using Microsoft.ML.OnnxRuntime;
+using Microsoft.ML.OnnxRuntime.Tensors;
+
+namespace PhiMoEOnnx;
+
+/// <summary>The KV cache of a batch, and one pass of the graph over it.</summary>
+/// <remarks>
+/// Dimensions: B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim, V vocab_size. Decoder says
+/// which tokens a row holds, a cache only where their keys and values lie.
+/// </remarks>
+internal interface ICache : IDisposable
+{
+    /// <summary>Runs S new tokens of one row after its first <c>past</c> ones, and keeps the last one's logits.</summary>
+    void RunRow(int row, IReadOnlyList<int> ids, int past, int ropeLength);
+
+    /// <summary>Runs one new token of every row, which then holds so many in <c>totals</c>, and keeps their logits.</summary>
+    void RunStep(IReadOnlyList<int> ids, IReadOnlyList<int> totals);
+
+    /// <summary>The row's kept logits, float32 [V].</summary>
+    Span<float> Logits(int row);
+
+    /// <summary>Forgets a row; the last row takes its number.</summary>
+    void Drop(int row);
+}
+
+/// <summary>One buffer [B, K, capacity, D] per layer and part that is past and present at once; the graph writes in place.</summary>
+/// <remarks>
+/// The operator takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of the
+/// buffers that is the row's own memory; a step runs all rows together.
+/// </remarks>
+internal sealed class SharedCache : ICache
+{
+    private readonly InferenceSession _session;
+    private readonly RunOptions _run;
+    private readonly TensorElementType _dtype;
+    private readonly CacheShape _shape;
+    private readonly int _vocabSize;
+    private readonly int _capacity;
+    private readonly int _rowSize; // in longs
+    private readonly long[][] _buffers; // of longs, for an array of them may have more bytes than one of bytes
+    private readonly float[] _logits;
+    private int _rows;
+    private OrtIoBinding? _step;
+
+    public SharedCache(InferenceSession session, RunOptions run, Decoding decoding, int rows, int capacity)
+    {
+        _session = session;
+        _run = run;
+        _shape = decoding.Cache;
+        _vocabSize = decoding.VocabSize;
+        _rows = rows;
+        _capacity = (capacity + 7) / 8 * 8; // a row is then a whole number of longs, whatever the dtype
+        (_dtype, int size) = Tensors.Dtype(_shape.Dtype);
+        long rowSize = (long)_shape.NumKeyValueHeads * _capacity * _shape.HeadDim * size / sizeof(long);
+        if (rows * rowSize > Array.MaxLength)
+        {
+            throw new GenerationException(
+                $"{rows} rows of {capacity} tokens need a buffer of more than 16 GiB; give fewer prompts or a smaller MaxNewTokens");
+        }
+        _rowSize = (int)rowSize;
+        _buffers = new long[2 * _shape.NumHiddenLayers][];
+        for (int i = 0; i < _buffers.Length; i++)
+        {
+            _buffers[i] = GC.AllocateArray<long>(rows * _rowSize, pinned: true);
+        }
+        _logits = GC.AllocateArray<float>(rows * _vocabSize, pinned: true);
+    }
+
+    public void RunRow(int row, IReadOnlyList<int> ids, int past, int ropeLength)
+    {
+        using OrtIoBinding binding = Bind(row, 1);
+        Run(binding, ids, new[] { past + ids.Count }, ropeLength);
+    }
+
+    public void RunStep(IReadOnlyList<int> ids, IReadOnlyList<int> totals)
+    {
+        _step ??= Bind(0, _rows);
+        Run(_step, ids, totals, 0);
+    }
+
+    public Span<float> Logits(int row) => _logits.AsSpan(row * _vocabSize, _vocabSize);
+
+    public void Drop(int row)
+    {
+        _rows--;
+        _step?.Dispose();
+        _step = null;
+        foreach (long[] buffer in _buffers)
+        {
+            Array.Copy(buffer, _rows * _rowSize, buffer, row * _rowSize, _rowSize);
+        }
+    }
+
+    public void Dispose() => _step?.Dispose();
+
+    /// <summary>Rows first .. first + rows of every buffer as past and as present, and of the logits.</summary>
+    private OrtIoBinding Bind(int first, int rows)
+    {
+        OrtIoBinding binding = _session.CreateIoBinding();
+        long[] shape = { rows, _shape.NumKeyValueHeads, _capacity, _shape.HeadDim };
+        for (int i = 0; i < _buffers.Length; i++)
+        {
+            using OrtValue buffer = Over(_buffers[i], first * _rowSize, _dtype, shape, (long)rows * _rowSize * sizeof(long));
+            binding.BindInput(Tensors.Past(i), buffer);
+            binding.BindOutput(Tensors.Present(i), buffer);
+        }
+        shape = new long[] { rows, 1, _vocabSize };
+        using OrtValue logits = Over(_logits, first * _vocabSize, TensorElementType.Float, shape, (long)rows * _vocabSize * sizeof(float));
+        binding.BindOutput(Tensors.Logits, logits);
+        return binding;
+    }
+
+    private void Run(OrtIoBinding binding, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
+    {
+        Dictionary<string, OrtValue> inputs = Tensors.Inputs(ids, totals, ropeLength);
+        try
+        {
+            foreach (KeyValuePair<string, OrtValue> input in inputs)
+            {
+                binding.BindInput(input.Key, input.Value);
+            }
+            _session.RunWithBinding(_run, binding);
+        }
+        finally
+        {
+            Tensors.Free(inputs.Values);
+        }
+    }
+
+    /// <summary>A tensor over a part of a pinned array, which must outlive it.</summary>
+    private static OrtValue Over<T>(T[] array, int start, TensorElementType dtype, long[] shape, long bytes)
+    {
+        // CreateTensorValueFromMemory counts the bytes in an int
+        IntPtr address = Marshal.UnsafeAddrOfPinnedArrayElement(array, start);
+        return OrtValue.CreateTensorValueWithData(OrtMemoryInfo.DefaultInstance, dtype, shape, address, bytes);
+    }
+}
+
+/// <summary>Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for standard operators.</summary>
+internal sealed class GrowingCache : ICache
+{
+    private readonly InferenceSession _session;
+    private readonly RunOptions _run;
+    private readonly int _vocabSize;
+    private readonly string[] _outputs;
+    private readonly OrtValue _nothing; // the past of an empty row
+    private readonly List<IDisposableReadOnlyCollection<OrtValue>?> _rows; // the outputs of each row's last pass
+    private readonly float[] _logits;
+
+    public GrowingCache(InferenceSession session, RunOptions run, Decoding decoding, int rows)
+    {
+        CacheShape shape = decoding.Cache;
+        _session = session;
+        _run = run;
+        _vocabSize = decoding.VocabSize;
+        _outputs = Enumerable.Range(0, 2 * shape.NumHiddenLayers).Select(Tensors.Present).Append(Tensors.Logits).ToArray();
+        _nothing = OrtValue.CreateAllocatedTensorValue(
+            OrtAllocator.DefaultInstance, Tensors.Dtype(shape.Dtype).Type, new long[] { 1, shape.NumKeyValueHeads, 0, shape.HeadDim });
+        _rows = Enumerable.Repeat<IDisposableReadOnlyCollection<OrtValue>?>(null, rows).ToList();
+        _logits = new float[rows * _vocabSize];
+    }
+
+    public void RunRow(int row, IReadOnlyList<int> ids, int past, int ropeLength)
+    {
+        Dictionary<string, OrtValue> small = Tensors.Inputs(ids, new[] { past + ids.Count }, ropeLength);
+        try
+        {
+            Dictionary<string, OrtValue> inputs = new Dictionary<string, OrtValue>(small);
+            for (int i = 0; i < _outputs.Length - 1; i++)
+            {
+                inputs[Tensors.Past(i)] = past == 0 ? _nothing : _rows[row]![i];
+            }
+            IDisposableReadOnlyCollection<OrtValue> outputs = _session.Run(_run, inputs, _outputs);
+            _rows[row]?.Dispose();
+            _rows[row] = outputs;
+            outputs[_outputs.Length - 1].GetTensorDataAsSpan<float>().CopyTo(Logits(row));
+        }
+        finally
+        {
+            Tensors.Free(small.Values);
+        }
+    }
+
+    public void RunStep(IReadOnlyList<int> ids, IReadOnlyList<int> totals)
+    {
+        for (int row = 0; row < totals.Count; row++)
+        {
+            RunRow(row, new[] { ids[row] }, totals[row] - 1, 0);
+        }
+    }
+
+    public Span<float> Logits(int row) => _logits.AsSpan(row * _vocabSize, _vocabSize);
+
+    public void Drop(int row)
+    {
+        _rows[row]?.Dispose();
+        _rows[row] = _rows[_rows.Count - 1];
+        _rows.RemoveAt(_rows.Count - 1);
+    }
+
+    public void Dispose()
+    {
+        _rows.ForEach(row => row?.Dispose());
+        _nothing.Dispose();
+    }
+}
+
+/// <summary>The graph's names, and its inputs but the cache.</summary>
+internal static class Tensors
+{
+    public const string Logits = "logits"; // float32 [B, logits_to_keep, V]
+
+    /// <summary>The name of the cache's array number <c>index</c>, key and value of each layer in turn, as an input.</summary>
+    public static string Past(int index) => "past_key_values" + Part(index);
+
+    /// <summary>The same as an output.</summary>
+    public static string Present(int index) => "present" + Part(index);
+
+    /// <summary>New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last ones alone are asked for.</summary>
+    public static Dictionary<string, OrtValue> Inputs(IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
+    {
+        int rows = totals.Count;
+        int longest = totals.Max();
+        long[] mask = new long[rows * longest]; // rows are padded on the right
+        for (int row = 0; row < rows; row++)
+        {
+            Array.Fill(mask, 1, row * longest, totals[row]);
+        }
+        return new Dictionary<string, OrtValue>
+        {
+            ["input_ids"] = Tensor(ids.Select(id => (long)id).ToArray(), rows, ids.Count / rows),
+            ["attention_mask"] = Tensor(mask, rows, longest),
+            ["logits_to_keep"] = Tensor(new[] { 1L }, 1),
+            ["rope_length"] = Tensor(new[] { (long)ropeLength }, 1), // rows count as at least this long when rope factors are chosen
+        };
+    }
+
+    public static void Free(IEnumerable<OrtValue> values)
+    {
+        foreach (OrtValue value in values)
+        {
+            value.Dispose();
+        }
+    }
+
+    /// <summary>The cache's dtype, and its bytes.</summary>
+    public static (TensorElementType Type, int Size) Dtype(string name) => name switch
+    {
+        "float32" => (TensorElementType.Float, 4),
+        "float16" => (TensorElementType.Float16, 2),
+        "int8" => (TensorElementType.Int8, 1),
+        "uint8" => (TensorElementType.UInt8, 1),
+        _ => throw new BundleException($"manifest.json: the cache's dtype is {name}, expected float32, float16, int8 or uint8"),
+    };
+
+    private static string Part(int index) => $".{index / 2}.{(index % 2 == 0 ? "key" : "value")}";
+
+    private static OrtValue Tensor(long[] values, params long[] shape) => OrtValue.CreateTensorValueFromMemory(values, shape);
+}

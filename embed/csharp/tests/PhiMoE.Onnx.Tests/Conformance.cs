@@ -1,0 +1,148 @@
+using System.Text.Json;
+using System.Text.Json.Nodes;
+
+namespace PhiMoEOnnx.Tests;
+
+/// <summary>tests/conformance of the repository: what a runtime in any language must give, and the bundle that gives it.</summary>
+public sealed class Conformance : IDisposable
+{
+    private static readonly string Folder = Find();
+    private static readonly JsonElement Root = JsonDocument.Parse(File.ReadAllText(Path.Combine(Folder, "cases.json"))).RootElement;
+
+    public PhiMoE Model { get; } = PhiMoE.Load(Path.Combine(Folder, "bundle"), threads: 1);
+
+    public static IEnumerable<JsonElement> Section(string name) => Root.GetProperty(name).EnumerateArray();
+
+    public static JsonElement Case(string name) => Section("cases").Single(each => Text(each, "name") == name);
+
+    /// <summary>The names of the cases that have this key, each the only argument of a test.</summary>
+    public static IEnumerable<object[]> Names(string key) =>
+        Section("cases").Where(each => each.TryGetProperty(key, out _)).Select(each => new object[] { Text(each, "name") });
+
+    public static string Text(JsonElement json, string key) => json.GetProperty(key).GetString()!;
+
+    public static int[] Ids(JsonElement json, string key) => json.GetProperty(key).EnumerateArray().Select(id => id.GetInt32()).ToArray();
+
+    public static Prompt Prompt(JsonElement json)
+    {
+        if (json.ValueKind == JsonValueKind.String)
+        {
+            return json.GetString()!;
+        }
+        JsonElement[] items = json.EnumerateArray().ToArray();
+        if (items.Length > 0 && items[0].ValueKind == JsonValueKind.Object)
+        {
+            return items.Select(each => new Message(Text(each, "role"), Text(each, "content"))).ToArray();
+        }
+        return items.Select(each => each.GetInt32()).ToArray();
+    }
+
+    public static Prompt[] Batch(JsonElement json) => json.EnumerateArray().Select(Prompt).ToArray();
+
+    public static GenerationOptions Options(JsonElement json)
+    {
+        GenerationOptions options = new GenerationOptions();
+        foreach (JsonProperty option in json.EnumerateObject())
+        {
+            JsonElement value = option.Value;
+            options = option.Name switch
+            {
+                "max_new_tokens" => options with { MaxNewTokens = value.GetInt32() },
+                "temperature" => options with { Temperature = value.GetDouble() },
+                "top_k" => options with { TopK = value.GetInt32() },
+                "top_p" => options with { TopP = value.GetDouble() },
+                "min_p" => options with { MinP = value.GetDouble() },
+                "repetition_penalty" => options with { RepetitionPenalty = value.GetDouble() },
+                "seed" => options with { Seed = value.GetInt64() },
+                "stop" => options with { Stop = Strings(value) },
+                _ => throw new NotSupportedException(option.Name),
+            };
+        }
+        return options;
+    }
+
+    /// <summary>An option by the name that it has in C#; other words as they are.</summary>
+    public static string NameHere(string name)
+    {
+        string pascal = string.Concat(name.Split('_').Select(word => char.ToUpperInvariant(word[0]) + word.Substring(1)));
+        return typeof(GenerationOptions).GetProperty(pascal) == null ? name : pascal;
+    }
+
+    /// <summary>A copy of the bundle, changed as a case says; the caller deletes it.</summary>
+    public static string ChangedBundle(JsonElement change)
+    {
+        string copy = CopyBundle();
+        if (change.TryGetProperty("delete", out JsonElement deleted))
+        {
+            File.Delete(Path.Combine(copy, deleted.GetString()!));
+        }
+        if (change.TryGetProperty("replace", out JsonElement replaced))
+        {
+            string[] texts = Strings(replaced);
+            string path = Path.Combine(copy, texts[0]);
+            string text = File.ReadAllText(path);
+            int place = text.IndexOf(texts[1], StringComparison.Ordinal);
+            File.WriteAllText(path, text.Substring(0, place) + texts[2] + text.Substring(place + texts[1].Length));
+        }
+        if (change.TryGetProperty("manifest", out JsonElement keys))
+        {
+            ChangeManifest(copy, manifest =>
+            {
+                foreach (JsonProperty key in keys.EnumerateObject())
+                {
+                    manifest[key.Name] = JsonNode.Parse(key.Value.GetRawText());
+                }
+            });
+        }
+        return copy;
+    }
+
+    /// <summary>A copy of the bundle whose cache grows with every pass, as a portable bundle's does; the caller deletes it.</summary>
+    public static string GrowingBundle()
+    {
+        string copy = CopyBundle();
+        ChangeManifest(copy, manifest => manifest["decoding"]!["cache"]!["shared"] = false);
+        return copy;
+    }
+
+    public void Dispose() => Model.Dispose();
+
+    private static string CopyBundle()
+    {
+        string copy = Path.Combine(Path.GetTempPath(), Path.GetRandomFileName());
+        Directory.CreateDirectory(copy);
+        foreach (string file in Directory.GetFiles(Path.Combine(Folder, "bundle")))
+        {
+            File.Copy(file, Path.Combine(copy, Path.GetFileName(file)));
+        }
+        return copy;
+    }
+
+    private static void ChangeManifest(string bundle, Action<JsonNode> change)
+    {
+        string path = Path.Combine(bundle, "manifest.json");
+        JsonNode manifest = JsonNode.Parse(File.ReadAllText(path))!;
+        change(manifest);
+        File.WriteAllText(path, manifest.ToJsonString());
+    }
+
+    private static string[] Strings(JsonElement json)
+    {
+        return json.ValueKind == JsonValueKind.String
+            ? new[] { json.GetString()! }
+            : json.EnumerateArray().Select(each => each.GetString()!).ToArray();
+    }
+
+    private static string Find()
+    {
+        for (DirectoryInfo? folder = new DirectoryInfo(AppContext.BaseDirectory); folder != null; folder = folder.Parent)
+        {
+            string found = Path.Combine(folder.FullName, "tests", "conformance");
+            if (File.Exists(Path.Combine(found, "cases.json")))
+            {
+                return found;
+            }
+        }
+        throw new DirectoryNotFoundException($"no tests/conformance above {AppContext.BaseDirectory}; run the tests inside the repository");
+    }
+}
