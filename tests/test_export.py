@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +531,46 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, checkpoint: Checkpo
         export(checkpoint("plain"), tmp_path / "bundle")
     assert calls > fail_at
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """small_disk(nbytes) -> the folder of an empty file system of that size."""
+    disks: list[Path] = []
+
+    def mount(nbytes: int) -> Path:
+        folder = tmp_path / f"disk-{nbytes}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder)]
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("mounting a file system is not permitted here")
+        disks.append(folder)
+        return folder
+
+    yield mount
+    for folder in disks:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    small_disk: Callable[[int], Path], checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is full at once, in the graphs, the weights, or the files that are copied after them."""
+    original, graphs = pipeline.trace, []
+    monkeypatch.setattr(pipeline, "trace", lambda *arguments: (graphs or graphs.append(original(*arguments)) or graphs)[0].clone())
+    monkeypatch.setattr(pipeline, "_check_room", lambda *_: None)  # as if another program filled the disk meanwhile
+    weights = sum(path.stat().st_size for path in bundle("plain", "cpu", "none").glob("*.data"))
+    reasons = set()
+    for share in (0.01, 0.05, 0.5, 0.98, 1.05):
+        disk = small_disk(int(weights * share))
+        with pytest.raises(ExportError) as error:
+            export(checkpoint("plain"), disk / "bundle")
+        reasons.add(str(error.value).removeprefix(f"{disk}/").split(";")[0])
+        assert not list(disk.iterdir())
+    assert reasons == {
+        "bundle: cannot be written (No space left on device)",
+        ".bundle.partial: writing the weights failed (No space left on device)",
+    }
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
