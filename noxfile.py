@@ -1,4 +1,4 @@
-"""Tests against what is not installed: transformers and optimum-onnx, the oldest ONNX Runtime, and a reader in Rust.
+"""Tests against what is not installed: transformers and optimum-onnx, the oldest ONNX Runtime, and other languages.
 
 Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what differs.
 """
@@ -52,6 +52,14 @@ def rust(session: nox.Session) -> None:
         session.skip("there is no cargo here")
     session.run("cargo", "build", "--release", "--manifest-path", "embed/rust/Cargo.toml", external=True)
     session.run(sys.executable, "-m", "pytest", "tests/test_rust.py", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def java(session: nox.Session) -> None:
+    """embed/java, over Maven Central's ONNX Runtime."""
+    if not shutil.which("mvn"):
+        session.skip("there is no Maven here")
+    session.run("mvn", "-q", "-B", "-f", "embed/java/pom.xml", "test", external=True)
 
 
 def _install(session: nox.Session, *arguments: str) -> None:

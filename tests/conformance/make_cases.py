@@ -242,8 +242,8 @@ def rope(maker: Maker) -> None:
     for length, count in ((243, 20), (255, 6), (256, 6), (257, 6), (300, 16), (512, 6), (513, 6), (700, 12)):
         name = f"{length} tokens and {count} new ones"
         maker.add(name, ((ids, {"max_new_tokens": count}) for ids in maker.windows(length)), ends("length"))
-    sampled = {"max_new_tokens": 9, "temperature": 0.8, "top_p": 0.8, "seed": 3}
-    maker.add("sampled across the boundary", ((ids, sampled) for ids in maker.windows(250)), ends("length"))
+    sampled = {"max_new_tokens": 7, "temperature": 0.8, "top_p": 0.8, "seed": 3}
+    maker.add("sampled across the boundary", ((ids, sampled) for ids in maker.windows(252)), ends("length"))
     maker.add("to the end of the context", ((ids, {}) for ids in maker.windows(1012)), ends("length"))
 
 
@@ -252,8 +252,8 @@ def batches(maker: Maker) -> None:
     greedy = {"max_new_tokens": 10}
     maker.add("a batch of uneven prompts", [(maker.prompts((3, 40, 1, 17), **greedy), greedy)])
     maker.add("a batch around the boundary", [(maker.prompts((5, 250, 256, 300, 246, 600), **greedy), greedy)])
-    sampled = {"max_new_tokens": 10, "temperature": 0.8, "top_p": 0.8, "seed": 11}
-    maker.add("a sampled batch", [(maker.prompts((9, 251, 30), **sampled), sampled)])
+    sampled = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.8, "seed": 11}
+    maker.add("a sampled batch", [(maker.prompts((9, 253, 30), **sampled), sampled)])
     equal = maker.prompts((20,), **sampled)
     maker.add("equal prompts have equal texts", [(equal * 2, sampled)])
     ending = {"max_new_tokens": 24, "stop": [",", "."]}

@@ -1,0 +1,81 @@
+"""Loads and runs one bundle in each language and prints what each needs: the same ONNX Runtime release, graph and threads.
+
+    python -m benchmarks.compare_languages BUNDLE --python VENV/bin/python --threads 2
+
+VENV has the ONNX Runtime release that embed/java has. Every language runs in a process of its own, in turns, and continues the
+same token ids greedily, twice; the second time counts. The table has the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+JAVA = Path(__file__).parent.parent / "embed" / "java"
+COLUMNS = {"load": "load, s", "prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "resident": "resident, MiB"}
+
+
+def run(bundle: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
+    """Python's own turn; prints one line of JSON, as embed/java's Benchmark does."""
+    from phimoe_onnx import PhiMoE
+
+    ids = [300 + place * 7 % 1000 for place in range(prompt_tokens)]
+    start = time.perf_counter()
+    model = PhiMoE.load(bundle, threads=threads)
+    load = time.perf_counter() - start
+    model.generate(ids, max_new_tokens=new_tokens)
+    generation = model.generate(ids, max_new_tokens=new_tokens)
+    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    figures = {
+        "load": load,
+        "prefill": prompt_tokens / generation.first_token_seconds,
+        "decode": generation.tokens_per_second,
+        "new_tokens": len(generation.token_ids),
+        "resident": int(status["VmRSS"].split()[0]) // 1024,
+    }
+    print(json.dumps(figures))
+
+
+def java_command() -> list[str]:
+    """Compiles embed/java and its benchmark; the command without its arguments."""
+    classpath = JAVA / "target" / "classpath"
+    subprocess.run(
+        ["mvn", "-q", "-B", "-f", JAVA / "pom.xml", "test-compile", "dependency:build-classpath", f"-Dmdep.outputFile={classpath}"],
+        check=True,
+    )
+    parts = [JAVA / "target" / "classes", JAVA / "target" / "test-classes", classpath.read_text().strip()]
+    return ["java", "-cp", ":".join(map(str, parts)), "phimoe.Benchmark"]
+
+
+def main() -> None:
+    """Runs every language in turns and prints a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--python", default=sys.executable, help="a Python with ONNX Runtime, tokenizers, numpy and jinja2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    numbers = [str(number) for number in (arguments.threads, arguments.prompt_tokens, arguments.new_tokens)]
+    python = "import sys; from benchmarks.compare_languages import run; run(sys.argv[1], *map(int, sys.argv[2:]))"
+    commands = {"Python": [arguments.python, "-c", python], "Java": java_command()}
+    figures: dict[str, list[dict[str, float]]] = {language: [] for language in commands}
+    for _ in range(arguments.rounds):
+        for language, command in commands.items():
+            done = subprocess.run([*command, arguments.bundle, *numbers], capture_output=True, text=True, check=True)
+            figures[language].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"| language | {' | '.join(COLUMNS.values())} |\n|---|{'---|' * len(COLUMNS)}")
+    for language, rounds in figures.items():
+        assert len({each["new_tokens"] for each in rounds}) == 1
+        values = [f"{statistics.median(each[name] for each in rounds):.5g}" for name in COLUMNS]
+        print(f"| {language} | {' | '.join(values)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+package phimoe;
+
+import ai.onnxruntime.OnnxJavaType;
+import ai.onnxruntime.OnnxTensor;
+import ai.onnxruntime.OrtException;
+import ai.onnxruntime.OrtSession.RunOptions;
+import java.nio.ByteBuffer;
+import java.util.ArrayList;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+
+/**
+ * The tokens that each row of a batch has in its cache, and how they go on: prefill one row, or step all rows by a token.
+ *
+ * <p>For each layer and part one buffer [rows, heads, capacity, head_dim] is past and present at once; the graph writes in place.
+ * A row's part of it is one stretch of memory, on which it is prefilled alone.
+ */
+final class Decoder implements AutoCloseable {
+    private final Session session;
+    private final Manifest.Decoding decoding;
+    private final int capacity;
+    private final OnnxJavaType dtype;
+    private final long rowBytes; // of one buffer
+    private final List<List<Integer>> held = new ArrayList<>();
+    private final ByteBuffer[] memory; // key and value of layer 0, of layer 1, ...
+    private final ByteBuffer ids;
+    private final ByteBuffer mask;
+    private final ByteBuffer logits; // [rows, vocab_size], of the last run
+    private final float[] scores;
+    private final ByteBuffer ropeLength = Session.allocate(Long.BYTES);
+    private final Map<String, OnnxTensor> inputs = new HashMap<>();
+    private final Map<String, OnnxTensor> outputs = new HashMap<>();
+    private final RunOptions options;
+    private int boundFirst;
+    private int boundRows;
+    private boolean closed;
+
+    /** Empty caches for `rows` rows of up to `capacity` tokens. */
+    Decoder(Session session, Manifest.Decoding decoding, int rows, int capacity) throws OrtException {
+        this.session = session;
+        this.decoding = decoding;
+        this.capacity = capacity;
+        Manifest.CacheShape cache = decoding.cache();
+        dtype = cache.type();
+        rowBytes = (long) cache.numKeyValueHeads() * capacity * cache.headDim() * dtype.size;
+        memory = session.takeMemory(2 * cache.numHiddenLayers(), rows * rowBytes);
+        ids = Session.allocate(Math.max(rows, decoding.prefillChunk()) * Long.BYTES);
+        mask = Session.allocate(rows * capacity * Long.BYTES);
+        logits = Session.allocate(rows * decoding.vocabSize() * Float.BYTES);
+        options = new RunOptions();
+        scores = new float[decoding.vocabSize()];
+        for (int row = 0; row < rows; row++) {
+            held.add(List.of());
+        }
+        inputs.put("rope_length", Session.tensor(ropeLength, 0, OnnxJavaType.INT64, 1));
+        ByteBuffer one = Session.allocate(Long.BYTES).putLong(0, 1);
+        inputs.put("logits_to_keep", Session.tensor(one, 0, OnnxJavaType.INT64, 1));
+    }
+
+    /** Makes a row hold `tokens`; whichever row this is, the logits are row 0's then. */
+    void prefill(int row, List<Integer> tokens) throws OrtException {
+        prefill(row, tokens, tokens.size());
+    }
+
+    /** Appends one token to every row. */
+    void step(List<Integer> tokens) throws OrtException {
+        int longest = 0;
+        for (int row = 0; row < held.size(); row++) {
+            List<Integer> before = held.get(row);
+            if (decoding.ropeBoundary() != null && before.size() == decoding.ropeBoundary()) {
+                prefill(row, before, before.size() + 1); // beyond it every position is rotated by other factors
+            }
+            longest = Math.max(longest, before.size() + 1);
+        }
+        for (int row = 0; row < held.size(); row++) {
+            held.get(row).add(tokens.get(row));
+            put(ids, row, tokens.get(row));
+            for (int place = 0; place < longest; place++) {
+                put(mask, row * longest + place, place < held.get(row).size() ? 1 : 0);
+            }
+        }
+        run(0, held.size(), 1, longest, 0);
+    }
+
+    /** A row's logits [vocab_size] of the last run; the array is the same at each call. */
+    float[] logits(int row) {
+        logits.asFloatBuffer().get(row * scores.length, scores);
+        return scores;
+    }
+
+    /** Forgets a row; the last row takes its number. */
+    void drop(int row) {
+        int last = held.size() - 1;
+        int bytes = row == last ? 0 : (int) rowBytes;
+        for (ByteBuffer buffer : memory) {
+            buffer.put(row * bytes, buffer, last * bytes, bytes);
+        }
+        held.set(row, held.get(last));
+        held.remove(last);
+    }
+
+    private void prefill(int row, List<Integer> tokens, int length) throws OrtException {
+        for (int start = 0; start < tokens.size(); start += decoding.prefillChunk()) {
+            int end = Math.min(start + decoding.prefillChunk(), tokens.size());
+            for (int place = 0; place < end; place++) {
+                put(mask, place, 1);
+            }
+            for (int place = start; place < end; place++) {
+                put(ids, place - start, tokens.get(place));
+            }
+            run(row, 1, end - start, end, length);
+        }
+        held.set(row, new ArrayList<>(tokens));
+    }
+
+    private static void put(ByteBuffer buffer, int index, long value) {
+        buffer.putLong(index * Long.BYTES, value);
+    }
+
+    private void run(int first, int rows, int sequence, int total, int length) throws OrtException {
+        bind(first, rows);
+        put(ropeLength, 0, length);
+        try (OnnxTensor tokens = Session.tensor(ids, 0, OnnxJavaType.INT64, rows, sequence);
+                OnnxTensor real = Session.tensor(mask, 0, OnnxJavaType.INT64, rows, total)) {
+            inputs.put("input_ids", tokens);
+            inputs.put("attention_mask", real);
+            session.run(inputs, outputs, options);
+        }
+    }
+
+    /** Makes rows first .. first + rows of the buffers the graph's cache. */
+    private void bind(int first, int rows) throws OrtException {
+        if (first == boundFirst && rows == boundRows) {
+            return;
+        }
+        outputs.values().forEach(OnnxTensor::close);
+        Manifest.CacheShape cache = decoding.cache();
+        long[] shape = {rows, cache.numKeyValueHeads(), capacity, cache.headDim()};
+        for (int index = 0; index < memory.length; index++) {
+            String name = index / 2 + (index % 2 == 0 ? ".key" : ".value");
+            OnnxTensor tensor = Session.tensor(memory[index], first * rowBytes, dtype, shape);
+            inputs.put("past_key_values." + name, tensor);
+            outputs.put("present." + name, tensor);
+        }
+        outputs.put("logits", Session.tensor(logits, 0, OnnxJavaType.FLOAT, rows, 1, decoding.vocabSize()));
+        boundFirst = first;
+        boundRows = rows;
+    }
+
+    /** Ends a run that is under way in another thread, with an exception there. */
+    synchronized void terminate() throws OrtException {
+        if (!closed) {
+            options.setTerminate(true);
+        }
+    }
+
+    @Override
+    public synchronized void close() {
+        if (!closed) {
+            closed = true;
+            outputs.values().forEach(OnnxTensor::close);
+            inputs.get("rope_length").close();
+            inputs.get("logits_to_keep").close();
+            options.close();
+            session.giveBackMemory(memory);
+        }
+    }
+}

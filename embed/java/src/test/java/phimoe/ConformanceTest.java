@@ -1,0 +1,175 @@
+package phimoe;
+
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import com.google.gson.JsonArray;
+import com.google.gson.JsonElement;
+import com.google.gson.JsonObject;
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.List;
+import java.util.Set;
+import java.util.function.Consumer;
+import java.util.regex.Pattern;
+import java.util.stream.IntStream;
+import java.util.stream.Stream;
+import org.junit.jupiter.api.AfterAll;
+import org.junit.jupiter.api.BeforeAll;
+import org.junit.jupiter.api.DynamicTest;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.TestFactory;
+import org.junit.jupiter.api.function.Executable;
+import org.junit.jupiter.api.io.TempDir;
+
+/** What every language's runtime must give, token for token. */
+class ConformanceTest {
+    private static PhiMoE model;
+    private static Tokenizer tokenizer;
+
+    @BeforeAll
+    static void load() {
+        model = PhiMoE.load(Conformance.BUNDLE);
+        Manifest manifest = Manifest.read(Conformance.BUNDLE);
+        tokenizer = new Tokenizer(Conformance.BUNDLE.resolve("tokenizer.json"), manifest.decoding().hiddenTokens().values());
+    }
+
+    @AfterAll
+    static void close() {
+        tokenizer.close();
+        model.close();
+    }
+
+    private static Stream<DynamicTest> cases(String with, String without, Consumer<JsonObject> test) {
+        return Conformance.section("cases").filter(each -> each.has(with) && !each.has(without))
+                .map(each -> DynamicTest.dynamicTest(each.get("name").getAsString(), () -> test.accept(each)));
+    }
+
+    @TestFactory
+    Stream<DynamicTest> generation() {
+        return cases("expected", "error", test -> {
+            List<Prompt> prompts = Conformance.prompts(test);
+            Options options = Conformance.options(test.getAsJsonObject("options"));
+            JsonElement expected = test.get("expected");
+            List<JsonObject> rows = Conformance.elements(expected.isJsonArray() ? expected : listOf(expected))
+                    .map(JsonElement::getAsJsonObject).toList();
+            String[] streamed = IntStream.range(0, prompts.size()).mapToObj(row -> "").toArray(String[]::new);
+            Generation[] results = new Generation[prompts.size()];
+            try (Pieces pieces = model.stream(prompts, options)) {
+                for (Piece piece : pieces) {
+                    streamed[piece.row()] += piece.text();
+                    piece.result().ifPresent(result -> results[piece.row()] = result);
+                }
+            }
+            for (int row = 0; row < rows.size(); row++) {
+                assertEquals(Conformance.ints(rows.get(row).get("token_ids")), results[row].tokenIds());
+                assertEquals(rows.get(row).get("text").getAsString(), results[row].text());
+                assertEquals(rows.get(row).get("finish_reason").getAsString(), results[row].finishReason().name().toLowerCase());
+                assertEquals(rows.get(row).get("prompt_tokens").getAsInt(), results[row].promptTokens());
+            }
+            assertArrayEquals(rows.stream().map(row -> row.get("text").getAsString()).toArray(), streamed);
+        });
+    }
+
+    private static JsonElement listOf(JsonElement value) {
+        JsonArray array = new JsonArray();
+        array.add(value);
+        return array;
+    }
+
+    @TestFactory
+    Stream<DynamicTest> badPromptsAndOptions() {
+        return cases("error", "bundle", test -> check(test, () -> {
+            Options options = Conformance.options(test.getAsJsonObject("options"));
+            if (test.has("batch")) {
+                model.generate(Conformance.prompts(test), options);
+            } else {
+                model.generate(Conformance.prompts(test).get(0), options);
+            }
+        }));
+    }
+
+    @TestFactory
+    Stream<DynamicTest> badBundles(@TempDir Path folder) {
+        return cases("bundle", "expected", test -> {
+            Path bundle = folder.resolve(test.get("name").getAsString());
+            try {
+                change(bundle, test.getAsJsonObject("bundle"));
+            } catch (IOException error) {
+                throw new AssertionError(error);
+            }
+            JsonElement threads = test.getAsJsonObject("load").get("threads");
+            check(test, () -> (threads == null ? PhiMoE.load(bundle) : PhiMoE.load(bundle, threads.getAsInt())).close());
+        });
+    }
+
+    /** Makes `bundle` a copy of the bundle with a change. */
+    private static void change(Path bundle, JsonObject change) throws IOException {
+        Files.createDirectory(bundle);
+        try (Stream<Path> files = Files.list(Conformance.BUNDLE)) {
+            for (Path file : files.toList()) {
+                Files.copy(file, bundle.resolve(file.getFileName()));
+            }
+        }
+        if (change.has("delete")) {
+            Files.delete(bundle.resolve(change.get("delete").getAsString()));
+        }
+        if (change.has("replace")) {
+            List<String> values = Conformance.strings(change.get("replace"));
+            Path file = bundle.resolve(values.get(0));
+            String text = Files.readString(file);
+            assertTrue(text.contains(values.get(1)));
+            Files.writeString(file, text.replaceFirst(Pattern.quote(values.get(1)), values.get(2)));
+        }
+        if (change.has("manifest")) {
+            JsonObject manifest = Conformance.read(bundle.resolve("manifest.json"));
+            change.getAsJsonObject("manifest").entrySet().forEach(entry -> manifest.add(entry.getKey(), entry.getValue()));
+            Files.writeString(bundle.resolve("manifest.json"), manifest.toString());
+        }
+    }
+
+    /** Holds that `action` throws what a case expects; options have this language's names. */
+    private static void check(JsonObject test, Executable action) {
+        PhiMoEException error = assertThrows(PhiMoEException.class, action);
+        assertEquals(test.get("error").getAsString().replace("Error", "Exception"), error.getClass().getSimpleName());
+        Set<String> optionNames = test.has("options") ? test.getAsJsonObject("options").keySet() : Set.of();
+        for (String name : Conformance.strings(test.get("names"))) {
+            String own = optionNames.contains(name) ? Pattern.compile("_(.)").matcher(name).replaceAll(m -> m.group(1).toUpperCase()) : name;
+            assertTrue(error.getMessage().contains(own), () -> own + " in " + error.getMessage());
+        }
+    }
+
+    @Test
+    void encodings() {
+        Conformance.section("encodings").forEach(test -> {
+            String text = test.get("text").getAsString();
+            assertEquals(Conformance.ints(test.get("token_ids")), model.encode("the prompt", new Prompt.Text(text)), text);
+        });
+    }
+
+    @Test
+    void streams() {
+        Conformance.section("streams").forEach(test -> {
+            Tokenizer.TextStream characters = tokenizer.stream(Conformance.ints(test.get("prompt")));
+            List<String> pieces = Conformance.ints(test.get("token_ids")).stream().map(characters::add).toList();
+            assertEquals(Conformance.strings(test.get("pieces")), pieces);
+        });
+    }
+
+    @Test
+    void draws() {
+        Conformance.section("draws").forEach(test -> {
+            Options options = Conformance.options(test.getAsJsonObject("options"));
+            List<Float> values = Conformance.elements(test.get("logits")).map(JsonElement::getAsFloat).toList();
+            List<Integer> expected = Conformance.ints(test.get("token_ids"));
+            for (int step = 0; step < expected.size(); step++) {
+                float[] logits = new float[values.size()];
+                IntStream.range(0, logits.length).forEach(id -> logits[id] = values.get(id));
+                assertEquals(expected.get(step), Sampler.sample(logits, options, options.seed(), step, Set.of()));
+            }
+        });
+    }
+}
