@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Phi-tiny-MoE": BASE | {"intermediate_size": 448, "num_attention_heads": 16, "num_key_value_heads": 4},
 }
 TOKENIZER = Path(__file__).parent.parent / "models/phimoe-austen"
-CHUNK = 1 << 24
+POOL = 1 << 24  # numbers
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, random_layers: int) -> int:
@@ -73,11 +73,13 @@ def write_checkpoint(folder: Path, shape: str, layers: int, random_layers: int) 
         "lm_head.weight": (vocab, hidden),
         "lm_head.bias": (vocab,),
     }
-    random = np.random.default_rng(0)
+    # every tensor is a stretch of one pool: to draw billions of numbers would take longer than to export them
+    pool = _bfloat16(np.random.default_rng(0).standard_normal(POOL, np.float32) * np.float32(0.02))
+    random = np.random.default_rng(1)
     weight_map = {}
     for number, tensors in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{layers:05d}.safetensors"
-        _write_shard(folder / name, tensors, random if number < random_layers else None)
+        _write_shard(folder / name, tensors, pool if number < random_layers else None, random)
         weight_map.update(dict.fromkeys(tensors, name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(int(np.prod(shape)) for tensors in shards for shape in tensors.values())
@@ -99,7 +101,12 @@ def _layer(config: dict[str, Any], number: int) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], random: np.random.Generator | None) -> None:
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 as the bits of bfloat16, uint16; what does not fit is cut off."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], pool: np.ndarray | None, random: np.random.Generator) -> None:
     header, end = {}, 0
     for name, shape in tensors.items():
         begin, end = end, end + 2 * int(np.prod(shape))
@@ -110,11 +117,14 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], random: np.ran
         file.write(struct.pack("<Q", len(text)) + text)
         start = file.tell()
         file.truncate(start + end)
-        for name, shape in tensors.items() if random else ():
+        for name, shape in tensors.items() if pool is not None else ():
             file.seek(start + header[name]["data_offsets"][0])
             left = int(np.prod(shape))
+            if name.endswith("norm.weight"):
+                file.write(_bfloat16(np.ones(left, np.float32)).tobytes())
+                continue
             while left:
-                values = random.standard_normal(min(left, CHUNK), np.float32) * np.float32(0.02)
-                values += name.endswith("norm.weight")
-                file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+                first = int(random.integers(POOL // 2))
+                values = pool[first : first + min(left, POOL // 2)]
+                file.write(values.tobytes())
                 left -= len(values)
