@@ -65,18 +65,18 @@ record Manifest(
             String found = manifest == null ? "missing" : String.valueOf(manifest.formatVersion);
             throw new BundleException(path + ": format_version is " + found + ", this release reads " + FORMAT_VERSION + "; upgrade phimoe");
         }
+        if (!"text-generation".equals(manifest.task)) {
+            throw new BundleException(bundle + ": is a bundle for " + manifest.task + ", expected one for text-generation");
+        }
         if (!manifest.complete()) {
             throw new BundleException(path + ": is damaged, its decoding section or file list has gaps; export the bundle again");
-        }
-        if (!manifest.task.equals("text-generation")) {
-            throw new BundleException(bundle + ": is a bundle for " + manifest.task + ", expected one for text-generation");
         }
         manifest.files.forEach((name, entry) -> check(bundle.resolve(name), entry));
         return manifest;
     }
 
     private boolean complete() {
-        if (Stream.of(task, target, graphs, files, decoding).anyMatch(part -> part == null) || decoding.cache == null) {
+        if (Stream.of(target, graphs, files, decoding).anyMatch(part -> part == null) || decoding.cache == null) {
             return false;
         }
         CacheShape cache = decoding.cache;
