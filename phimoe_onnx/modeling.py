@@ -172,13 +172,17 @@ class Rope(nn.Module):
 
     def forward(self, positions: Tensor, length: Tensor) -> KeyValue:
         """positions int64 [B, S] and each row's whole length int64 [B, 1] -> cos and sin, float32 [B, S, D / 2]."""
+        angles, mscale = self.angles(positions, length)
+        return angles.cos() * mscale, angles.sin() * mscale
+
+    def angles(self, positions: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """The angles, float32 [B, S, D / 2], and what their cos and sin are multiplied by, [] or [B, 1, 1]."""
         inv_freq, mscale = self.short_inv_freq, torch.ones(())
         if self.longrope:
             long = (length > self.longrope.original_max_position_embeddings).unsqueeze(2)
             inv_freq = torch.where(long, self.long_inv_freq, self.short_inv_freq)
             mscale = torch.where(long, self.longrope.long_mscale, self.longrope.short_mscale)
-        angles = positions.unsqueeze(2).float() * inv_freq
-        return angles.cos() * mscale, angles.sin() * mscale
+        return positions.unsqueeze(2).float() * inv_freq, mscale
 
 
 class PhiMoEModel(nn.Module):

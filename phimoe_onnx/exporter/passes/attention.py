@@ -180,13 +180,14 @@ def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weigh
     sections = [(_short_rows(config), 1), (longest, np.iinfo(np.int64).max)] if config.longrope else [(longest, 1)]
     half = config.head_dim // 2
 
-    def table(part: int, rows: int, length: int) -> torch.Tensor:
-        rope = modeling.Rope(config)
-        cos_or_sin: torch.Tensor = rope(torch.arange(rows)[None], torch.tensor([[length]]))[part][0]
-        return cos_or_sin.to(FLOATS[dtype])
+    def table(function: np.ufunc, rows: int, length: int) -> torch.Tensor:
+        angles, mscale = modeling.Rope(config).angles(torch.arange(rows)[None], torch.tensor([[length]]))
+        # numpy's, in float64: in a new thread PyTorch's, which are MKL's, now and then give but four digits (PyTorch 2.13)
+        values = torch.from_numpy(function(angles[0].double().numpy())).float()
+        return (values * mscale.flatten()).to(FLOATS[dtype])
 
-    def weight(name: str, part: int) -> Weight:
-        pieces = [job_piece(partial(table, part, rows, length), (rows, half), dtype) for rows, length in sections]
+    def weight(name: str, function: np.ufunc) -> Weight:
+        pieces = [job_piece(partial(table, function, rows, length), (rows, half), dtype) for rows, length in sections]
         return Weight(name, dtype, (sum(rows for rows, _ in sections), half), pieces)
 
-    return weight("cos_cache", 0), weight("sin_cache", 1)
+    return weight("cos_cache", np.cos), weight("sin_cache", np.sin)
