@@ -23,7 +23,7 @@ class NameNodes(ir.passes.InPlacePass):
             if SCOPES not in node.metadata_props:
                 continue
             *_, module, _ = ast.literal_eval(node.metadata_props[SCOPES])
-            plain = f"{module if not module.startswith('_') else 'model'}/{node.op_type}"
+            plain = f"{module if module and not module.startswith('_') else 'model'}/{node.op_type}"  # the outermost has no name
             name, count = plain, 1
             while name in taken:
                 count += 1
