@@ -16,6 +16,8 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.staging import JOURNAL, Journal, check_output, staged
 
 OLD, NEW = "the old bundle", "the new bundle"
+CACHE = bundle.CacheShape(num_hidden_layers=1, num_key_value_heads=1, head_dim=16, dtype="float32", shared=True)
+DECODING = bundle.Decoding(8, 8, None, 8, (1,), {}, CACHE)
 
 
 def write_bundle(output: Path, text: str) -> None:
@@ -30,7 +32,7 @@ def write_bundle(output: Path, text: str) -> None:
             journal.add(job)
         journal.close()
         files = bundle.describe_files(folder)
-        bundle.Manifest("0", text, "text-generation", "cpu", "none", "float32", {}, (), files).write(folder)
+        bundle.Manifest("0", text, "text-generation", "cpu", "none", "float32", {}, (), DECODING, files).write(folder)
 
 
 def whole(output: Path) -> str:
