@@ -13,10 +13,11 @@ import pytest
 import phimoe_onnx
 
 PACKAGE = Path(phimoe_onnx.__file__).parent
-PARTS = ("cli", "parity", "exporter", "runtime")
+PARTS = ("cli", "bench", "parity", "exporter", "runtime")
 COMMON = {"errors", "_version"}
 ALLOWED = {
-    "cli": {"cli", "exporter", "runtime", "parity", "bundle", "config", *COMMON},
+    "cli": {"cli", "bench", "exporter", "runtime", "parity", "bundle", "config", *COMMON},
+    "bench": {"bench", "runtime", "bundle", "config", *COMMON},
     "parity": {"parity", "exporter", "runtime", "bundle", "config", "modeling", *COMMON},
     "exporter": {"exporter", "bundle", "config", "modeling", *COMMON},
     "runtime": {"runtime", "bundle", "config", *COMMON},
@@ -60,7 +61,7 @@ def python(code: str) -> str:
         "import phimoe_onnx",
         "import phimoe_onnx.runtime",
         "import phimoe_onnx; phimoe_onnx.PhiMoE",
-        "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat, phimoe_onnx.cli.classify",
+        "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat, phimoe_onnx.cli.classify, phimoe_onnx.cli.bench",
         "import phimoe_onnx.cli.export, phimoe_onnx.cli.verify",  # for a fast --help
         "import phimoe_onnx.cli.optimum_export",  # at every start of optimum-cli
     ],
