@@ -106,7 +106,7 @@ def test_the_seed_fixes_the_text(endless: Loaded) -> None:
 def script(monkeypatch: pytest.MonkeyPatch, model: PhiMoE, text: str, end: str = "<|end|>") -> list[int]:
     """Makes the model say `text`, then `end`, whatever its logits are."""
     ids = model.tokenizer.encode(text) + model.tokenizer.encode(end)
-    monkeypatch.setattr("phimoe_onnx.runtime.generate.sample", lambda logits, sampling, step, seen: ids[step])
+    monkeypatch.setattr("phimoe_onnx.runtime.sampling.sample", lambda logits, sampling, step, seen: ids[step])
     return ids
 
 

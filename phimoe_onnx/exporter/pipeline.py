@@ -34,6 +34,7 @@ from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
 from phimoe_onnx.exporter.progress import Progress, counter
 from phimoe_onnx.exporter.quantize.rtn import Format
+from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.source import COPIED, fetch_weights, origin, resolve
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.trace import trace
@@ -127,6 +128,8 @@ def export(
         if task == "text-generation" and target != "portable":
             genai = genai_config(config, read_generation(folder), "model.onnx", target)
             (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+        if task == "text-generation" and target == "cuda":
+            ir.save(sampling_graph(), staging / bundle.SAMPLING)
         bundle.Manifest(
             tool_version=__version__,
             source=origin(source, folder),

@@ -14,7 +14,7 @@ WHOLE = ir.DataType.INT64.value
 
 
 @script(default_opset=op)
-def Sampling(  # type: ignore[no-untyped-def]
+def Sampling(
     logits: FLOAT["batch", 1, "vocab_size"],
     attention_mask: INT64["batch", "capacity"],
     seen: BOOL["batch", "vocab_size"],

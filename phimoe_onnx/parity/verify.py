@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.config import PhiMoEConfig, read_config
-from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.errors import GenerationError, PhiMoEError
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity import reference as pytorch
 from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.stored import stored_cache, stored_model
 from phimoe_onnx.parity.texts import compare_texts, cut_texts
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.runtime.sampling import Choice, Sampling
 
+GREEDY = Choice(Sampling(), 0, ())
 SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
 
 
@@ -242,9 +244,13 @@ def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> 
     new = min(new_tokens, runtime.decoding.context - len(prompt))
     expected = pytorch.greedy(exact, prompt, new)
     decoder = runtime.decoder(1, len(prompt) + new)  # not generate(), which would end at an end token
-    got = [int(decoder.prefill(0, prompt).argmax())]
-    while len(got) < new:
-        got.append(int(decoder.step(got[-1:])[0].argmax()))
+    decoder.prefill(0, prompt)
+    got: list[int] = []
+    with suppress(GenerationError):  # logits that are not finite fail the comparison as it is
+        got += decoder.choose([GREEDY])
+        while len(got) < new:
+            decoder.step(got[-1:])
+            got += decoder.choose([GREEDY])
     agreeing = next((n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
     decode = runtime.tokenizer.decode
     return {"prompt": decode(prompt), "reference": decode(expected), "bundle": decode(got), "agreeing": agreeing, "new_tokens": new}

@@ -1,4 +1,4 @@
-"""What the rows of a batch hold in their caches, and how they go on: prefill one row, or step all rows by a token."""
+"""What the rows of a batch hold in their caches, and how they go on: prefill one row, choose tokens, step all rows by them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Decoding
 from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
+from phimoe_onnx.runtime.device import DeviceCache
+from phimoe_onnx.runtime.sampling import Choice
 
 
 class Decoder:
@@ -19,36 +21,39 @@ class Decoder:
     and the row is prefilled again. V below is vocab_size.
     """
 
-    def __init__(self, cache: SharedCache | GrowingCache, decoding: Decoding, rows: int) -> None:
+    def __init__(self, cache: SharedCache | GrowingCache | DeviceCache, decoding: Decoding, rows: int) -> None:
         self._cache = cache
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self._boundary = decoding.rope_boundary
         self._chunk = decoding.prefill_chunk
         self._long = [False] * rows  # whether the row's keys were rotated by the long factors
 
-    def prefill(self, row: int, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Makes the row hold `ids`, computing only what follows the prefix that it holds already.
+    def prefill(self, row: int, ids: Sequence[int]) -> None:
+        """Makes the row hold `ids`, computing only what follows the prefix that it holds already."""
+        self._prefill(row, ids, len(ids))
 
-        Returns:
-            The logits after the last token, float32 [V].
+    def choose(self, choices: Sequence[Choice]) -> list[int]:
+        """The token that follows each row's last one, whose logits the last `prefill` of the row or `step` computed.
+
+        Raises:
+            GenerationError: logits are not finite.
 
         """
-        return self._prefill(row, ids, len(ids))
+        return self._cache.choose(choices, [len(held) for held in self.tokens])
 
-    def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Appends one token to every row; returns the logits after it, float32 [rows, V]."""
+    def step(self, ids: Sequence[int]) -> None:
+        """Appends one token to every row."""
         for row, held in enumerate(self.tokens):
             if self._is_long(len(held) + 1) != self._long[row]:
                 self._prefill(row, held.copy(), len(held) + 1)
-        logits = self._cache.run_step(ids, [len(held) for held in self.tokens])
+        self._cache.run_step(ids, [len(held) for held in self.tokens])
         for held, token in zip(self.tokens, ids, strict=True):
             held.append(token)
-        return logits
 
     def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Row 0 from nothing: the logits after each token, in order, in pieces float32 [up to prefill_chunk, V]."""
         self.tokens[0].clear()
-        return self._run(0, ids, 0, len(ids))
+        yield from self._run(0, ids, 0, len(ids))
 
     def drop(self, row: int) -> None:
         """Forgets a row; the last row takes its number."""
@@ -61,16 +66,15 @@ class Decoder:
         """Makes room for `capacity` tokens in every row, keeping what is cached."""
         self._cache.reserve(capacity)
 
-    def _prefill(self, row: int, ids: Sequence[int], rope_length: int) -> NDArray[np.float32]:
+    def _prefill(self, row: int, ids: Sequence[int], rope_length: int) -> None:
         held = self.tokens[row]
         reusable = 0
         if self._long[row] == self._is_long(rope_length):
             same = takewhile(lambda pair: pair[0] == pair[1], zip(held, ids, strict=False))
             reusable = min(sum(1 for _ in same), len(ids) - 1)  # the last token always runs: its logits are wanted
         del held[reusable:]
-        *_, logits = self._run(row, ids, 1, rope_length)
-        last: NDArray[np.float32] = logits[-1]
-        return last
+        for _ in self._run(row, ids, 1, rope_length):
+            pass
 
     def _run(self, row: int, ids: Sequence[int], keep: int, rope_length: int) -> Iterator[NDArray[np.float32]]:
         """Runs the rest of `ids` after what the row holds, chunk by chunk; yields float32 [keep or the chunk's length, V]."""

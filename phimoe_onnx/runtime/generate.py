@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 
 from phimoe_onnx.errors import GenerationError
 from phimoe_onnx.runtime.decoder import Decoder
-from phimoe_onnx.runtime.sampling import Sampling, sample
+from phimoe_onnx.runtime.sampling import Choice, Sampling
 from phimoe_onnx.runtime.stop import StopStrings
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 
@@ -131,10 +131,12 @@ def generate(decoder: Decoder, tokenizer: Tokenizer, eos: frozenset[int], reques
     """Yields every new token of every request, the rows in turn; `decoder` has a row for each, with room for all its tokens."""
     start = time.perf_counter()
     active = [_Row(number, request, tokenizer, eos, start) for number, request in enumerate(requests)]
-    logits = [decoder.prefill(row, request.prompt) for row, request in enumerate(requests)]
+    for place, request in enumerate(requests):
+        decoder.prefill(place, request.prompt)
     while True:
-        for row, scores in zip(active, logits, strict=True):
-            yield row.add(sample(scores, row.request.sampling, len(row.token_ids), row.seen))
+        tokens = decoder.choose([row.choice for row in active])
+        for row, token in zip(active, tokens, strict=True):
+            yield row.add(token)
         for place in reversed(range(len(active))):
             if active[place].finished and len(active) > 1:
                 decoder.drop(place)
@@ -142,7 +144,7 @@ def generate(decoder: Decoder, tokenizer: Tokenizer, eos: frozenset[int], reques
                 active.pop()
         if active[0].finished:
             return
-        logits = list(decoder.step([row.token_ids[-1] for row in active]))
+        decoder.step([row.token_ids[-1] for row in active])
 
 
 class _Row:
@@ -161,6 +163,11 @@ class _Row:
         self._strings = StopStrings(request.stop)
         # a hidden token has no text that a stop string could be found in
         self._stop_ids = {tokenizer.token_id(stop) for stop in request.stop} & tokenizer.hidden
+
+    @property
+    def choice(self) -> Choice:
+        """How the row's next token is chosen."""
+        return Choice(self.request.sampling, len(self.token_ids), self.seen)
 
     def add(self, token: int) -> Piece:
         """Takes the row's next token."""

@@ -18,8 +18,9 @@ from phimoe_onnx.runtime.chat import ChatTemplate, Message
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder
+from phimoe_onnx.runtime.device import DeviceCache
 from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate, make_request
-from phimoe_onnx.runtime.session import open_session
+from phimoe_onnx.runtime.session import open_sampling, open_session
 from phimoe_onnx.runtime.texts import run_texts
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 
@@ -66,7 +67,8 @@ class PhiMoE:
         manifest: Manifest,
         tokenizer: Tokenizer,
         template: ChatTemplate,
-        device: str,
+        device: str = "cpu",
+        sampling: InferenceSession | None = None,
     ) -> None:
         self.manifest = manifest
         self.decoding = manifest.decoding
@@ -75,6 +77,7 @@ class PhiMoE:
         self._session = session
         self._template = template
         self._device = device
+        self._sampling = sampling
 
     @classmethod
     def load(cls, bundle: str | Path, device: str = "cpu", threads: int | None = None) -> PhiMoE:
@@ -98,7 +101,9 @@ class PhiMoE:
         tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
         template = ChatTemplate(folder)
         session = open_session(folder, manifest, device, threads)
-        return cls(session, manifest, tokenizer, template, device)
+        on_device = device != "cpu" and manifest.task == "text-generation" and manifest.decoding.cache.shared
+        sampling = open_sampling(folder, device) if on_device else None
+        return cls(session, manifest, tokenizer, template, device, sampling)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
@@ -245,9 +250,11 @@ class PhiMoE:
 
     def decoder(self, rows: int, capacity: int) -> Decoder:
         """Empty caches for `rows` rows of up to `capacity` tokens."""
-        cache: SharedCache | GrowingCache
-        if self.decoding.cache.shared:
-            cache = SharedCache(self._session, self.decoding, self._device, rows, capacity)
+        cache: SharedCache | GrowingCache | DeviceCache
+        if self._sampling:
+            cache = DeviceCache(self._session, self._sampling, self.decoding, self._device, rows, capacity)
+        elif self.decoding.cache.shared:
+            cache = SharedCache(self._session, self.decoding, rows, capacity)
         else:
             cache = GrowingCache(self._session, self.decoding, rows)
         return Decoder(cache, self.decoding, rows)

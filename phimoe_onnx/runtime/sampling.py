@@ -7,7 +7,7 @@ top-k, top-p, min-p and the draw. Ties go to the lower token id throughout. docs
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,20 @@ class Sampling:
         for name, (holds, expected) in checks.items():
             if not holds:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row's next token: how it is chosen, how many came before it, and the distinct tokens that a penalty counts."""
+
+    sampling: Sampling
+    step: int
+    seen: Collection[int]
+
+
+def sample_rows(logits: Sequence[NDArray[np.float32]], choices: Sequence[Choice]) -> list[int]:
+    """`sample` of each row's logits [V]."""
+    return [sample(row, choice.sampling, choice.step, choice.seen) for row, choice in zip(logits, choices, strict=True)]
 
 
 def sample(logits: NDArray[np.float32], sampling: Sampling, step: int, seen: Collection[int] = ()) -> int:

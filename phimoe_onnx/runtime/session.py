@@ -7,8 +7,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from phimoe_onnx.bundle import Graph, Manifest
+from phimoe_onnx.bundle import SAMPLING, Graph, Manifest
 from phimoe_onnx.errors import DeviceError
+from phimoe_onnx.runtime.cuda import why_no_cuda
 from phimoe_onnx.runtime.mapped import released
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -32,22 +33,29 @@ def open_session(bundle: Path, manifest: Manifest, device: str, threads: int | N
     check_device(device, manifest.target)
     if threads is not None and threads < 1:
         raise DeviceError(f"threads is {threads}, expected 1 or more, or None for ONNX Runtime's own choice")
-    graph = choose_graph(manifest, ort.__version__)
+    path = bundle / choose_graph(manifest, ort.__version__).file
+    with released(bundle):
+        return _open(path, device, threads)
+
+
+def open_sampling(bundle: Path, device: str) -> ort.InferenceSession:
+    """A session over the bundle's sampling graph; raises DeviceError as `open_session` does."""
+    return _open(bundle / SAMPLING, device, None)
+
+
+def _open(path: Path, device: str, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
     provider = PROVIDERS[device]
-    path = bundle / graph.file
+    if device == "cuda":
+        ort.preload_dlls()  # of the nvidia packages that the extra [gpu] brings
     try:
-        with released(bundle):
-            session = ort.InferenceSession(str(path), options, providers=[provider])
+        session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's exceptions have no common base below this
         raise DeviceError(f"{path}: ONNX Runtime {ort.__version__} cannot load it on {device}: {error}") from error
     if provider not in session.get_providers():
-        raise DeviceError(
-            f"device is {device!r}, but ONNX Runtime {ort.__version__} could not start its {provider}; "
-            "check that the CUDA and cuDNN libraries of its release are installed, or use device='cpu'"
-        )
+        raise DeviceError(f"device is {device!r}, but ONNX Runtime {ort.__version__} could not start its {provider}: {why_no_cuda()}")
     return session
 
 

@@ -1,0 +1,102 @@
+"""The cache that lives on a device, run on the CPU: CUDA's graphs with its bindings, its mask and its sampling graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from phimoe_onnx.bundle import SAMPLING, read_manifest
+from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.runtime.cache import SharedCache
+from phimoe_onnx.runtime.decoder import Decoder
+from phimoe_onnx.runtime.device import DeviceCache
+from phimoe_onnx.runtime.generate import generate, make_request
+from phimoe_onnx.runtime.sampling import Choice, Sampling
+from phimoe_onnx.runtime.tokenizer import Tokenizer
+
+Bundle = Callable[..., Path]
+Make = Callable[[int, int], Decoder]
+GREEDY = Choice(Sampling(), 0, ())
+
+
+class Sessions:
+    """A CUDA bundle's two graphs on the CPU provider."""
+
+    def __init__(self, folder: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.decoding = read_manifest(folder).decoding
+        self.model = ort.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
+        self.sampling = ort.InferenceSession(str(folder / SAMPLING), options, ["CPUExecutionProvider"])
+        self.tokenizer = Tokenizer(folder, self.decoding.hidden_tokens.values())
+
+    def device(self, rows: int, capacity: int) -> Decoder:
+        """Rows in the cache that is under test."""
+        return Decoder(DeviceCache(self.model, self.sampling, self.decoding, "cpu", rows, capacity), self.decoding, rows)
+
+    def host(self, rows: int, capacity: int) -> Decoder:
+        """Rows in the CPU's cache, over the same graph."""
+        return Decoder(SharedCache(self.model, self.decoding, rows, capacity), self.decoding, rows)
+
+    def write(
+        self, make: Callable[[int, int], Decoder], prompts: Sequence[list[int]], lengths: list[int], **options: Any
+    ) -> list[list[int]]:
+        """The new tokens of each prompt."""
+        rows = zip(prompts, lengths, strict=True)
+        requests = [make_request(prompt, self.decoding.context, max_new_tokens=length, **options) for prompt, length in rows]
+        found: list[list[int]] = [[] for _ in prompts]
+        for piece in generate(make(len(prompts), 40), self.tokenizer, frozenset(), requests):
+            found[piece.row].append(piece.token_id)
+        return found
+
+
+@pytest.fixture(scope="module", params=[("plain", "int4"), ("longrope", "int4"), ("longrope", "none"), ("window", "int8")], ids="-".join)
+def sessions(bundle: Bundle, request: pytest.FixtureRequest) -> Sessions:
+    shape, quantize = request.param
+    return Sessions(bundle(shape, "cuda", quantize))
+
+
+def prompts(vocab_size: int, *lengths: int) -> list[list[int]]:
+    random = np.random.default_rng(sum(lengths))
+    return [random.integers(3, vocab_size, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.4}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}], ids=str)
+def test_rows_of_uneven_length_write_as_on_the_host(sessions: Sessions, options: dict[str, Any]) -> None:
+    rows, lengths = prompts(sessions.decoding.vocab_size, 3, 30, 11), [12, 30, 20]  # the first row ends first, the last one moves up
+    assert sessions.write(sessions.device, rows, lengths, **options) == sessions.write(sessions.host, rows, lengths, **options)
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(sessions: Sessions) -> None:
+    [prompt] = prompts(sessions.decoding.vocab_size, 20)
+    found = []
+    for decoder in (sessions.device(1, 1), sessions.host(1, 1)):
+        decoder.reserve(20)
+        decoder.prefill(0, prompt)
+        decoder.reserve(sessions.decoding.context)
+        tokens = decoder.choose([GREEDY])
+        for _ in range(10):
+            decoder.step(tokens[-1:])
+            tokens += decoder.choose([GREEDY])
+        decoder.prefill(0, [*prompt, *tokens[:3], 7])  # another turn, over the prefix that is held
+        found.append(tokens + decoder.choose([GREEDY]))
+    assert found[0] == found[1]
+
+
+def test_all_logits_come_to_the_host(sessions: Sessions) -> None:
+    [prompt] = prompts(sessions.decoding.vocab_size, 40)
+    ours, theirs = (np.concatenate(list(decoder.logits(prompt))) for decoder in (sessions.device(1, 40), sessions.host(1, 40)))
+    assert ours.shape == (40, sessions.decoding.vocab_size)
+    assert np.array_equal(ours, theirs)
+
+
+def test_nonsense_is_an_error(sessions: Sessions) -> None:
+    cache = DeviceCache(sessions.model, sessions.sampling, sessions.decoding, "cpu", 1, 8)
+    cache._logits.update_inplace(np.full((1, 1, sessions.decoding.vocab_size), np.nan, np.float32))
+    with pytest.raises(GenerationError, match="not finite"):
+        cache.choose([GREEDY], [1])
