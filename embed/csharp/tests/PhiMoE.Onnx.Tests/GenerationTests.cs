@@ -61,6 +61,28 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         Assert.Equal(expected, await Task.WhenAll(tasks));
     }
 
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void AClosedModelRefusesWhatIsStillToCome(bool growing)
+    {
+        string bundle = growing ? Conformance.GrowingBundle() : Conformance.CopyBundle();
+        try
+        {
+            PhiMoE model = PhiMoE.Load(bundle, threads: 1);
+            using IEnumerator<Piece> pieces = model.GenerateAsync("It was", Short).ToBlockingEnumerable().GetEnumerator();
+            Assert.True(pieces.MoveNext());
+            model.Dispose();
+            model.Dispose();
+            Assert.Throws<ObjectDisposedException>(() => pieces.MoveNext());
+            Assert.Throws<ObjectDisposedException>(() => model.Generate("It was", Short));
+        }
+        finally
+        {
+            Directory.Delete(bundle, recursive: true);
+        }
+    }
+
     [Fact]
     public void WithoutASeedEveryRowHasAFreshOne()
     {
