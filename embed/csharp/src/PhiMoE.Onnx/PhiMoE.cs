@@ -3,46 +3,6 @@ using Microsoft.ML.OnnxRuntime;
 
 namespace PhiMoEOnnx;
 
-/// <summary>What a model continues or answers: a text, the messages of a chat, or token ids; each converts to it by itself.</summary>
-public sealed class Prompt
-{
-    /// <summary>A text to continue.</summary>
-    public Prompt(string text)
-    {
-        Text = text;
-    }
-
-    /// <summary>Messages to answer.</summary>
-    public Prompt(IReadOnlyList<Message> messages)
-    {
-        Messages = messages;
-    }
-
-    /// <summary>Token ids to continue.</summary>
-    public Prompt(IReadOnlyList<int> tokenIds)
-    {
-        TokenIds = tokenIds;
-    }
-
-    internal string? Text { get; }
-
-    internal IReadOnlyList<Message>? Messages { get; }
-
-    internal IReadOnlyList<int>? TokenIds { get; }
-
-    /// <summary>A text to continue.</summary>
-    public static implicit operator Prompt(string text) => new Prompt(text);
-
-    /// <summary>Messages to answer.</summary>
-    public static implicit operator Prompt(Message[] messages) => new Prompt(messages);
-
-    /// <summary>Messages to answer.</summary>
-    public static implicit operator Prompt(List<Message> messages) => new Prompt(messages);
-
-    /// <summary>Token ids to continue.</summary>
-    public static implicit operator Prompt(int[] tokenIds) => new Prompt(tokenIds);
-}
-
 /// <summary>A bundle loaded for generation; <see cref="Load"/> makes one.</summary>
 /// <remarks>Its methods may be called from several threads: each call has a cache of its own.</remarks>
 public sealed class PhiMoE : IDisposable
@@ -134,19 +94,19 @@ public sealed class PhiMoE : IDisposable
         }
     }
 
-    private IReadOnlyList<Row> Single(Prompt prompt, GenerationOptions? options) => new[] { MakeRow(0, "the prompt", prompt, options) };
+    private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) => new[] { MakeRequest("the prompt", prompt, options) };
 
-    private IReadOnlyList<Row> Batch(IReadOnlyList<Prompt> prompts, GenerationOptions? options)
+    private IReadOnlyList<Request> Batch(IReadOnlyList<Prompt> prompts, GenerationOptions? options)
     {
         if (prompts.Count == 0)
         {
             throw new GenerationException("the batch is empty; give at least one prompt");
         }
-        return prompts.Select((prompt, number) => MakeRow(number, $"prompt {number}", prompt, options)).ToArray();
+        return prompts.Select((prompt, number) => MakeRequest($"prompt {number}", prompt, options)).ToArray();
     }
 
-    /// <summary>A row whose options are in range and whose tokens fit the context; <c>name</c> is the prompt's in errors.</summary>
-    private Row MakeRow(int number, string name, Prompt prompt, GenerationOptions? options)
+    /// <summary>A request whose options are in range and whose tokens fit the context; <c>name</c> is the prompt's in errors.</summary>
+    private Request MakeRequest(string name, Prompt prompt, GenerationOptions? options)
     {
         options ??= new GenerationOptions();
         options.Check();
@@ -164,7 +124,7 @@ public sealed class PhiMoE : IDisposable
                 $"{name} has {ids.Count} tokens and MaxNewTokens is {most}, together more than the context of {context}; "
                 + $"at most {room} new tokens fit");
         }
-        return new Row(number, ids, most, options, Manifest.Decoding, Tokenizer);
+        return new Request(ids, most, options);
     }
 
     private IReadOnlyList<int> Encode(Prompt prompt, string name)
@@ -194,14 +154,14 @@ public sealed class PhiMoE : IDisposable
     }
 
     /// <summary>The generation loop: prefill each row, then step all rows until each has reached its end; yields the rows in turn.</summary>
-    private IEnumerable<Piece> Run(IReadOnlyList<Row> rows, CancellationToken cancellationToken)
+    private IEnumerable<Piece> Run(IReadOnlyList<Request> requests, CancellationToken cancellationToken)
     {
-        int capacity = rows.Max(row => row.Prompt.Count + row.MaxNewTokens);
-        using Decoder decoder = new Decoder(_session, Manifest.Decoding, rows.Count, capacity, cancellationToken);
-        List<Row> active = rows.ToList();
-        for (int place = 0; place < active.Count; place++)
+        int capacity = requests.Max(request => request.Prompt.Count + request.MaxNewTokens);
+        List<Row> active = requests.Select((request, number) => new Row(number, request, Manifest.Decoding, Tokenizer)).ToList();
+        using Decoder decoder = new Decoder(_session, Manifest.Decoding, requests.Count, capacity, cancellationToken);
+        for (int row = 0; row < requests.Count; row++)
         {
-            WhileOpen(() => decoder.Prefill(place, active[place].Prompt));
+            WhileOpen(() => decoder.Prefill(row, requests[row].Prompt));
         }
         while (true)
         {
@@ -241,9 +201,9 @@ public sealed class PhiMoE : IDisposable
         }
     }
 
-    private async IAsyncEnumerable<Piece> RunAsync(IReadOnlyList<Row> rows, [EnumeratorCancellation] CancellationToken cancellationToken)
+    private async IAsyncEnumerable<Piece> RunAsync(IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellationToken)
     {
-        using IEnumerator<Piece> pieces = Run(rows, cancellationToken).GetEnumerator();
+        using IEnumerator<Piece> pieces = Run(requests, cancellationToken).GetEnumerator();
         while (await Task.Run(pieces.MoveNext, cancellationToken).ConfigureAwait(false))
         {
             yield return pieces.Current;

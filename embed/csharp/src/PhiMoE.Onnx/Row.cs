@@ -3,10 +3,14 @@ using System.Text;
 
 namespace PhiMoEOnnx;
 
-/// <summary>A prompt of a batch on its way to its end.</summary>
+/// <summary>A prompt, how many tokens may follow it, and how they are chosen and ended.</summary>
+internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, GenerationOptions Options);
+
+/// <summary>A request of a batch on its way to its end.</summary>
 internal sealed class Row
 {
     private readonly int _number;
+    private readonly Request _request;
     private readonly GenerationOptions _options;
     private readonly long _seed;
     private readonly IReadOnlySet<int> _eos;
@@ -19,17 +23,16 @@ internal sealed class Row
     private string _heldBack = ""; // may be the beginning of a stop string
     private double _first;
 
-    public Row(int number, IReadOnlyList<int> prompt, int maxNewTokens, GenerationOptions options, Decoding decoding, Tokenizer tokenizer)
+    public Row(int number, Request request, Decoding decoding, Tokenizer tokenizer)
     {
         _number = number;
-        Prompt = prompt;
-        MaxNewTokens = maxNewTokens;
-        _options = options;
-        _seed = options.Seed ?? Random.Shared.NextInt64(long.MinValue, long.MaxValue);
+        _request = request;
+        _options = request.Options;
+        _seed = _options.Seed ?? Random.Shared.NextInt64(long.MinValue, long.MaxValue);
         _eos = decoding.EosTokenIds;
-        _seen = prompt.ToHashSet();
-        _characters = new TextStream(tokenizer, prompt);
-        foreach (string stop in options.Stop)
+        _seen = request.Prompt.ToHashSet();
+        _characters = new TextStream(tokenizer, request.Prompt);
+        foreach (string stop in request.Options.Stop)
         {
             if (decoding.HiddenTokens.TryGetValue(stop, out int id))
             {
@@ -37,10 +40,6 @@ internal sealed class Row
             }
         }
     }
-
-    public IReadOnlyList<int> Prompt { get; }
-
-    public int MaxNewTokens { get; }
 
     public bool Finished { get; private set; }
 
@@ -58,7 +57,7 @@ internal sealed class Row
         int end = FirstStop();
         FinishReason? reason = _eos.Contains(token) ? FinishReason.Eos
             : end >= 0 || _stopIds.Contains(token) ? FinishReason.Stop
-            : _tokenIds.Count == MaxNewTokens ? FinishReason.Length
+            : _tokenIds.Count == _request.MaxNewTokens ? FinishReason.Length
             : null;
         if (end < 0)
         {
@@ -69,7 +68,7 @@ internal sealed class Row
         _text.Append(certain);
         Finished = reason != null;
         Generation? result = reason is FinishReason why
-            ? new Generation(_text.ToString(), _tokenIds, why, Prompt.Count, _first, now)
+            ? new Generation(_text.ToString(), _tokenIds, why, _request.Prompt.Count, _first, now)
             : null;
         return new Piece(_number, token, certain, result);
     }

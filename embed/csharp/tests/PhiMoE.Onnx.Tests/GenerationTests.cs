@@ -53,6 +53,13 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     }
 
     [Fact]
+    public void AStreamCanBeReadAgain()
+    {
+        IEnumerable<Piece> pieces = _model.GenerateAsync("It was", Short).ToBlockingEnumerable();
+        Assert.Equal(pieces.Select(piece => piece.TokenId).ToArray(), pieces.Select(piece => piece.TokenId).ToArray());
+    }
+
+    [Fact]
     public async Task ServesSeveralCallersAtOnce()
     {
         string[] prompts = { "It was", "Emma", "And the LORD said", "The king" };
