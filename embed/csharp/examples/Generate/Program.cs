@@ -72,7 +72,8 @@ try
             Console.WriteLine();
             Console.Error.WriteLine(string.Create(
                 CultureInfo.InvariantCulture,
-                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} tokens/s, ended by {result.FinishReason}]"));
+                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} tokens/s, "
+                + $"ended by {result.FinishReason}]"));
         }
     }
     return 0;

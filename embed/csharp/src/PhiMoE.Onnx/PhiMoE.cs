@@ -94,7 +94,8 @@ public sealed class PhiMoE : IDisposable
         }
     }
 
-    private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) => new[] { MakeRequest("the prompt", prompt, options) };
+    private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>
+        new[] { MakeRequest("the prompt", prompt, options) };
 
     private IReadOnlyList<Request> Batch(IReadOnlyList<Prompt> prompts, GenerationOptions? options)
     {
@@ -153,7 +154,8 @@ public sealed class PhiMoE : IDisposable
         return ids;
     }
 
-    /// <summary>The generation loop: prefill each row, then step all rows until each has reached its end; yields the rows in turn.</summary>
+    /// <summary>The generation loop: prefills each row, then steps all rows until each has reached its end.</summary>
+    /// <returns>Every new token, the rows in turn.</returns>
     private IEnumerable<Piece> Run(IReadOnlyList<Request> requests, CancellationToken cancellationToken)
     {
         int capacity = requests.Max(request => request.Prompt.Count + request.MaxNewTokens);
@@ -201,7 +203,8 @@ public sealed class PhiMoE : IDisposable
         }
     }
 
-    private async IAsyncEnumerable<Piece> RunAsync(IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellationToken)
+    private async IAsyncEnumerable<Piece> RunAsync(
+        IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellationToken)
     {
         using IEnumerator<Piece> pieces = Run(requests, cancellationToken).GetEnumerator();
         while (await Task.Run(pieces.MoveNext, cancellationToken).ConfigureAwait(false))
