@@ -62,6 +62,14 @@ def java(session: nox.Session) -> None:
     session.run("mvn", "-q", "-B", "-f", "embed/java/pom.xml", "test", external=True)
 
 
+@nox.session(venv_backend="none")
+def csharp(session: nox.Session) -> None:
+    """embed/csharp, over NuGet's ONNX Runtime."""
+    if not shutil.which("dotnet"):
+        session.skip("there is no .NET SDK here")
+    session.run("dotnet", "test", "embed/csharp", external=True)
+
+
 def _install(session: nox.Session, *arguments: str) -> None:
     """pip install, on top of the packages of the environment that runs nox: torch alone takes gigabytes."""
     prefix = session.virtualenv.location

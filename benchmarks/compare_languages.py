@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare_languages BUNDLE --python VENV/bin/python --threads 2
 
-VENV has the ONNX Runtime release that embed/java has. Every language runs in a process of its own, in turns, and continues the
-same token ids greedily, twice; the second time counts. The table has the medians.
+VENV has the ONNX Runtime release that embed/java has; with --csharp, the one that embed/csharp has. Every language runs in a
+process of its own, in turns, and continues the same token ids greedily, twice; the second time counts. The table has the medians.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 JAVA = Path(__file__).parent.parent / "embed" / "java"
+CSHARP = Path(__file__).parent.parent / "embed" / "csharp" / "examples" / "Generate"
 COLUMNS = {"load": "load, s", "prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "resident": "resident, MiB"}
 
 
@@ -52,11 +53,18 @@ def java_command() -> list[str]:
     return ["java", "-cp", ":".join(map(str, parts)), "phimoe.Benchmark"]
 
 
+def csharp_command() -> list[str]:
+    """Compiles embed/csharp and its example; the command without its arguments."""
+    subprocess.run(["dotnet", "build", "-v", "q", "-c", "Release", CSHARP], check=True, stdout=subprocess.DEVNULL)
+    return ["dotnet", str(CSHARP / "bin" / "Release" / "net8.0" / "Generate.dll"), "benchmark"]
+
+
 def main() -> None:
     """Runs every language in turns and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--python", default=sys.executable, help="a Python with ONNX Runtime, tokenizers, numpy and jinja2")
+    parser.add_argument("--csharp", action="store_true", help="compare with embed/csharp, which needs the .NET SDK, not with embed/java")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -64,7 +72,8 @@ def main() -> None:
     arguments = parser.parse_args()
     numbers = [str(number) for number in (arguments.threads, arguments.prompt_tokens, arguments.new_tokens)]
     python = "import sys; from benchmarks.compare_languages import run; run(sys.argv[1], *map(int, sys.argv[2:]))"
-    commands = {"Python": [arguments.python, "-c", python], "Java": java_command()}
+    commands = {"Python": [arguments.python, "-c", python]}
+    commands |= {"C#": csharp_command()} if arguments.csharp else {"Java": java_command()}
     figures: dict[str, list[dict[str, float]]] = {language: [] for language in commands}
     for _ in range(arguments.rounds):
         for language, command in commands.items():

@@ -1,10 +1,11 @@
-// Continues a prompt with a PhiMoE bundle, or answers it as a chat message, and streams the text.
+// Continues a prompt with a PhiMoE bundle, or answers it as a chat message, and streams the text; or measures (Measure.cs).
 using System.Globalization;
 using System.Text;
 using PhiMoEOnnx;
 
 const string Usage = "usage: Generate BUNDLE PROMPT [--chat] [--system TEXT] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] "
-    + "[--min-p P] [--repetition-penalty X] [--seed N] [--stop TEXT]... [--threads N]";
+    + "[--min-p P] [--repetition-penalty X] [--seed N] [--stop TEXT]... [--threads N]\n"
+    + "       Generate benchmark BUNDLE THREADS PROMPT_TOKENS NEW_TOKENS\n       Generate soak BUNDLE COUNT";
 
 Console.OutputEncoding = new UTF8Encoding(false);
 using CancellationTokenSource interrupt = new CancellationTokenSource();
@@ -15,6 +16,16 @@ Console.CancelKeyPress += (sender, pressed) =>
 };
 try
 {
+    if (args.Length == 5 && args[0] == "benchmark")
+    {
+        int[] numbers = args.Skip(2).Select(number => int.Parse(number, CultureInfo.InvariantCulture)).ToArray();
+        Measure.Benchmark(args[1], numbers[0], numbers[1], numbers[2]);
+        return 0;
+    }
+    if (args.Length == 3 && args[0] == "soak")
+    {
+        return await Measure.Soak(args[1], int.Parse(args[2], CultureInfo.InvariantCulture)) ? 0 : 1;
+    }
     List<string> plain = new List<string>();
     List<Message> messages = new List<Message>();
     List<string> stop = new List<string>();
@@ -61,7 +72,8 @@ try
             Console.WriteLine();
             Console.Error.WriteLine(string.Create(
                 CultureInfo.InvariantCulture,
-                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} tokens/s, ended by {result.FinishReason}]"));
+                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} tokens/s, "
+                + $"ended by {result.FinishReason}]"));
         }
     }
     return 0;

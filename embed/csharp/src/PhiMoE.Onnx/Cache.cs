@@ -11,11 +11,12 @@ namespace PhiMoEOnnx;
 /// </remarks>
 internal interface ICache : IDisposable
 {
-    /// <summary>Runs S new tokens of one row after its first <c>past</c> ones, and keeps the last one's logits.</summary>
-    void RunRow(int row, IReadOnlyList<int> ids, int past, int ropeLength);
-
-    /// <summary>Runs one new token of every row, which then holds so many in <c>totals</c>, and keeps their logits.</summary>
-    void RunStep(IReadOnlyList<int> ids, IReadOnlyList<int> totals);
+    /// <summary>Runs new tokens [B, S] of the rows from <c>first</c> on, and keeps the logits of each row's last one.</summary>
+    /// <param name="first">The first of the rows; they are all, or one.</param>
+    /// <param name="ids">The tokens, S of the first row, S of the next one; S is 1 where there are several rows.</param>
+    /// <param name="totals">T of each row.</param>
+    /// <param name="ropeLength">Rows count as at least this long when longrope's factors are chosen.</param>
+    void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength);
 
     /// <summary>The row's kept logits, float32 [V].</summary>
     Span<float> Logits(int row);
@@ -41,7 +42,8 @@ internal sealed class SharedCache : ICache
     private readonly long[][] _buffers; // of longs, for an array of them may have more bytes than one of bytes
     private readonly float[] _logits;
     private int _rows;
-    private OrtIoBinding? _step;
+    private OrtIoBinding? _binding;
+    private (int First, int Rows) _bound;
 
     public SharedCache(InferenceSession session, RunOptions run, Decoding decoding, int rows, int capacity)
     {
@@ -67,16 +69,22 @@ internal sealed class SharedCache : ICache
         _logits = GC.AllocateArray<float>(rows * _vocabSize, pinned: true);
     }
 
-    public void RunRow(int row, IReadOnlyList<int> ids, int past, int ropeLength)
+    public void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
     {
-        using OrtIoBinding binding = Bind(row, 1);
-        Run(binding, ids, new[] { past + ids.Count }, ropeLength);
-    }
-
-    public void RunStep(IReadOnlyList<int> ids, IReadOnlyList<int> totals)
-    {
-        _step ??= Bind(0, _rows);
-        Run(_step, ids, totals, 0);
+        Bind(first, totals.Count);
+        Dictionary<string, OrtValue> inputs = Tensors.Inputs(ids, totals, ropeLength);
+        try
+        {
+            foreach (KeyValuePair<string, OrtValue> input in inputs)
+            {
+                _binding!.BindInput(input.Key, input.Value);
+            }
+            _session.RunWithBinding(_run, _binding);
+        }
+        finally
+        {
+            Tensors.Free(inputs.Values);
+        }
     }
 
     public Span<float> Logits(int row) => _logits.AsSpan(row * _vocabSize, _vocabSize);
@@ -84,48 +92,34 @@ internal sealed class SharedCache : ICache
     public void Drop(int row)
     {
         _rows--;
-        _step?.Dispose();
-        _step = null;
         foreach (long[] buffer in _buffers)
         {
             Array.Copy(buffer, _rows * _rowSize, buffer, row * _rowSize, _rowSize);
         }
     }
 
-    public void Dispose() => _step?.Dispose();
+    public void Dispose() => _binding?.Dispose();
 
     /// <summary>Rows first .. first + rows of every buffer as past and as present, and of the logits.</summary>
-    private OrtIoBinding Bind(int first, int rows)
+    private void Bind(int first, int rows)
     {
-        OrtIoBinding binding = _session.CreateIoBinding();
+        if (_bound == (first, rows))
+        {
+            return;
+        }
+        _binding?.Dispose();
+        _binding = _session.CreateIoBinding();
+        _bound = (first, rows);
         long[] shape = { rows, _shape.NumKeyValueHeads, _capacity, _shape.HeadDim };
         for (int i = 0; i < _buffers.Length; i++)
         {
             using OrtValue buffer = Over(_buffers[i], first * _rowSize, _dtype, shape, (long)rows * _rowSize * sizeof(long));
-            binding.BindInput(Tensors.Past(i), buffer);
-            binding.BindOutput(Tensors.Present(i), buffer);
+            _binding.BindInput(Tensors.Past(i), buffer);
+            _binding.BindOutput(Tensors.Present(i), buffer);
         }
         shape = new long[] { rows, 1, _vocabSize };
         using OrtValue logits = Over(_logits, first * _vocabSize, TensorElementType.Float, shape, (long)rows * _vocabSize * sizeof(float));
-        binding.BindOutput(Tensors.Logits, logits);
-        return binding;
-    }
-
-    private void Run(OrtIoBinding binding, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
-    {
-        Dictionary<string, OrtValue> inputs = Tensors.Inputs(ids, totals, ropeLength);
-        try
-        {
-            foreach (KeyValuePair<string, OrtValue> input in inputs)
-            {
-                binding.BindInput(input.Key, input.Value);
-            }
-            _session.RunWithBinding(_run, binding);
-        }
-        finally
-        {
-            Tensors.Free(inputs.Values);
-        }
+        _binding.BindOutput(Tensors.Logits, logits);
     }
 
     /// <summary>A tensor over a part of a pinned array, which must outlive it.</summary>
@@ -161,32 +155,12 @@ internal sealed class GrowingCache : ICache
         _logits = new float[rows * _vocabSize];
     }
 
-    public void RunRow(int row, IReadOnlyList<int> ids, int past, int ropeLength)
+    public void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
     {
-        Dictionary<string, OrtValue> small = Tensors.Inputs(ids, new[] { past + ids.Count }, ropeLength);
-        try
+        int sequence = ids.Count / totals.Count;
+        for (int i = 0; i < totals.Count; i++)
         {
-            Dictionary<string, OrtValue> inputs = new Dictionary<string, OrtValue>(small);
-            for (int i = 0; i < _outputs.Length - 1; i++)
-            {
-                inputs[Tensors.Past(i)] = past == 0 ? _nothing : _rows[row]![i];
-            }
-            IDisposableReadOnlyCollection<OrtValue> outputs = _session.Run(_run, inputs, _outputs);
-            _rows[row]?.Dispose();
-            _rows[row] = outputs;
-            outputs[_outputs.Length - 1].GetTensorDataAsSpan<float>().CopyTo(Logits(row));
-        }
-        finally
-        {
-            Tensors.Free(small.Values);
-        }
-    }
-
-    public void RunStep(IReadOnlyList<int> ids, IReadOnlyList<int> totals)
-    {
-        for (int row = 0; row < totals.Count; row++)
-        {
-            RunRow(row, new[] { ids[row] }, totals[row] - 1, 0);
+            RunRow(first + i, ids.Skip(i * sequence).Take(sequence).ToArray(), totals[i], ropeLength);
         }
     }
 
@@ -203,6 +177,27 @@ internal sealed class GrowingCache : ICache
     {
         _rows.ForEach(row => row?.Dispose());
         _nothing.Dispose();
+    }
+
+    private void RunRow(int row, IReadOnlyList<int> ids, int total, int ropeLength)
+    {
+        Dictionary<string, OrtValue> small = Tensors.Inputs(ids, new[] { total }, ropeLength);
+        try
+        {
+            Dictionary<string, OrtValue> inputs = new Dictionary<string, OrtValue>(small);
+            for (int i = 0; i < _outputs.Length - 1; i++)
+            {
+                inputs[Tensors.Past(i)] = total == ids.Count ? _nothing : _rows[row]![i];
+            }
+            IDisposableReadOnlyCollection<OrtValue> outputs = _session.Run(_run, inputs, _outputs);
+            _rows[row]?.Dispose();
+            _rows[row] = outputs;
+            outputs[_outputs.Length - 1].GetTensorDataAsSpan<float>().CopyTo(Logits(row));
+        }
+        finally
+        {
+            Tensors.Free(small.Values);
+        }
     }
 }
 
@@ -232,7 +227,7 @@ internal static class Tensors
             ["input_ids"] = Tensor(ids.Select(id => (long)id).ToArray(), rows, ids.Count / rows),
             ["attention_mask"] = Tensor(mask, rows, longest),
             ["logits_to_keep"] = Tensor(new[] { 1L }, 1),
-            ["rope_length"] = Tensor(new[] { (long)ropeLength }, 1), // rows count as at least this long when rope factors are chosen
+            ["rope_length"] = Tensor(new[] { (long)ropeLength }, 1),
         };
     }
 

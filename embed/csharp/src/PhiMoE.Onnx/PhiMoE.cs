@@ -3,51 +3,15 @@ using Microsoft.ML.OnnxRuntime;
 
 namespace PhiMoEOnnx;
 
-/// <summary>What a model continues or answers: a text, the messages of a chat, or token ids; each converts to it by itself.</summary>
-public sealed class Prompt
-{
-    /// <summary>A text to continue.</summary>
-    public Prompt(string text)
-    {
-        Text = text;
-    }
-
-    /// <summary>Messages to answer.</summary>
-    public Prompt(IReadOnlyList<Message> messages)
-    {
-        Messages = messages;
-    }
-
-    /// <summary>Token ids to continue.</summary>
-    public Prompt(IReadOnlyList<int> tokenIds)
-    {
-        TokenIds = tokenIds;
-    }
-
-    internal string? Text { get; }
-
-    internal IReadOnlyList<Message>? Messages { get; }
-
-    internal IReadOnlyList<int>? TokenIds { get; }
-
-    /// <summary>A text to continue.</summary>
-    public static implicit operator Prompt(string text) => new Prompt(text);
-
-    /// <summary>Messages to answer.</summary>
-    public static implicit operator Prompt(Message[] messages) => new Prompt(messages);
-
-    /// <summary>Messages to answer.</summary>
-    public static implicit operator Prompt(List<Message> messages) => new Prompt(messages);
-
-    /// <summary>Token ids to continue.</summary>
-    public static implicit operator Prompt(int[] tokenIds) => new Prompt(tokenIds);
-}
-
 /// <summary>A bundle loaded for generation; <see cref="Load"/> makes one.</summary>
-/// <remarks>Its methods may be called from several threads: each call has a cache of its own. Dispose it when all have ended.</remarks>
+/// <remarks>Its methods may be called from several threads: each call has a cache of its own.</remarks>
 public sealed class PhiMoE : IDisposable
 {
+    private const int DefaultNewTokens = 1024; // where MaxNewTokens is not given
+
     private readonly InferenceSession _session;
+    private readonly ReaderWriterLockSlim _lock = new ReaderWriterLockSlim(); // read: in use; write: closing
+    private bool _closed;
 
     private PhiMoE(InferenceSession session, Manifest manifest, Tokenizer tokenizer)
     {
@@ -115,11 +79,23 @@ public sealed class PhiMoE : IDisposable
         IReadOnlyList<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
         RunAsync(Batch(prompts, options), cancellationToken);
 
-    /// <summary>Frees the model.</summary>
-    public void Dispose() => _session.Dispose();
+    /// <summary>Frees the model; waits for a pass in another thread, after which what goes on throws an ObjectDisposedException.</summary>
+    public void Dispose()
+    {
+        _lock.EnterWriteLock();
+        try
+        {
+            _closed = true;
+            _session.Dispose();
+        }
+        finally
+        {
+            _lock.ExitWriteLock();
+        }
+    }
 
     private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>
-        new[] { MakeRequest(prompt, "the prompt", options) };
+        new[] { MakeRequest("the prompt", prompt, options) };
 
     private IReadOnlyList<Request> Batch(IReadOnlyList<Prompt> prompts, GenerationOptions? options)
     {
@@ -127,11 +103,30 @@ public sealed class PhiMoE : IDisposable
         {
             throw new GenerationException("the batch is empty; give at least one prompt");
         }
-        return prompts.Select((prompt, row) => MakeRequest(prompt, $"prompt {row}", options)).ToArray();
+        return prompts.Select((prompt, number) => MakeRequest($"prompt {number}", prompt, options)).ToArray();
     }
 
-    private Request MakeRequest(Prompt prompt, string name, GenerationOptions? options) =>
-        Request.Make(Encode(prompt, name), Manifest.Decoding.Context, name, options ?? new GenerationOptions());
+    /// <summary>A request whose options are in range and whose tokens fit the context; <c>name</c> is the prompt's in errors.</summary>
+    private Request MakeRequest(string name, Prompt prompt, GenerationOptions? options)
+    {
+        options ??= new GenerationOptions();
+        options.Check();
+        IReadOnlyList<int> ids = Encode(prompt, name);
+        int context = Manifest.Decoding.Context;
+        int room = context - ids.Count;
+        if (room <= 0)
+        {
+            throw new GenerationException($"{name} has {ids.Count} tokens, which leaves no room in the context of {context}; shorten it");
+        }
+        int most = options.MaxNewTokens ?? Math.Min(DefaultNewTokens, room);
+        if (most > room)
+        {
+            throw new GenerationException(
+                $"{name} has {ids.Count} tokens and MaxNewTokens is {most}, together more than the context of {context}; "
+                + $"at most {room} new tokens fit");
+        }
+        return new Request(ids, most, options);
+    }
 
     private IReadOnlyList<int> Encode(Prompt prompt, string name)
     {
@@ -159,14 +154,57 @@ public sealed class PhiMoE : IDisposable
         return ids;
     }
 
+    /// <summary>The generation loop: prefills each row, then steps all rows until each has reached its end.</summary>
+    /// <returns>Every new token, the rows in turn.</returns>
     private IEnumerable<Piece> Run(IReadOnlyList<Request> requests, CancellationToken cancellationToken)
     {
         int capacity = requests.Max(request => request.Prompt.Count + request.MaxNewTokens);
-        Decoder Open() => new Decoder(_session, Manifest.Decoding, requests.Count, capacity, cancellationToken);
-        return Loop.Run(Open, Tokenizer, Manifest.Decoding.EosTokenIds, requests);
+        List<Row> active = requests.Select((request, number) => new Row(number, request, Manifest.Decoding, Tokenizer)).ToList();
+        using Decoder decoder = new Decoder(_session, Manifest.Decoding, requests.Count, capacity, cancellationToken);
+        for (int row = 0; row < requests.Count; row++)
+        {
+            WhileOpen(() => decoder.Prefill(row, requests[row].Prompt));
+        }
+        while (true)
+        {
+            for (int place = 0; place < active.Count; place++)
+            {
+                yield return active[place].Next(decoder.Logits(place));
+            }
+            for (int place = active.Count - 1; place >= 0; place--)
+            {
+                if (active[place].Finished)
+                {
+                    decoder.Drop(place);
+                    active[place] = active[active.Count - 1]; // as in the decoder, the last row takes its number
+                    active.RemoveAt(active.Count - 1);
+                }
+            }
+            if (active.Count == 0)
+            {
+                yield break;
+            }
+            WhileOpen(() => decoder.Step(active.Select(row => row.Last).ToArray()));
+        }
     }
 
-    private async IAsyncEnumerable<Piece> RunAsync(IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellationToken)
+    /// <summary>A pass over the model, during which it stays open.</summary>
+    private void WhileOpen(Action pass)
+    {
+        _lock.EnterReadLock();
+        try
+        {
+            ObjectDisposedException.ThrowIf(_closed, this);
+            pass();
+        }
+        finally
+        {
+            _lock.ExitReadLock();
+        }
+    }
+
+    private async IAsyncEnumerable<Piece> RunAsync(
+        IReadOnlyList<Request> requests, [EnumeratorCancellation] CancellationToken cancellationToken)
     {
         using IEnumerator<Piece> pieces = Run(requests, cancellationToken).GetEnumerator();
         while (await Task.Run(pieces.MoveNext, cancellationToken).ConfigureAwait(false))

@@ -97,17 +97,8 @@ public sealed class Conformance : IDisposable
         return copy;
     }
 
-    /// <summary>A copy of the bundle whose cache grows with every pass, as a portable bundle's does; the caller deletes it.</summary>
-    public static string GrowingBundle()
-    {
-        string copy = CopyBundle();
-        ChangeManifest(copy, manifest => manifest["decoding"]!["cache"]!["shared"] = false);
-        return copy;
-    }
-
-    public void Dispose() => Model.Dispose();
-
-    private static string CopyBundle()
+    /// <summary>A copy of the bundle; the caller deletes it.</summary>
+    public static string CopyBundle()
     {
         string copy = Path.Combine(Path.GetTempPath(), Path.GetRandomFileName());
         Directory.CreateDirectory(copy);
@@ -117,6 +108,16 @@ public sealed class Conformance : IDisposable
         }
         return copy;
     }
+
+    /// <summary>A copy of the bundle whose cache grows with every pass, as a portable bundle's does; the caller deletes it.</summary>
+    public static string GrowingBundle()
+    {
+        string copy = CopyBundle();
+        ChangeManifest(copy, manifest => manifest["decoding"]!["cache"]!["shared"] = false);
+        return copy;
+    }
+
+    public void Dispose() => Model.Dispose();
 
     private static void ChangeManifest(string bundle, Action<JsonNode> change)
     {

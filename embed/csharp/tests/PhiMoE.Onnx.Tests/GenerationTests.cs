@@ -53,12 +53,41 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     }
 
     [Fact]
+    public void AStreamCanBeReadAgain()
+    {
+        IEnumerable<Piece> pieces = _model.GenerateAsync("It was", Short).ToBlockingEnumerable();
+        Assert.Equal(pieces.Select(piece => piece.TokenId).ToArray(), pieces.Select(piece => piece.TokenId).ToArray());
+    }
+
+    [Fact]
     public async Task ServesSeveralCallersAtOnce()
     {
         string[] prompts = { "It was", "Emma", "And the LORD said", "The king" };
         string[] expected = prompts.Select(prompt => _model.Generate(prompt, Short).Text).ToArray();
         Task<string>[] tasks = prompts.Select(prompt => Task.Run(() => _model.Generate(prompt, Short).Text)).ToArray();
         Assert.Equal(expected, await Task.WhenAll(tasks));
+    }
+
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void AClosedModelRefusesWhatIsStillToCome(bool growing)
+    {
+        string bundle = growing ? Conformance.GrowingBundle() : Conformance.CopyBundle();
+        try
+        {
+            PhiMoE model = PhiMoE.Load(bundle, threads: 1);
+            using IEnumerator<Piece> pieces = model.GenerateAsync("It was", Short).ToBlockingEnumerable().GetEnumerator();
+            Assert.True(pieces.MoveNext());
+            model.Dispose();
+            model.Dispose();
+            Assert.Throws<ObjectDisposedException>(() => pieces.MoveNext());
+            Assert.Throws<ObjectDisposedException>(() => model.Generate("It was", Short));
+        }
+        finally
+        {
+            Directory.Delete(bundle, recursive: true);
+        }
     }
 
     [Fact]
