@@ -17,6 +17,7 @@ from phimoe_onnx.errors import (
     ExportError,
     GenerationError,
     MissingPackageError,
+    OutOfMemoryError,
     PhiMoEError,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "ExportError",
     "GenerationError",
     "MissingPackageError",
+    "OutOfMemoryError",
     "PhiMoE",
     "PhiMoEError",
     "__version__",

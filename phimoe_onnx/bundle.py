@@ -31,6 +31,7 @@ LOGITS = "logits"  # float32 [batch, sequence or logits_to_keep, vocab_size]; a 
 LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, sequence, hidden_size], after the final norm
 LOGITS_TO_KEEP = "logits_to_keep"  # optional int64 [1]: how many last positions get logits; 0, the default, is all
 ROPE_LENGTH = "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
+CACHE_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}  # bytes of each dtype that a cache may have
 OPTIONAL_INPUTS = (LOGITS_TO_KEEP, ROPE_LENGTH)
 
 
@@ -79,6 +80,11 @@ class CacheShape:
     head_dim: int
     dtype: str
     shared: bool
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one row, all layers together."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * CACHE_WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,8 @@ def _decoding(raw: dict[str, Any]) -> Decoding:
     counts += [cache.num_key_value_heads, cache.head_dim, 1 if decoding.rope_boundary is None else decoding.rope_boundary]
     if not all(type(count) is int and count > 0 for count in counts):
         raise ValueError("a number of its decoding section is not a positive integer")
+    if cache.dtype not in CACHE_WIDTHS:
+        raise ValueError(f"the cache's dtype is {cache.dtype!r}")
     if not all(type(id) is int for id in (*decoding.eos_token_ids, *decoding.hidden_tokens.values())):
         raise ValueError("a token id of its decoding section is not an integer")
     return decoding

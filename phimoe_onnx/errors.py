@@ -29,5 +29,9 @@ class DeviceError(PhiMoEError):
     """The asked device or ONNX Runtime release cannot run the bundle."""
 
 
+class OutOfMemoryError(PhiMoEError, MemoryError):
+    """The device has not enough free memory for a bundle, a cache or a pass."""
+
+
 class GenerationError(PhiMoEError, ValueError):
     """A prompt or an option of `generate` or `score` is out of range."""

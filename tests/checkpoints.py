@@ -69,7 +69,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "lm_head_bias": False},
     "experts": {"num_local_experts": 5, "num_hidden_layers": 3, "router_jitter_noise": 0.1},
     "heads": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 96},
-    "longrope-window": {"rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
+    "tiles": {"intermediate_size": 128, "rope_scaling": longrope(16)},  # QMoE on CUDA wants multiples of 64
+    "tiles-xqa": {"intermediate_size": 128, "head_dim": 64, "rope_scaling": longrope(64)},  # an attention kernel of CUDA's, too
+    "longrope-window": {"intermediate_size": 128, "rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
 }
 
 TASKS: dict[str, dict[str, Any]] = {

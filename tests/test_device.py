@@ -11,11 +11,13 @@ import onnxruntime as ort
 import pytest
 
 from phimoe_onnx.bundle import SAMPLING, read_manifest
-from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.errors import GenerationError, OutOfMemoryError
 from phimoe_onnx.runtime.cache import SharedCache
+from phimoe_onnx.runtime.chat import ChatTemplate
 from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.device import DeviceCache
 from phimoe_onnx.runtime.generate import generate, make_request
+from phimoe_onnx.runtime.model import PhiMoE
 from phimoe_onnx.runtime.sampling import Choice, Sampling
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 
@@ -33,6 +35,7 @@ class Sessions:
         self.decoding = read_manifest(folder).decoding
         self.model = ort.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
         self.sampling = ort.InferenceSession(str(folder / SAMPLING), options, ["CPUExecutionProvider"])
+        self.folder = folder
         self.tokenizer = Tokenizer(folder, self.decoding.hidden_tokens.values())
 
     def device(self, rows: int, capacity: int) -> Decoder:
@@ -43,9 +46,14 @@ class Sessions:
         """Rows in the CPU's cache, over the same graph."""
         return Decoder(SharedCache(self.model, self.decoding, rows, capacity), self.decoding, rows)
 
-    def write(
-        self, make: Callable[[int, int], Decoder], prompts: Sequence[list[int]], lengths: list[int], **options: Any
-    ) -> list[list[int]]:
+    def load(self, **options: Any) -> PhiMoE:
+        """The bundle as it would be on a device; end tokens do not end its texts."""
+        template = ChatTemplate(self.folder)
+        model = PhiMoE(self.model, read_manifest(self.folder), self.tokenizer, template, "cpu", self.sampling, **options)
+        model.eos = frozenset()
+        return model
+
+    def write(self, make: Make, prompts: Sequence[list[int]], lengths: list[int], **options: Any) -> list[list[int]]:
         """The new tokens of each prompt."""
         rows = zip(prompts, lengths, strict=True)
         requests = [make_request(prompt, self.decoding.context, max_new_tokens=length, **options) for prompt, length in rows]
@@ -55,7 +63,7 @@ class Sessions:
         return found
 
 
-@pytest.fixture(scope="module", params=[("plain", "int4"), ("longrope", "int4"), ("longrope", "none"), ("window", "int8")], ids="-".join)
+@pytest.fixture(scope="module", params=[("tiles", "int4"), ("tiles-xqa", "int8"), ("longrope", "none"), ("window", "none")], ids="-".join)
 def sessions(bundle: Bundle, request: pytest.FixtureRequest) -> Sessions:
     shape, quantize = request.param
     return Sessions(bundle(shape, "cuda", quantize))
@@ -100,3 +108,25 @@ def test_nonsense_is_an_error(sessions: Sessions) -> None:
     cache._logits.update_inplace(np.full((1, 1, sessions.decoding.vocab_size), np.nan, np.float32))
     with pytest.raises(GenerationError, match="not finite"):
         cache.choose([GREEDY], [1])
+
+
+def test_a_cache_over_its_limit_is_refused_before_it_is_made(sessions: Sessions) -> None:
+    capacity = min(256, sessions.decoding.context)  # buffers grow by 256 tokens
+    limit = 2 * capacity * sessions.decoding.cache.bytes_per_token
+
+    def make(rows: int) -> None:
+        DeviceCache(sessions.model, sessions.sampling, sessions.decoding, "cpu", rows, 8, limit)
+
+    make(2)
+    with pytest.raises(OutOfMemoryError, match=rf"a cache of 3 x {capacity} tokens takes .* memory_limit leaves"):
+        make(3)
+
+
+def test_with_cuda_graphs_a_cache_serves_again_and_forgets(sessions: Sessions) -> None:
+    model = sessions.load(cuda_graphs=True)
+    rows = prompts(sessions.decoding.vocab_size, 3, 30)
+    expected = [sessions.write(sessions.host, [row], [9])[0] for row in rows]
+    assert [model.generate(row, max_new_tokens=9).token_ids for row in rows] == expected
+    assert list(model._idle) == [(1, min(256, sessions.decoding.context))]
+    assert [result.token_ids for result in model.generate(rows, max_new_tokens=9)] == expected
+    assert {count for count, _ in model._idle} == {1, 2}

@@ -162,7 +162,7 @@ def test_name_nodes(traced: Traced, checkpoint: Checkpoint) -> None:
 def test_fuse_attention(traced: Traced, checkpoint: Checkpoint, shape: str) -> None:
     model, config = traced(shape), read_config(checkpoint(shape))
     layers = config.num_hidden_layers
-    changed = change(model, FuseAttention(config))
+    changed = change(model, FuseAttention(config, "cpu"))
     assert changed[f"{MICROSOFT}::GroupQueryAttention"] == -changed[f"{DOMAIN}::Attention"] == layers
     assert changed["MatMul"] == changed["Transpose"] == -2 * layers  # three projections become one
     assert changed["Cos"] == changed["Sin"] == -1
@@ -183,7 +183,7 @@ def test_fuse_attention_wants_every_layer(traced: Traced, checkpoint: Checkpoint
     node = next(node for node in model.graph if node.op_type == "Attention")
     node.op_type = "Another"
     with pytest.raises(ExportError, match="the pass for attention matched 1 places, expected 2"):
-        FuseAttention(config)(model)
+        FuseAttention(config, "cpu")(model)
 
 
 def test_fuse_attention_wants_projections(traced: Traced, checkpoint: Checkpoint) -> None:
@@ -191,7 +191,7 @@ def test_fuse_attention_wants_projections(traced: Traced, checkpoint: Checkpoint
     node = next(node for node in model.graph if node.op_type == "Attention")
     node.replace_input_with(1, node.inputs[4])
     with pytest.raises(ExportError, match="expected a projection before attention"):
-        FuseAttention(config)(model)
+        FuseAttention(config, "cpu")(model)
 
 
 def test_the_rope_tables_are_the_models_rope(checkpoint: Checkpoint) -> None:
@@ -402,7 +402,7 @@ def test_quantize_embedding(traced: Traced, checkpoint: Checkpoint, shape: str) 
 
 def test_store_half(traced: Traced, checkpoint: Checkpoint) -> None:
     model, config = traced("longrope"), read_config(checkpoint("longrope"))
-    FuseAttention(config)(model)
+    FuseAttention(config, "cpu")(model)
     StoreProjections({})(model)
     common.RemoveUnusedNodesPass()(model)
     original = model.clone()

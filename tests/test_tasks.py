@@ -112,7 +112,7 @@ def test_fp16_weights_are_pytorch_over_the_rounded_weights(checkpoint: Make, bun
 
 
 @pytest.mark.parametrize(("quantize", "bound"), [("none", 1e-2), ("int8", 0.1), ("int4", 0.1)])
-@pytest.mark.parametrize("shape", ["plain", "longrope"])
+@pytest.mark.parametrize("shape", ["tiles", "tiles-xqa"])
 def test_cuda_graphs_on_the_cpu(checkpoint: Make, bundle: Make, shape: str, quantize: str, bound: float) -> None:
     """As near as float16 is, and for int8 and int4 activations rounded to int8; but where that moved a choice of experts."""
     folder = bundle(shape, "cuda", quantize, EMBED)

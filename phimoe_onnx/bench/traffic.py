@@ -38,9 +38,9 @@ def step_bytes(bundle: Path, manifest: Manifest, batch: int, length: int) -> int
     used = experts * (1 - (1 - 2 / experts) ** batch)
     dense += used * 3 * config.hidden_size * config.intermediate_size * _bits(manifest.weights["experts"], scale)
     cache = manifest.decoding.cache
-    cached = 2 * batch * min(length, config.window or length) * cache.num_key_value_heads * cache.head_dim * np.dtype(cache.dtype).itemsize
+    cached = batch * min(length, config.window or length) * cache.bytes_per_token
     head = config.vocab_size * config.hidden_size * _bits(manifest.weights["lm_head"], scale)
-    return int((config.num_hidden_layers * dense + head) / 8) + config.num_hidden_layers * cached
+    return int((config.num_hidden_layers * dense + head) / 8) + cached
 
 
 def read_bandwidth(threads: int | None = None) -> float:

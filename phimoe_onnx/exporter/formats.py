@@ -15,6 +15,7 @@ QUANTIZE = ("none", "fp16", "int8", "int4")
 KV_CACHE = ("none", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 LARGEST_DEFAULT_BLOCK = 64
+CUDA_TILE = 64  # QMoE's packed weights are made of tiles of so many columns
 
 
 def activation_dtype(target: str) -> ir.DataType:
@@ -72,6 +73,11 @@ def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int
         attention.check(config)
     if not quantize.startswith("int"):
         return None
+    if target == "cuda" and (config.hidden_size % CUDA_TILE or config.intermediate_size % CUDA_TILE):
+        raise ExportError(
+            f"--target cuda has no {quantize} for hidden_size {config.hidden_size} and intermediate_size {config.intermediate_size}: "
+            f"ONNX Runtime's QMoE needs multiples of {CUDA_TILE} there; use --quantize none"
+        )
     widths = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

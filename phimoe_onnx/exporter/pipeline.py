@@ -148,8 +148,9 @@ def export(
 
 
 # The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is slow, from
-# 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs have it.
-MINIMUM_ONNXRUNTIME = {"QMoE": "1.31"}
+# 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs have it. Theirs need
+# 1.31, too: before, GroupQueryAttention does not rotate at positions beyond the cache's length, where the long factors are.
+MINIMUM_ONNXRUNTIME = {"QMoE": "1.31", "MoE": "1.31"}
 OTHERWISE = "1.29"
 
 
@@ -162,7 +163,7 @@ def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format:
     """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
     layers = config.num_hidden_layers
     if target != "portable":
-        FuseAttention(config)(model)
+        FuseAttention(config, target)(model)
         FuseSkipLayerNorm(layers)(model)
     elif task == "text-generation":
         ReshapeCache(config)(model)

@@ -39,7 +39,7 @@ def Sampling(
     penalized = op.Where(op.Greater(scores, nothing), scores / repetition_penalty, scores * repetition_penalty)
     scores = op.Where(seen, penalized, scores)
     if greedy:
-        chosen = op.ArgMax(scores, axis=1)
+        _, chosen = op.TopK(scores, axis)  # not ArgMax, whose choice among equals no specification gives
     else:
         vocab_size = op.Shape(scores, start=1)
         largest, order = op.TopK(scores, vocab_size)  # equal scores come by index

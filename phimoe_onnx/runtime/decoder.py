@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from phimoe_onnx.bundle import Decoding
 from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
 from phimoe_onnx.runtime.device import DeviceCache
+from phimoe_onnx.runtime.memory import memory_errors
 from phimoe_onnx.runtime.sampling import Choice
 
 
@@ -24,6 +25,7 @@ class Decoder:
     def __init__(self, cache: SharedCache | GrowingCache | DeviceCache, decoding: Decoding, rows: int) -> None:
         self._cache = cache
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._bytes_per_token = decoding.cache.bytes_per_token
         self._boundary = decoding.rope_boundary
         self._chunk = decoding.prefill_chunk
         self._long = [False] * rows  # whether the row's keys were rotated by the long factors
@@ -46,7 +48,9 @@ class Decoder:
         for row, held in enumerate(self.tokens):
             if self._is_long(len(held) + 1) != self._long[row]:
                 self._prefill(row, held.copy(), len(held) + 1)
-        self._cache.run_step(ids, [len(held) for held in self.tokens])
+        lengths = [len(held) for held in self.tokens]
+        with memory_errors(f"a step of {len(ids)} rows, {sum(lengths)} tokens cached", sum(lengths) * self._bytes_per_token):
+            self._cache.run_step(ids, lengths)
         for held, token in zip(self.tokens, ids, strict=True):
             held.append(token)
 
@@ -64,7 +68,9 @@ class Decoder:
 
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` tokens in every row, keeping what is cached."""
-        self._cache.reserve(capacity)
+        rows = len(self.tokens)
+        with memory_errors(f"a cache of {rows} x {capacity} tokens", rows * capacity * self._bytes_per_token):
+            self._cache.reserve(capacity)
 
     def _prefill(self, row: int, ids: Sequence[int], rope_length: int) -> None:
         held = self.tokens[row]
@@ -82,7 +88,8 @@ class Decoder:
         self._long[row] = self._is_long(rope_length)
         for start in range(len(held), len(ids), self._chunk):
             chunk = ids[start : start + self._chunk]
-            logits = self._cache.run_row(row, chunk, start, keep, rope_length)
+            with memory_errors(f"{len(chunk)} of a prompt's {len(ids)} tokens", len(ids) * self._bytes_per_token):
+                logits = self._cache.run_row(row, chunk, start, keep, rope_length)
             held.extend(chunk)
             yield logits
 

@@ -5,15 +5,17 @@ Dimensions as in cache.py, but T is the capacity: buffers, mask and token ids ke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnxruntime import OrtValue
+from onnxruntime import OrtValue, RunOptions
 
-from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, ROPE_LENGTH, cache_names
-from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.bundle import ATTENTION_MASK, CACHE_WIDTHS, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, ROPE_LENGTH, cache_names
+from phimoe_onnx.errors import GenerationError, OutOfMemoryError
+from phimoe_onnx.runtime.memory import REMEDY, gigabytes
 from phimoe_onnx.runtime.sampling import Choice, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 
     from phimoe_onnx.bundle import Decoding
 
+_NO_GRAPH = -1  # ONNX Runtime's number for a run that is neither recorded nor replayed
+_graph_ids = itertools.count(1)
 _IDLE = Choice(Sampling(), 0, ())
 _TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3, "uint8": 2}  # ONNX's numbers: numpy has no bfloat16
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}  # bytes
 
 
 class DeviceCache:
@@ -31,10 +34,27 @@ class DeviceCache:
 
     A row keeps its slot in the buffers to its end; `drop` leaves the slot idle, where it computes along for nothing: moving a
     row would copy its whole cache, and a change of shapes would cost more than the idle slot does.
+
+    With `capture` a step is recorded as a CUDA graph the first time and replayed afterwards, by the thread that recorded it; the
+    session must have the provider option enable_cuda_graph.
+
+    Attributes:
+        capacity: the tokens that a row has room for.
+
+    Raises:
+        OutOfMemoryError: the buffers would take more than `limit` bytes; from `reserve`, too.
     """
 
     def __init__(
-        self, session: InferenceSession, sampling: InferenceSession, decoding: Decoding, device: str, rows: int, capacity: int
+        self,
+        session: InferenceSession,
+        sampling: InferenceSession,
+        decoding: Decoding,
+        device: str,
+        rows: int,
+        capacity: int,
+        limit: int | None = None,
+        capture: bool = False,
     ) -> None:
         self._session = session
         self._sampling = sampling
@@ -42,6 +62,8 @@ class DeviceCache:
         self._cache = decoding.cache
         self._vocab_size = decoding.vocab_size
         self._context = decoding.context
+        self._limit = limit
+        self._capture = capture
         self._past = cache_names(decoding.cache.num_hidden_layers, "past_key_values")
         self._present = cache_names(decoding.cache.num_hidden_layers, "present")
         self._slots = list(range(rows))  # of each row
@@ -75,7 +97,7 @@ class DeviceCache:
             binding.bind_output(LOGITS, self._device, 0, np.float32, [1, 1, self._vocab_size], address)
         else:
             binding.bind_output(LOGITS, "cpu", 0, np.float32, [1, *logits.shape], logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, _run_options(_NO_GRAPH))
         return logits
 
     def choose(self, choices: Sequence[Choice], lengths: Sequence[int]) -> list[int]:
@@ -115,8 +137,14 @@ class DeviceCache:
             for name, value in {INPUT_IDS: self._ids, ATTENTION_MASK: self._mask, **self._constants}.items():
                 self._step.bind_ortvalue_input(name, value)
             self._step.bind_ortvalue_output(LOGITS, self._logits)
-        self._session.run_with_iobinding(self._step)
+        self._session.run_with_iobinding(self._step, self._step_options)
         self._chosen = self._chosen or list(ids)
+
+    def clear(self) -> None:
+        """Forgets every row; the cache is as new, its buffers where they were."""
+        self._slots = list(range(self._count))
+        self._chosen = None
+        self._counted = []
 
     def drop(self, row: int) -> None:
         """Forgets a row; the last row takes its number."""
@@ -126,28 +154,34 @@ class DeviceCache:
 
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` tokens a row, keeping what is cached, which takes a turn through the host's memory."""
-        if capacity <= self._capacity:
+        if capacity <= self.capacity:
             return
-        before, kept = self._capacity, [buffer.numpy() for buffer in self._buffers]
+        before, kept = self.capacity, [buffer.numpy() for buffer in self._buffers]
         self._allocate(capacity)
         for buffer, values in zip(self._buffers, kept, strict=True):
-            larger = np.zeros((*values.shape[:2], self._capacity, values.shape[3]), values.dtype)
+            larger = np.zeros((*values.shape[:2], self.capacity, values.shape[3]), values.dtype)
             larger[:, :, :before] = values
             buffer.update_inplace(larger)
 
     def _allocate(self, capacity: int) -> None:
-        self._capacity = min(-(-capacity // 256) * 256, self._context)  # rope tables have a row for each token of the context
-        shape = [self._count, self._cache.num_key_value_heads, self._capacity, self._cache.head_dim]
+        capacity = min(-(-capacity // 256) * 256, self._context)  # rope tables have a row for each token of the context
+        needed = self._count * capacity * self._cache.bytes_per_token
+        if self._limit is not None and needed > self._limit:
+            what = f"a cache of {self._count} x {capacity} tokens"
+            raise OutOfMemoryError(f"{what} takes {gigabytes(needed)}, memory_limit leaves {gigabytes(self._limit)} for it; {REMEDY}")
+        self.capacity = capacity
+        shape = [self._count, self._cache.num_key_value_heads, capacity, self._cache.head_dim]
         element = _TYPES[self._cache.dtype]
         self._buffers = [OrtValue.ortvalue_from_shape_and_type(shape, element, self._device, 0) for _ in self._past]
-        self._mask = self._place(np.zeros((self._count, self._capacity), np.int64))
+        self._mask = self._place(np.zeros((self._count, self.capacity), np.int64))
         self._step = self._chosen = None
+        self._step_options = _run_options(next(_graph_ids) if self._capture else _NO_GRAPH)  # new places, so a new graph
 
     def _bind(self, first: int, slots: int) -> IOBinding:
         """A binding of slots first .. first + slots of every buffer as past and as present."""
         binding = self._session.io_binding()
-        shape = [slots, self._cache.num_key_value_heads, self._capacity, self._cache.head_dim]
-        offset = first * int(np.prod(shape[1:])) * _WIDTHS[self._cache.dtype]
+        shape = [slots, self._cache.num_key_value_heads, self.capacity, self._cache.head_dim]
+        offset = first * int(np.prod(shape[1:])) * CACHE_WIDTHS[self._cache.dtype]
         element = _TYPES[self._cache.dtype]
         for past, present, buffer in zip(self._past, self._present, self._buffers, strict=True):
             address = buffer.data_ptr() + offset
@@ -172,7 +206,7 @@ class DeviceCache:
 
     def _upload_mask(self, lengths: Sequence[int]) -> None:
         """The mask of rows that hold so many tokens; an idle slot has one."""
-        self._mask.update_inplace((np.arange(self._capacity) < self._spread(lengths, 1, np.int64)).astype(np.int64))
+        self._mask.update_inplace((np.arange(self.capacity) < self._spread(lengths, 1, np.int64)).astype(np.int64))
 
     def _upload_seen(self, choices: Sequence[Choice]) -> None:
         """The rows' tokens so far, unless the device has counted them along."""
@@ -193,3 +227,9 @@ class DeviceCache:
 
     def _place(self, array: NDArray[Any]) -> OrtValue:
         return OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+
+def _run_options(graph_id: int) -> RunOptions:
+    options = RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options

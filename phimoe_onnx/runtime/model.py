@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.device import DeviceCache
 from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate, make_request
+from phimoe_onnx.runtime.memory import memory_errors
 from phimoe_onnx.runtime.session import open_sampling, open_session
 from phimoe_onnx.runtime.texts import run_texts
 from phimoe_onnx.runtime.tokenizer import Tokenizer
@@ -69,6 +71,8 @@ class PhiMoE:
         template: ChatTemplate,
         device: str = "cpu",
         sampling: InferenceSession | None = None,
+        cache_limit: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.manifest = manifest
         self.decoding = manifest.decoding
@@ -78,17 +82,32 @@ class PhiMoE:
         self._template = template
         self._device = device
         self._sampling = sampling
+        self._cache_limit = cache_limit
+        self._idle: dict[tuple[int, int], DeviceCache] | None = {} if cuda_graphs else None  # recorded steps read fixed places
 
     @classmethod
-    def load(cls, bundle: str | Path, device: str = "cpu", threads: int | None = None) -> PhiMoE:
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        memory_limit: int | None = None,
+        cuda_graphs: bool = False,
+    ) -> PhiMoE:
         """Loads a bundle that phimoe-export wrote.
 
         Args:
             bundle: its folder.
             device: "cpu" or "cuda"; never another than the one asked for.
             threads: threads for one operator; None leaves it to ONNX Runtime.
+            memory_limit: on CUDA, the bytes that weights and passes may take, and that a cache may take beside the weights, so
+                that several models share a card.
+            cuda_graphs: on CUDA, record a decode step once and replay it. A model then serves one thread, and keeps a cache for
+                each number of rows and power of two of tokens that it was asked for.
 
         Raises:
+            OutOfMemoryError: the device has too little memory, or the limit leaves too little.
             BundleError: the folder is no bundle, or a file of it is missing or changed.
             DeviceError: the device or the installed ONNX Runtime cannot run the bundle.
 
@@ -100,10 +119,12 @@ class PhiMoE:
         check_files(folder, manifest)
         tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
         template = ChatTemplate(folder)
-        session = open_session(folder, manifest, device, threads)
+        session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
         on_device = device != "cpu" and manifest.task == "text-generation" and manifest.decoding.cache.shared
         sampling = open_sampling(folder, device) if on_device else None
-        return cls(session, manifest, tokenizer, template, device, sampling)
+        weights = sum(file["size"] for name, file in manifest.files.items() if name.endswith(".data"))
+        cache_limit = None if memory_limit is None else memory_limit - weights
+        return cls(session, manifest, tokenizer, template, device, sampling, cache_limit, cuda_graphs)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
@@ -251,13 +272,27 @@ class PhiMoE:
     def decoder(self, rows: int, capacity: int) -> Decoder:
         """Empty caches for `rows` rows of up to `capacity` tokens."""
         cache: SharedCache | GrowingCache | DeviceCache
-        if self._sampling:
-            cache = DeviceCache(self._session, self._sampling, self.decoding, self._device, rows, capacity)
-        elif self.decoding.cache.shared:
-            cache = SharedCache(self._session, self.decoding, rows, capacity)
-        else:
-            cache = GrowingCache(self._session, self.decoding, rows)
-        return Decoder(cache, self.decoding, rows)
+        with memory_errors(f"a cache of {rows} x {capacity} tokens", rows * capacity * self.decoding.cache.bytes_per_token):
+            if self._sampling:
+                cache = self._device_cache(self._sampling, rows, capacity)
+            elif self.decoding.cache.shared:
+                cache = SharedCache(self._session, self.decoding, rows, capacity)
+            else:
+                cache = GrowingCache(self._session, self.decoding, rows)
+        decoder = Decoder(cache, self.decoding, rows)
+        if self._idle is not None and isinstance(cache, DeviceCache):
+            weakref.finalize(decoder, _shelve, self._idle, rows, cache).atexit = False
+        return decoder
+
+    def _device_cache(self, sampling: InferenceSession, rows: int, capacity: int) -> DeviceCache:
+        """A new cache on the device, or with CUDA graphs an idle one that has its graph already."""
+        if self._idle is not None:
+            capacity = min(max(256, 1 << (capacity - 1).bit_length()), self.decoding.context)
+            if cache := self._idle.pop((rows, capacity), None):
+                cache.clear()
+                return cache
+        capture = self._idle is not None
+        return DeviceCache(self._session, sampling, self.decoding, self._device, rows, capacity, self._cache_limit, capture)
 
     def _expect(self, task: str, method: str) -> None:
         if self.manifest.task != task:
@@ -278,6 +313,10 @@ class PhiMoE:
         if len(ids) > self.decoding.context:
             raise GenerationError(f"the text has {len(ids)} tokens, the context holds {self.decoding.context}")
         return self.decoder(1, len(ids)).logits(ids)
+
+
+def _shelve(idle: dict[tuple[int, int], DeviceCache], rows: int, cache: DeviceCache) -> None:
+    idle[rows, cache.capacity] = cache
 
 
 def _is_batch(prompt: Prompt | Batch) -> bool:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import onnxruntime as ort
 
 from phimoe_onnx.bundle import SAMPLING, Graph, Manifest
-from phimoe_onnx.errors import DeviceError
-from phimoe_onnx.runtime.cuda import why_no_cuda
+from phimoe_onnx.errors import DeviceError, OutOfMemoryError
+from phimoe_onnx.runtime.cuda import driver_problem, library_problem
 from phimoe_onnx.runtime.mapped import released
+from phimoe_onnx.runtime.memory import memory_errors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
-def open_session(bundle: Path, manifest: Manifest, device: str, threads: int | None) -> ort.InferenceSession:
+def open_session(
+    bundle: Path, manifest: Manifest, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False
+) -> ort.InferenceSession:
     """A session over the first graph of the manifest that the installed ONNX Runtime can load.
 
     Args:
@@ -24,8 +28,11 @@ def open_session(bundle: Path, manifest: Manifest, device: str, threads: int | N
         manifest: its manifest.
         device: "cpu" or "cuda".
         threads: threads for one operator; None leaves it to ONNX Runtime, which takes one a physical core.
+        memory_limit: bytes on a CUDA device that weights and passes may take; None is all.
+        cuda_graphs: whether the session can record and replay runs.
 
     Raises:
+        OutOfMemoryError: the device has too little memory.
         DeviceError: the device is unknown or not available, the bundle was not exported for it, or ONNX Runtime is too old
             for the bundle or refuses its graph.
 
@@ -33,9 +40,12 @@ def open_session(bundle: Path, manifest: Manifest, device: str, threads: int | N
     check_device(device, manifest.target)
     if threads is not None and threads < 1:
         raise DeviceError(f"threads is {threads}, expected 1 or more, or None for ONNX Runtime's own choice")
+    for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": cuda_graphs}.items():
+        if given and device != "cuda":
+            raise DeviceError(f"{name} is for device='cuda', the device is {device!r}")
     path = bundle / choose_graph(manifest, ort.__version__).file
     with released(bundle):
-        return _open(path, device, threads)
+        return _open(path, device, threads, memory_limit, cuda_graphs)
 
 
 def open_sampling(bundle: Path, device: str) -> ort.InferenceSession:
@@ -43,19 +53,34 @@ def open_sampling(bundle: Path, device: str) -> ort.InferenceSession:
     return _open(bundle / SAMPLING, device, None)
 
 
-def _open(path: Path, device: str, threads: int | None) -> ort.InferenceSession:
+def _open(path: Path, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
     provider = PROVIDERS[device]
+    choices = {}
     if device == "cuda":
-        ort.preload_dlls()  # of the nvidia packages that the extra [gpu] brings
+        if problem := driver_problem():
+            raise DeviceError(f"device is 'cuda', but ONNX Runtime {ort.__version__} could not start its {provider}: {problem}")
+        with redirect_stdout(None):  # what it prints about a missing library stands in the error below
+            ort.preload_dlls()  # of the nvidia packages that the extra [gpu] brings
+        # the arena would keep the memory of weights that QMoE has packed into memory of its own: 2.7 times the bundle
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        choices = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}  # TF32 would choose other experts
+        choices["enable_cuda_graph"] = str(int(cuda_graphs))
+        if memory_limit is not None:
+            choices["gpu_mem_limit"] = str(memory_limit)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
+        with memory_errors(f"loading {path} on {device}", sum(file.stat().st_size for file in path.parent.glob("*.data"))):
+            session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
+    except OutOfMemoryError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base below this
-        raise DeviceError(f"{path}: ONNX Runtime {ort.__version__} cannot load it on {device}: {error}") from error
+        reason = re.search(r"CUDA failure \d+: [^;]*[^; ]", str(error))  # the rest is a C++ backtrace
+        said = reason[0] if reason else error
+        raise DeviceError(f"{path}: ONNX Runtime {ort.__version__} cannot load it on {device}: {said}") from error
     if provider not in session.get_providers():
-        raise DeviceError(f"device is {device!r}, but ONNX Runtime {ort.__version__} could not start its {provider}: {why_no_cuda()}")
+        raise DeviceError(f"device is {device!r}, but ONNX Runtime {ort.__version__} could not start its {provider}: {library_problem()}")
     return session
 
 

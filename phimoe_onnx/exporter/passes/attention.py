@@ -25,6 +25,11 @@ def check(config: PhiMoEConfig) -> None:
         )
 
 
+def has_xqa(config: PhiMoEConfig) -> bool:
+    """Whether CUDA's GroupQueryAttention steps with its XQA kernel (ONNX Runtime 1.31 on Ampere and later)."""
+    return config.num_attention_heads // config.num_key_value_heads in (1, 2, 4, 5, 8, 16, 32) and config.head_dim in (64, 128, 256)
+
+
 class FuseAttention(ir.passes.InPlacePass):
     """Replaces each `phimoe::Attention` and the three projections before it.
 
@@ -37,19 +42,22 @@ class FuseAttention(ir.passes.InPlacePass):
     3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which reads each
        row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing reads them:
        without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
-    4. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
+    4. On CUDA a step with longrope whose shape has no XQA kernel may go to FlashDecoding, which ignores `position_ids` (ONNX
+       Runtime 1.31): there RotaryEmbedding turns Q and K, too.
+    5. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
 
     Matches exactly `num_hidden_layers` places.
     """
 
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, target: str) -> None:
         super().__init__()
         self.config = config
+        self.operator_rotates = target != "cuda" or has_xqa(config)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         matches = nodes(model, "Attention", DOMAIN)
         expect("attention", len(matches), self.config.num_hidden_layers)
-        shared = _shared_inputs(model.graph, self.config, matches[0].inputs[3].dtype, before=model.graph[0])
+        shared = _shared_inputs(model.graph, self.config, matches[0].inputs[3].dtype, first=model.graph[0])
         for node in matches:
             self._fuse(model.graph, node, shared)
         model.opset_imports[MICROSOFT] = 1
@@ -79,9 +87,9 @@ class FuseAttention(ir.passes.InPlacePass):
         past_key, past_value = attention.inputs[5:7]
         if not past_key.is_graph_input():
             past_key = past_value = None
-            if position_ids is not None:
-                packed += self._rotate(graph, packed[-1].outputs[0], position_ids, cos, sin, prefix)
-                attributes["do_rotary"], position_ids, cos, sin = 0, None, None, None
+        if position_ids is not None and (past_key is None or not self.operator_rotates):
+            packed += self._rotate(graph, packed[-1].outputs[0], position_ids, cos, sin, prefix)
+            attributes["do_rotary"], position_ids, cos, sin = 0, None, None, None
         fused = op(
             "GroupQueryAttention",
             [packed[-1].outputs[0], None, None, past_key, past_value, seqlens_k, total, cos, sin, position_ids],
@@ -130,7 +138,7 @@ def _projection(value: ir.Value) -> _Projection:
     raise ExportError(f"{value.name}: expected a projection before attention; this is a bug of phimoe-onnx, please report it")
 
 
-def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, before: ir.Node) -> list[ir.Value | None]:
+def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, first: ir.Node) -> list[ir.Value | None]:
     """seqlens_k, total_sequence_length, cos_cache, sin_cache and position_ids, if there are any, the same for every layer."""
     named = {value.name: value for value in graph.inputs}
     mask = named[bundle.ATTENTION_MASK]
@@ -149,8 +157,11 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, be
     position_ids = None
     if config.longrope:  # otherwise the operator's own positions are right
         new_tokens = add("Shape", named[bundle.INPUT_IDS], name="sequence/Shape", start=1)
-        past = add("Max", add("Sub", lengths, new_tokens, name="past/Sub"), zero, name="past")  # 0 for a padded first prompt
         steps = add("Range", zero, add("Squeeze", new_tokens, name="sequence/Squeeze"), one, name="steps")
+        # lengths - new tokens, by way of the last step: on a GPU that is where the lengths are, and a Shape's output is not
+        last_step = add("Gather", steps, constant(graph, "last_index", [-1]), name="steps/Gather")
+        before = add("Sub", add("Sub", lengths, one, name="last"), last_step, name="past/Sub")
+        past = add("Max", before, zero, name="past")  # 0 for a padded first prompt
         positions = add("Add", past, steps, name="positions")
         rope_length = lengths
         if bundle.ROPE_LENGTH in named:
@@ -159,7 +170,7 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, be
         is_long = add("Greater", rope_length, boundary, name="rope_is_long")
         beyond = add("Add", positions, constant(graph, "long_rope_rows", _short_rows(config)), name="long_positions")
         position_ids = add("Where", is_long, beyond, positions, name="position_ids")
-    graph.insert_before(before, new)
+    graph.insert_before(first, new)
     cos, sin = (initializer(graph, table) for table in rope_tables(config, dtype))
     return [seqlens_k, total, cos, sin, position_ids]
 

@@ -26,10 +26,13 @@ class AddOptionalInputs(ir.passes.InPlacePass):
         graph.inputs.append(keep)
         graph.initializers.add(keep)
         hidden = head.inputs[0]
-        start = op("Neg", [keep], "logits_to_keep/Neg")
+        # `keep` again, by a way that leads through the host's memory only, where Slice reads: no copy from a GPU
+        filled = op("ConstantOfShape", [keep], "logits_to_keep/ConstantOfShape")
+        length = op("Shape", filled.outputs, "logits_to_keep/Shape")
+        start = op("Neg", length.outputs, "logits_to_keep/Neg")
         end = constant(graph, "int64_max", [np.iinfo(np.int64).max])
         kept = op("Slice", [hidden, start.outputs[0], end, constant(graph, "axis_1", [1])], "logits_to_keep/Slice")
-        graph.insert_before(head, [start, kept])
+        graph.insert_before(head, [filled, length, start, kept])
         head.replace_input_with(0, kept.outputs[0])
         kept.outputs[0].type = hidden.type
 

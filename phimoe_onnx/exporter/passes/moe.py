@@ -57,7 +57,8 @@ class FuseExperts(ir.passes.InPlacePass):
         number = int(gate_up.shape[0])
         log_p = add("Log", weights, suffix="Log")
         if x.dtype != ir.DataType.FLOAT:  # the larger becomes 0 and the other small, which rounding then hardly moves
-            log_p = add("Sub", log_p, add("ReduceMax", log_p, last, suffix="ReduceMax", keepdims=1), suffix="Sub")
+            new.append(op("Split", [log_p], name + "Split", {"axis": -1, "num_outputs": 2}, outputs=("/first", "/second")))
+            log_p = add("Sub", log_p, add("Max", *new[-1].outputs, suffix="Max"), suffix="Sub")  # CUDA's ReduceMax needs cuDNN
         shape = add("Concat", add("Shape", chosen, suffix="Shape", end=2), constant(graph, "experts", [number]), suffix="Concat", axis=0)
         nowhere = add("Expand", constant(graph, "not_chosen", -1e4, np.float32), shape, suffix="Expand")
         scattered = add("ScatterElements", nowhere, chosen, log_p, suffix="ScatterElements", axis=-1)
