@@ -89,7 +89,8 @@ export function parseManifest(text: string, path: string): Manifest {
   }
   if (raw.task !== "text-generation") throw new BundleError(`${path}: is a bundle for ${raw.task}, expected one for text-generation`);
   try {
-    check("graphs", raw.graphs.length > 0 && raw.graphs.every((graph: any) => strings(raw.source, raw.quantize, graph.file, graph.minimum_onnxruntime, ...graph.optional_inputs)));
+    check("graphs", raw.graphs.length > 0 && raw.graphs.every((graph: any) => strings(graph.file, graph.minimum_onnxruntime, ...graph.optional_inputs)));
+    check("source", strings(raw.source, raw.quantize));
     check("files", Object.values(raw.files).every((file: any) => count(file.size) && strings(file.sha256)));
     const { cache, ...decoding } = raw.decoding;
     const counts = [decoding.vocab_size, decoding.context, decoding.prefill_chunk, decoding.rope_boundary ?? 1];
