@@ -1,4 +1,4 @@
-import { PhiMoE } from "./phimoe.js";
+import { type Device, PhiMoE } from "./phimoe.js";
 
 function element<T extends HTMLElement = HTMLElement>(id: string): T {
   return document.getElementById(id) as T;
@@ -21,9 +21,11 @@ function say(kind: "user" | "assistant" | "error", text: string): HTMLParagraphE
 
 async function load(): Promise<PhiMoE> {
   const bar = element<HTMLProgressElement>("progress");
-  const bundle = new URLSearchParams(location.search).get("bundle") ?? "bundle/";
+  const query = new URLSearchParams(location.search);
+  const bundle = query.get("bundle") ?? "bundle/";
   const start = performance.now();
   const model = await PhiMoE.load(bundle, {
+    device: (query.get("device") ?? undefined) as Device | undefined,
     progress({ loaded, total }) {
       [bar.value, bar.max] = [loaded, total];
       element("bytes").textContent =
@@ -32,8 +34,9 @@ async function load(): Promise<PhiMoE> {
   });
   element("loading").hidden = true;
   const seconds = ((performance.now() - start) / 1000).toFixed(1);
+  const place = model.device === "webgpu" ? "WebGPU" : "WebAssembly";
   const threads = crossOriginIsolated ? "threads" : "one thread, as the page is not cross-origin isolated";
-  element("machine").textContent = `${model.manifest.source}, ${model.manifest.quantize}, loaded in ${seconds} s; WebAssembly, ${threads}`;
+  element("machine").textContent = `${model.manifest.source}, ${model.manifest.quantize}, loaded in ${seconds} s; ${place}, ${threads}`;
   return model;
 }
 

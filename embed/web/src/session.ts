@@ -1,14 +1,36 @@
-import * as ort from "onnxruntime-web/wasm";
+import type { InferenceSession } from "onnxruntime-web/wasm";
 
 import type { Graph, Value } from "../../node/src/cache.js";
 import { DeviceError } from "../../node/src/errors.js";
 
-/** The release of ONNX Runtime, as "1.30.0". */
-export const RELEASE = ort.env.versions.web as string;
+/** What runs a graph: "webgpu" leaves to WebAssembly the operators that it does not have. */
+export type Device = "wasm" | "webgpu";
+
+/** ONNX Runtime's build for a device; the one with WebGPU is twice as large. */
+export type Runtime = typeof import("onnxruntime-web/wasm");
+
+interface Adapter {
+  isFallbackAdapter?: boolean;
+  info?: { isFallbackAdapter?: boolean };
+}
+
+/** WebGPU where there is a graphics processor for it, else WebAssembly: a processor that plays one is slower than that. */
+export async function bestDevice(): Promise<Device> {
+  const { gpu } = navigator as { gpu?: { requestAdapter(): Promise<Adapter | null> } };
+  const adapter = await gpu?.requestAdapter();
+  return adapter && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter) ? "webgpu" : "wasm";
+}
+
+/** Fetches ONNX Runtime for a device. */
+export function loadRuntime(device: Device): Promise<Runtime> {
+  return device === "webgpu" ? import("onnxruntime-web/webgpu") : import("onnxruntime-web/wasm");
+}
 
 /**
- * Opens a graph in WebAssembly.
+ * Opens a graph.
  *
+ * @param ort - of loadRuntime.
+ * @param device - the same as there.
  * @param name - of the graph, for errors.
  * @param graph - the bytes of its file.
  * @param weights - the files that its weights lie in, by name.
@@ -16,6 +38,8 @@ export const RELEASE = ort.env.versions.web as string;
  * @throws DeviceError: ONNX Runtime refuses the graph, or `threads` is no number of threads.
  */
 export async function openSession(
+  ort: Runtime,
+  device: Device,
   name: string,
   graph: Uint8Array,
   weights: Map<string, Uint8Array>,
@@ -27,24 +51,24 @@ export async function openSession(
   ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href; // the build puts ONNX Runtime's files beside this one
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
-  let session: ort.InferenceSession;
+  let session: InferenceSession;
   try {
     const externalData = Array.from(weights, ([path, data]) => ({ path, data }));
-    session = await ort.InferenceSession.create(graph, { externalData, executionProviders: ["wasm"], logSeverityLevel: 3 });
+    session = await ort.InferenceSession.create(graph, { externalData, executionProviders: [device], logSeverityLevel: 3 });
   } catch (error) {
-    throw new DeviceError(`${name}: ONNX Runtime ${RELEASE} cannot load it: ${(error as Error).message}`);
+    throw new DeviceError(`${name}: ONNX Runtime ${ort.env.versions.web} cannot load it on ${device}: ${(error as Error).message}`);
   }
   return {
     inPlace: false, // outputs that are given are ignored
     async run(inputs, outputs) {
       await turn();
-      const results = await session.run(tensors(inputs), Object.keys(outputs));
+      const results = await session.run(tensors(ort, inputs), Object.keys(outputs));
       for (const [output, value] of Object.entries(outputs)) value.data = results[output].data as Value["data"];
     },
   };
 }
 
-function tensors(values: Record<string, Value>): Record<string, ort.Tensor> {
+function tensors(ort: Runtime, values: Record<string, Value>): InferenceSession.FeedsType {
   return Object.fromEntries(Object.entries(values).map(([name, { type, data, dims }]) => [name, new ort.Tensor(type, data, dims)]));
 }
 

@@ -13,6 +13,8 @@ import { pageServer } from "../serve.mjs";
 const SUITE = new URL("../../../tests/conformance/", import.meta.url);
 const { cases } = JSON.parse(readFileSync(new URL("cases.json", SUITE), "utf-8"));
 const executablePath = find(process.env.CHROMIUM ?? "chromium");
+// Chromium's own renderer, on the processor, in the place of a graphics processor
+const SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan", "--use-vulkan=swiftshader"];
 
 function find(program) {
   try {
@@ -30,7 +32,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
   before(async () => {
     await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
     address = `http://127.0.0.1:${server.address().port}/`;
-    browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
+    browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...SOFTWARE_GPU] });
     page = await browser.newPage({ viewport: { width: 900, height: 640 } });
     page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
     page.on("pageerror", (error) => errors.push(error.message));
@@ -52,7 +54,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
 
   test("it is cross-origin isolated, and has several threads", async () => {
     assert.equal(await page.evaluate(() => crossOriginIsolated), true);
-    assert.match(await page.locator("#machine").textContent(), /^phimoe-austen, int4, loaded/);
+    assert.match(await page.locator("#machine").textContent(), /^phimoe-austen, int4, loaded .* WebAssembly, threads$/);
   });
 
   test("it answers as the Python runtime does", async () => {
@@ -92,10 +94,25 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     }
   });
 
+  test("WebGPU gives the same tokens", async (context) => {
+    if (!(await page.evaluate(async () => navigator.gpu?.requestAdapter().then(Boolean)))) return context.skip("no WebGPU here");
+    const { prompt, options, expected } = cases.find(({ name }) => name === "newlines");
+    const answer = async ({ prompt, options }) => {
+      const { PhiMoE } = await import("/phimoe.js");
+      const model = await PhiMoE.load("bundle", { device: "webgpu" });
+      const { token_ids } = await model.generate(prompt, options);
+      await model.close();
+      return [model.device, token_ids];
+    };
+    assert.deepEqual(await page.evaluate(answer, { prompt, options }), ["webgpu", expected.token_ids]);
+  });
+
   test("what is wrong with a bundle is said", async () => {
     const other = await browser.newPage();
     await other.goto(`${address}?bundle=nowhere/`);
     assert.match(await other.locator(".error").textContent(), /nowhere\/manifest\.json: is missing, the server says 404/);
+    await other.goto(`${address}?device=abacus`);
+    assert.match(await other.locator(".error").textContent(), /device is abacus, expected wasm or webgpu/);
     await other.close();
   });
 });
