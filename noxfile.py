@@ -3,6 +3,7 @@
 Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what differs.
 """
 
+import os
 import shutil
 import sys
 import sysconfig
@@ -68,6 +69,28 @@ def csharp(session: nox.Session) -> None:
     if not shutil.which("dotnet"):
         session.skip("there is no .NET SDK here")
     session.run("dotnet", "test", "embed/csharp", external=True)
+
+
+@nox.session(venv_backend="none")
+def node(session: nox.Session) -> None:
+    """embed/node, over npm's ONNX Runtime."""
+    _npm_test(session, "embed/node")
+
+
+@nox.session(venv_backend="none")
+def web(session: nox.Session) -> None:
+    """embed/web in a headless Chromium; CHROMIUM names another program than `chromium`."""
+    if not shutil.which(os.environ.get("CHROMIUM", "chromium")):
+        session.skip("there is no Chromium here")
+    _npm_test(session, "embed/web")
+
+
+def _npm_test(session: nox.Session, folder: str) -> None:
+    if not shutil.which("npm"):
+        session.skip("there is no npm here")
+    # onnxruntime-node would fetch CUDA's libraries
+    session.run("npm", "--prefix", folder, "ci", "--no-audit", "--no-fund", external=True, env={"ONNXRUNTIME_NODE_INSTALL": "skip"})
+    session.run("npm", "--prefix", folder, "test", external=True)
 
 
 def _install(session: nox.Session, *arguments: str) -> None:

@@ -1,9 +1,10 @@
 """Loads and runs one bundle in each language and prints what each needs: the same ONNX Runtime release, graph and threads.
 
-    python -m benchmarks.compare_languages BUNDLE --python VENV/bin/python --threads 2
+    python -m benchmarks.compare_languages BUNDLE --languages java node --python VENV/bin/python --threads 2
 
-VENV has the ONNX Runtime release that embed/java has; with --csharp, the one that embed/csharp has. Every language runs in a
-process of its own, in turns, and continues the same token ids greedily, twice; the second time counts. The table has the medians.
+VENV has the ONNX Runtime release of the languages that are named: `--languages java`, `csharp`, `node` or several. Every language
+runs in a process of its own, in turns, and continues the same token ids greedily, twice; the second time counts. The table has
+the medians.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-JAVA = Path(__file__).parent.parent / "embed" / "java"
-CSHARP = Path(__file__).parent.parent / "embed" / "csharp" / "examples" / "Generate"
+EMBED = Path(__file__).parent.parent / "embed"
+JAVA = EMBED / "java"
+CSHARP = EMBED / "csharp" / "examples" / "Generate"
+NODE = EMBED / "node"
 COLUMNS = {"load": "load, s", "prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "resident": "resident, MiB"}
 
 
 def run(bundle: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
-    """Python's own turn; prints one line of JSON, as embed/java's Benchmark does."""
+    """Python's own turn; prints one line of JSON, as the other languages' do."""
     from phimoe_onnx import PhiMoE
 
     ids = [300 + place * 7 % 1000 for place in range(prompt_tokens)]
@@ -59,12 +62,23 @@ def csharp_command() -> list[str]:
     return ["dotnet", str(CSHARP / "bin" / "Release" / "net8.0" / "Generate.dll"), "benchmark"]
 
 
+def node_command() -> list[str]:
+    """Compiles embed/node; the command without its arguments."""
+    if not (NODE / "node_modules").exists():
+        raise SystemExit(f"{NODE}: its packages are not installed; run npm ci there")
+    subprocess.run(["npm", "--prefix", NODE, "run", "--silent", "build"], check=True)
+    return ["node", str(NODE / "benchmark.mjs")]
+
+
+LANGUAGES = {"java": ("Java", java_command), "csharp": ("C#", csharp_command), "node": ("Node", node_command)}
+
+
 def main() -> None:
     """Runs every language in turns and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--python", default=sys.executable, help="a Python with ONNX Runtime, tokenizers, numpy and jinja2")
-    parser.add_argument("--csharp", action="store_true", help="compare with embed/csharp, which needs the .NET SDK, not with embed/java")
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=["java"], help="to compare with Python")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -73,7 +87,9 @@ def main() -> None:
     numbers = [str(number) for number in (arguments.threads, arguments.prompt_tokens, arguments.new_tokens)]
     python = "import sys; from benchmarks.compare_languages import run; run(sys.argv[1], *map(int, sys.argv[2:]))"
     commands = {"Python": [arguments.python, "-c", python]}
-    commands |= {"C#": csharp_command()} if arguments.csharp else {"Java": java_command()}
+    for language in arguments.languages:
+        name, command_of = LANGUAGES[language]
+        commands[name] = command_of()
     figures: dict[str, list[dict[str, float]]] = {language: [] for language in commands}
     for _ in range(arguments.rounds):
         for language, command in commands.items():

@@ -1,9 +1,12 @@
 import { BundleError, DeviceError } from "./errors.js";
 
-/** One graph file over the bundle's weights, and the least ONNX Runtime release that loads it. */
-export interface Graph {
+/** One graph file over the bundle's weights. */
+export interface GraphFile {
   file: string;
+  /** The least ONNX Runtime release that loads it. */
   minimum_onnxruntime: string;
+  /** Inputs that have a default. */
+  optional_inputs: string[];
 }
 
 /** The chat template as plain strings: a turn is prefix + content + suffix, and `generation` opens the answer. */
@@ -47,10 +50,15 @@ export interface Decoding {
 
 /** manifest.json, as far as a generation loop reads it. */
 export interface Manifest {
+  /** What it was exported from. */
+  source: string;
   task: string;
+  /** "cpu", "cuda" or "portable". */
   target: string;
+  /** "none", "fp16", "int8" or "int4". */
+  quantize: string;
   /** In order of preference. */
-  graphs: Graph[];
+  graphs: GraphFile[];
   decoding: Decoding;
   /** By name: size in bytes and SHA-256 in hexadecimal. */
   files: Record<string, { size: number; sha256: string }>;
@@ -81,7 +89,8 @@ export function parseManifest(text: string, path: string): Manifest {
   }
   if (raw.task !== "text-generation") throw new BundleError(`${path}: is a bundle for ${raw.task}, expected one for text-generation`);
   try {
-    check("graphs", raw.graphs.length > 0 && raw.graphs.every((graph: any) => strings(graph.file, graph.minimum_onnxruntime)));
+    check("graphs", raw.graphs.length > 0 && raw.graphs.every((graph: any) => strings(graph.file, graph.minimum_onnxruntime, ...graph.optional_inputs)));
+    check("source", strings(raw.source, raw.quantize));
     check("files", Object.values(raw.files).every((file: any) => count(file.size) && strings(file.sha256)));
     const { cache, ...decoding } = raw.decoding;
     const counts = [decoding.vocab_size, decoding.context, decoding.prefill_chunk, decoding.rope_boundary ?? 1];
@@ -122,15 +131,18 @@ function strings(...values: unknown[]): boolean {
 /**
  * The manifest's first graph that ONNX Runtime `installed` ("1.30.0") loads.
  *
+ * @param optional - whether inputs that have a default can be given a value.
  * @throws DeviceError: the bundle is for another device, or every graph needs a newer release.
  */
-export function chooseGraph({ graphs, target }: Manifest, installed: string): Graph {
+export function chooseGraph({ graphs, target }: Manifest, installed: string, optional: boolean): GraphFile {
   if (target !== "cpu" && target !== "portable") {
     throw new DeviceError(`the bundle was exported for ${target}, not for cpu; export it again with --target cpu`);
   }
-  const graph = graphs.find(({ minimum_onnxruntime }) => compareReleases(minimum_onnxruntime, installed) <= 0);
+  const fitting = graphs.filter((graph) => optional || !graph.optional_inputs.length);
+  if (!fitting.length) throw new DeviceError("every graph of the bundle has optional inputs, which cannot be given here; export it again");
+  const graph = fitting.find(({ minimum_onnxruntime }) => compareReleases(minimum_onnxruntime, installed) <= 0);
   if (graph) return graph;
-  const needed = graphs.map((each) => each.minimum_onnxruntime).sort(compareReleases)[0];
+  const needed = fitting.map((each) => each.minimum_onnxruntime).sort(compareReleases)[0];
   throw new DeviceError(`the bundle needs ONNX Runtime ${needed} or newer, installed is ${installed}; use a newer package of it`);
 }
 

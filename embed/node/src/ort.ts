@@ -35,8 +35,8 @@ const ELEMENT_TYPES = { float32: 1, uint8: 2, int8: 3, int64: 7, float16: 10 }; 
 /**
  * ONNX Runtime's C API, as far as a generation loop needs it, in the library that the package onnxruntime-node brings.
  *
- * The package's own binding (1.30) does not do: it refuses inputs that have a default, as `logits_to_keep` and `rope_length`
- * do, and copies every output, so in every step the whole cache.
+ * The package's own binding (1.30) writes into outputs that it is given, but returns a copy of each besides: of the whole cache
+ * in every step. It also takes no values for inputs that have a default.
  */
 export class OnnxRuntime {
   /** The release, as "1.30.0". */

@@ -26,7 +26,7 @@ export function openSession(folder: string, manifest: Manifest, threads: number 
     throw new DeviceError(`threads is ${threads}, expected an integer, 1 or more, or undefined for ONNX Runtime's own choice`);
   }
   const ort = loadLibrary();
-  const path = join(folder, chooseGraph(manifest, ort.version).file);
+  const path = join(folder, chooseGraph(manifest, ort.version, true).file);
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");
   let session: Handle;

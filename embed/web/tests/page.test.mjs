@@ -1,0 +1,118 @@
+// The page in a headless Chromium, against what the Python runtime gives. CHROMIUM names another program than `chromium`;
+// SCREENSHOT a file to write a picture of the page to.
+import assert from "node:assert/strict";
+import { execFileSync } from "node:child_process";
+import { readFileSync } from "node:fs";
+import { after, before, describe, test } from "node:test";
+import { fileURLToPath } from "node:url";
+
+import { chromium } from "playwright-core";
+
+import { pageServer } from "../serve.mjs";
+
+const SUITE = new URL("../../../tests/conformance/", import.meta.url);
+const { cases } = JSON.parse(readFileSync(new URL("cases.json", SUITE), "utf-8"));
+const executablePath = find(process.env.CHROMIUM ?? "chromium");
+// Chromium's own renderer, on the processor, in the place of a graphics processor
+const SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan", "--use-vulkan=swiftshader"];
+
+function find(program) {
+  try {
+    return execFileSync("which", [program], { encoding: "utf-8" }).trim();
+  } catch {
+    return undefined;
+  }
+}
+
+describe("the page", { skip: executablePath ? false : "no chromium here; name one in CHROMIUM" }, () => {
+  const server = pageServer(fileURLToPath(new URL("bundle", SUITE)));
+  let browser, page, address;
+  const errors = [];
+
+  before(async () => {
+    await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+    address = `http://127.0.0.1:${server.address().port}/`;
+    browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...SOFTWARE_GPU] });
+    page = await browser.newPage({ viewport: { width: 900, height: 640 } });
+    page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
+    page.on("pageerror", (error) => errors.push(error.message));
+    await page.goto(address);
+    await page.locator("#send:enabled").waitFor();
+  });
+  after(async () => {
+    await browser?.close();
+    server.close();
+    assert.deepEqual(errors, []);
+  });
+
+  /** Sends a message with so many new tokens at most; leaves the answer on its way. */
+  async function ask(content, tokens) {
+    await page.locator("#max_new_tokens").fill(String(tokens));
+    await page.locator("#content").fill(content);
+    await page.locator("#send").click();
+  }
+
+  test("it is cross-origin isolated, and has several threads", async () => {
+    assert.equal(await page.evaluate(() => crossOriginIsolated), true);
+    assert.match(await page.locator("#machine").textContent(), /^phimoe-austen, int4, loaded .* WebAssembly, threads$/);
+  });
+
+  test("it answers as the Python runtime does", async () => {
+    const { prompt, options, expected } = cases.find(({ name }) => name === "a chat");
+    await ask(prompt[0].content, options.max_new_tokens);
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    assert.equal(await page.locator(".assistant").last().textContent(), expected.text);
+    assert.match(await page.locator("#speed").textContent(), /^\d+\.\d tokens\/s, 16 tokens$/);
+  });
+
+  test("stop ends an answer", async () => {
+    await ask("Continue this passage: She had been", 700);
+    await page.locator(".assistant").last().filter({ hasText: /\w+ \w+/ }).waitFor();
+    await page.getByRole("button", { name: "Stop" }).click();
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    assert.match(await page.locator("#speed").textContent(), /stopped$/);
+    if (process.env.SCREENSHOT) await page.screenshot({ path: process.env.SCREENSHOT });
+    const { prompt, options } = cases.find(({ name }) => name === "a chat");
+    await ask(prompt[0].content, options.max_new_tokens);
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    assert.equal(await page.locator(".assistant").count(), 3);
+  });
+
+  test("every generation of the conformance suite", async () => {
+    const generations = cases.filter((each) => each.expected);
+    const answers = await page.evaluate(async (generations) => {
+      const { PhiMoE } = await import("/phimoe.js");
+      const model = await PhiMoE.load("bundle");
+      const answers = [];
+      for (const { prompt, batch, options } of generations) answers.push(await model.generate(batch ?? prompt, options));
+      await model.close();
+      return answers;
+    }, generations);
+    for (const [index, { name, expected }] of generations.entries()) {
+      const plain = ({ prompt_tokens, token_ids, text, finish_reason }) => ({ prompt_tokens, token_ids, text, finish_reason });
+      assert.deepEqual([answers[index]].flat().map(plain), [expected].flat(), name);
+    }
+  });
+
+  test("WebGPU gives the same tokens", async (context) => {
+    if (!(await page.evaluate(async () => navigator.gpu?.requestAdapter().then(Boolean)))) return context.skip("no WebGPU here");
+    const { prompt, options, expected } = cases.find(({ name }) => name === "newlines");
+    const answer = async ({ prompt, options }) => {
+      const { PhiMoE } = await import("/phimoe.js");
+      const model = await PhiMoE.load("bundle", { device: "webgpu" });
+      const { token_ids } = await model.generate(prompt, options);
+      await model.close();
+      return [model.device, token_ids];
+    };
+    assert.deepEqual(await page.evaluate(answer, { prompt, options }), ["webgpu", expected.token_ids]);
+  });
+
+  test("what is wrong with a bundle is said", async () => {
+    const other = await browser.newPage();
+    await other.goto(`${address}?bundle=nowhere/`);
+    assert.match(await other.locator(".error").textContent(), /nowhere\/manifest\.json: is missing, the server says 404/);
+    await other.goto(`${address}?device=abacus`);
+    assert.match(await other.locator(".error").textContent(), /device is abacus, expected wasm or webgpu/);
+    await other.close();
+  });
+});
