@@ -338,9 +338,9 @@ def test_the_manifest(bundle: Bundle, target: str, quantize: str) -> None:
     assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
     check_files(folder, manifest, hash_everything=True)
     assert manifest.weights["router"] == "float32"
-    stored = {"none": "float32", "fp16": "float16", "int8": "int8, block 32", "int4": "int4, block 32"}[quantize]
+    stored = {"none": "float32", "fp16": "float16", "int8": "int8, block 64", "int4": "int4, block 64"}[quantize]
     assert {manifest.weights[kind] for kind in ("experts", "attention", "lm_head")} == {stored}
-    assert manifest.weights["embeddings"] == ("int8, block 32" if quantize == "int4" else stored)
+    assert manifest.weights["embeddings"] == ("int8, block 64" if quantize == "int4" else stored)
     assert manifest.parity is None
 
 

@@ -74,5 +74,8 @@ def test_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     printed = capsys.readouterr().out
     assert "experts 3.5 M" in printed
     for target, quantize in FORMS:
-        assert any(line.split()[:2] == [target, quantize] for line in printed.splitlines())
+        refused = f"{target} {quantize}: --target cuda has no {quantize} for hidden_size 192 and intermediate_size 96"
+        planned = any(line.split()[:2] == [target, quantize] for line in printed.splitlines())
+        assert (refused in printed) != planned
+        assert planned or target == "cuda"
     assert not list(tmp_path.iterdir())
