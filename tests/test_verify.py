@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from phimoe_onnx import verify
+from phimoe_onnx import export, verify
 from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.cli.verify import main
 from phimoe_onnx.config import parse_config
@@ -294,3 +294,18 @@ def test_the_reference_is_the_checkpoint() -> None:
     logits = reference.logits(model, ids)
     assert logits.shape == (40, 2048)
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("shape", ["tiles", "tiles-xqa"])
+def test_cuda_bundles_pass_on_the_cpu(bundle: Bundle, checkpoint: Checkpoint, shape: str) -> None:
+    report = verify(bundle(shape, "cuda", "int8"), checkpoint(shape), tokens=256, new_tokens=16)
+    assert report.failures == []
+
+
+def test_the_small_models_cuda_bundle_passes_on_the_cpu(tmp_path: Path) -> None:
+    """Its float16, past the rope boundary of 256, with the thresholds of float16 weights."""
+    report = verify(export(MODEL, tmp_path / "bundle", target="cuda"), MODEL, tokens=1024, new_tokens=32)
+    assert report.failures == []
+    assert report.thresholds == DEFAULTS["fp16"]
+    assert 1e-4 < report.bundle_to_reference.mean_difference < 1e-2  # float16, and no more than that
+    assert report.greedy["agreeing"] == 32

@@ -77,10 +77,13 @@ CACHE_KERNEL_KL = {"int8": 1e-3, "uint8": 3e-2}
 
 def default_thresholds(manifest: Manifest) -> Thresholds:
     """Those of the bundle's task and weights, widened for a cache of integers."""
+    form = manifest.quantize
+    if form == "none" and manifest.dtype != "float32":  # activations of float16, which are no exact kernel to hold
+        form = "fp16"
     if manifest.task != "text-generation":
         softmax = manifest.classes is not None and manifest.classes.function_to_apply == "softmax"
-        return dataclasses.replace(DEFAULTS[manifest.quantize], perplexity_ratio=None) if softmax else VALUES[manifest.quantize]
-    limits, cache = DEFAULTS[manifest.quantize], manifest.decoding.cache.dtype
+        return dataclasses.replace(DEFAULTS[form], perplexity_ratio=None) if softmax else VALUES[form]
+    limits, cache = DEFAULTS[form], manifest.decoding.cache.dtype
     if cache not in CACHE_KL:
         return limits
     return Thresholds(

@@ -15,6 +15,7 @@ from phimoe_onnx.runtime.mapped import released
 from phimoe_onnx.runtime.memory import memory_errors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_ON_CPU = "1.32"  # the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -85,7 +86,7 @@ def _open(path: Path, device: str, threads: int | None, memory_limit: int | None
 
 
 def check_device(device: str, target: str) -> None:
-    """Raises DeviceError unless `device` is known, present, and the one that a bundle of `target` was exported for."""
+    """Raises DeviceError unless `device` is known, present, and one that a bundle of `target` runs on."""
     if device not in PROVIDERS:
         raise DeviceError(f"device is {device!r}, expected one of {', '.join(PROVIDERS)}")
     if PROVIDERS[device] not in ort.get_available_providers():
@@ -93,7 +94,10 @@ def check_device(device: str, target: str) -> None:
             f"device is {device!r}, but the installed ONNX Runtime {ort.__version__} has no {PROVIDERS[device]}; "
             "install onnxruntime-gpu in place of onnxruntime, or use device='cpu'"
         )
-    if target not in (device, "portable"):
+    if target == "cuda" and device == "cpu":
+        if _release(ort.__version__) < _release(CUDA_ON_CPU):
+            raise DeviceError(f"the CPU runs a bundle for cuda from ONNX Runtime {CUDA_ON_CPU} on, installed is {ort.__version__}")
+    elif target not in (device, "portable"):
         raise DeviceError(f"the bundle was exported for {target}, not for {device}; export it again with --target {device}")
 
 
