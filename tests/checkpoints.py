@@ -70,7 +70,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "experts": {"num_local_experts": 5, "num_hidden_layers": 3, "router_jitter_noise": 0.1},
     "heads": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 96},
     "tiles": {"intermediate_size": 128, "rope_scaling": longrope(16)},  # QMoE on CUDA wants multiples of 64
-    "tiles-xqa": {"intermediate_size": 128, "head_dim": 64, "rope_scaling": longrope(64)},  # an attention kernel of CUDA's, too
+    "tiles-xqa": {"hidden_size": 256, "intermediate_size": 128, "rope_scaling": longrope(64)},  # head_dim 64: CUDA has a faster kernel
     "longrope-window": {"intermediate_size": 128, "rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
 }
 

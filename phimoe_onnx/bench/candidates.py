@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from phimoe_onnx.errors import PhiMoEError
 
@@ -55,13 +54,13 @@ class Speed:
     token_ids: list[list[int]]
 
 
-def ours(work: Work, bundle: str, **_: Any) -> Speed:
+def ours(work: Work, bundle: str, cuda_graphs: bool = False) -> Speed:
     """The bundle in this runtime: what `PhiMoE.generate` does, but no end token ends it."""
     from phimoe_onnx.runtime.generate import generate
     from phimoe_onnx.runtime.model import PhiMoE
 
     start = time.perf_counter()
-    model = PhiMoE.load(bundle, device=work.device, threads=work.threads)
+    model = PhiMoE.load(bundle, device=work.device, threads=work.threads, cuda_graphs=cuda_graphs)
     load = time.perf_counter() - start
     prompts = work.rows(model.decoding.vocab_size)
 
@@ -78,7 +77,7 @@ def ours(work: Work, bundle: str, **_: Any) -> Speed:
     return _time(work, run, load)
 
 
-def genai(work: Work, bundle: str, **_: Any) -> Speed:
+def genai(work: Work, bundle: str) -> Speed:
     """The bundle in onnxruntime-genai."""
     import onnxruntime_genai as og
 
@@ -111,7 +110,7 @@ def genai(work: Work, bundle: str, **_: Any) -> Speed:
     return _time(work, run, load)
 
 
-def transformers(work: Work, checkpoint: str, attention: str, experts: str, **_: Any) -> Speed:
+def transformers(work: Work, checkpoint: str, attention: str, experts: str) -> Speed:
     """The checkpoint in transformers 5, float16 on CUDA and bfloat16 on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache

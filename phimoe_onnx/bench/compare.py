@@ -50,8 +50,8 @@ class Measured:
         return dataclasses.asdict(self)
 
 
-def candidates(bundle: str, reference: str | None, peers: bool) -> list[Candidate]:
-    """This runtime first, then the peers, if they are wanted.
+def candidates(bundle: str, reference: str | None, peers: bool, device: str) -> list[Candidate]:
+    """This runtime first, on CUDA with and without its CUDA graphs, then the peers, if they are wanted.
 
     Raises:
         PhiMoEError: transformers has no checkpoint to run.
@@ -61,6 +61,8 @@ def candidates(bundle: str, reference: str | None, peers: bool) -> list[Candidat
     if task != "text-generation":
         raise BundleError(f"{bundle}: is for {task}; phimoe-bench times text generation")
     chosen = [Candidate("phimoe-onnx", "ours", None, {"bundle": bundle})]
+    if device == "cuda":
+        chosen.append(Candidate("phimoe-onnx, CUDA graphs", "ours", None, {"bundle": bundle, "cuda_graphs": True}))
     if not peers:
         return chosen
     if reference is None:
@@ -77,14 +79,14 @@ def compare(bundle: Path, work: Work, chosen: Sequence[Candidate], bandwidth: fl
     expected: list[list[int]] | None = None
     for candidate in chosen:
         row = _measure(candidate, work)
+        if row.speed and expected is not None:
+            row = dataclasses.replace(row, same=_same(expected, row.speed.token_ids))
         if row.speed and candidate.package is None:
-            expected = row.speed.token_ids
+            expected = expected or row.speed.token_ids
             if bandwidth:
                 length = work.prompt + work.new_tokens // 2  # the mean of the steps
                 limit = bandwidth / step_bytes(bundle, read_manifest(bundle), work.batch, length)
                 row = dataclasses.replace(row, share=row.speed.decode / work.batch / limit)
-        elif row.speed and expected:
-            row = dataclasses.replace(row, same=_same(expected, row.speed.token_ids))
         yield row
 
 

@@ -43,7 +43,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     console = Console(width=140)
     works = [Work(batch, arguments.prompt, arguments.new_tokens, arguments.device, arguments.threads) for batch in arguments.batch]
     limit = arguments.bandwidth * 1e9 if arguments.bandwidth else bandwidth(arguments.device, arguments.threads)
-    chosen = candidates(arguments.bundle, arguments.reference, arguments.peers)
+    chosen = candidates(arguments.bundle, arguments.reference, arguments.peers, arguments.device)
     rows: list[Measured] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("running", total=len(works) * len(chosen))
