@@ -70,7 +70,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "experts": {"num_local_experts": 5, "num_hidden_layers": 3, "router_jitter_noise": 0.1},
     "heads": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 96},
     "tiles": {"intermediate_size": 128, "rope_scaling": longrope(16)},  # QMoE on CUDA wants multiples of 64
-    "tiles-xqa": {"hidden_size": 256, "intermediate_size": 128, "rope_scaling": longrope(64)},  # head_dim 64: CUDA has a faster kernel
+    # with head_dim 64, for which CUDA has another attention kernel
+    "tiles-xqa": {"intermediate_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1, "rope_scaling": longrope(64)},
     "longrope-window": {"intermediate_size": 128, "rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
 }
 
