@@ -19,7 +19,7 @@ def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: s
         target: "cpu" or "cuda".
     """
     eos = list(eos_token_ids(config, generation))
-    provider_options = [{"cuda": {"enable_cuda_graph": "0"}}] if target == "cuda" else []
+    provider_options = [{"cuda": {"enable_cuda_graph": "0", "use_tf32": "0"}}] if target == "cuda" else []
     return {
         "model": {
             "type": "phimoe",
