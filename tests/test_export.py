@@ -24,7 +24,7 @@ from onnx.reference import ReferenceEvaluator
 from phimoe_onnx import export
 from phimoe_onnx.bundle import Graph, check_files, describe_files, read_manifest
 from phimoe_onnx.config import read_config
-from phimoe_onnx.errors import CheckpointError, ConfigError, ExportError
+from phimoe_onnx.errors import CheckpointError, ConfigError, DeviceError, ExportError
 from phimoe_onnx.exporter import pipeline
 from phimoe_onnx.exporter.chat_format import chat_format
 from phimoe_onnx.exporter.staging import Journal, staged
@@ -442,6 +442,9 @@ def test_progress_counts_every_byte(tmp_path: Path, checkpoint: Checkpoint) -> N
         ("plain", {"quantize": "int4", "block_size": 64}, ["64", "intermediate_size 96", "[16, 32]"]),
         ("plain", {"quantize": "int8", "block_size": 0}, ["0", "[16, 32]"]),
         ("plain", {"quantize": "int4", "target": "portable"}, ["portable", "int4", "none or fp16"]),
+        ("plain", {"quantize": "int4", "target": "cuda"}, ["cuda", "int4", "intermediate_size 96", "multiples of 64", "--quantize none"]),
+        ("plain", {"dtype": "bfloat16"}, ["--target cpu has no --dtype bfloat16", "expected float32"]),
+        ("plain", {"dtype": "float32", "target": "cuda"}, ["--dtype float32", "float16 or bfloat16"]),
     ],
 )
 def test_options_that_do_not_fit(
@@ -697,3 +700,32 @@ def test_bfloat16_checkpoints_export_exactly(tmp_path: Path) -> None:
     model = reference.load_reference(folder)
     ids = random_ids(LENGTH)
     assert_close(open_graph(path).run(["logits"], feeds(model.config, [ids]))[0][0], reference.logits(model, ids))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_bfloat16_is_the_float16_graph_in_another_type(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, quantize: str) -> None:
+    folder = export(checkpoint("tiles-xqa"), tmp_path / "bundle", target="cuda", quantize=quantize, dtype="bfloat16")
+    manifest, half = read_manifest(folder), bundle("tiles-xqa", "cuda", quantize)
+    assert (manifest.dtype, manifest.decoding.cache.dtype) == ("bfloat16", "bfloat16")
+    ours, theirs = (ir.load(path / "model.onnx") for path in (folder, half))
+    assert [(node.op_type, node.name) for node in ours.graph] == [(node.op_type, node.name) for node in theirs.graph]
+    swap = {ir.DataType.FLOAT16: ir.DataType.BFLOAT16}
+    for name, tensor in ours.graph.initializers.items():
+        assert tensor.dtype == swap.get(theirs.graph.initializers[name].dtype, theirs.graph.initializers[name].dtype)
+    assert {value.dtype for value in ours.graph.inputs if value.name.startswith("past")} == {ir.DataType.BFLOAT16}
+    assert ours.graph.outputs[0].dtype == ir.DataType.FLOAT
+    with pytest.raises(DeviceError, match="activations are bfloat16"):
+        PhiMoE.load(folder)
+
+
+def test_what_onnxruntimes_cuda_provider_cannot_do_stays_out_of_its_graphs(bundle: Bundle) -> None:
+    """Shape feeds no arithmetic on the device, no operator needs cuDNN, and steps without an XQA kernel do not rotate inside."""
+    for shape, inside in (("tiles", 0), ("tiles-xqa", 1)):
+        folder = bundle(shape, "cuda", "int4")
+        graph = ir.load(folder / "model.onnx").graph
+        assert [each.minimum_onnxruntime for each in read_manifest(folder).graphs] == ["1.31"]
+        attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+        assert {node.attributes["do_rotary"].as_int() for node in attention} == {inside}
+        assert {"ReduceMax", "ArgMax", "If", "Loop"} & {node.op_type for node in graph} == set()
+        readers = {use.node.op_type for node in graph if node.op_type == "Shape" for use in node.outputs[0].uses()}
+        assert readers <= {"Squeeze", "Concat", "Neg"}  # all of them in the host's memory

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--target", default="cpu", metavar="TARGET", help="cpu (default), cuda or portable (standard ONNX operators only)")
     add("--block-size", type=int, metavar="N", help="how many weights share a scale (default: the largest up to 64 that fits)")
     add("--kv-cache", default="none", metavar="FORM", help="keep keys and values as int8 or int4 (default: none, as computed)")
+    add("--dtype", metavar="DTYPE", help="of activations on CUDA: float16 (default) or bfloat16")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--token", metavar="TOKEN", help="access token for the hub (default: the one that huggingface_hub finds)")
     add("--overwrite", action="store_true", help="replace an existing bundle")
@@ -67,6 +68,7 @@ def _export(arguments: argparse.Namespace) -> None:
             target=arguments.target,
             block_size=arguments.block_size,
             kv_cache=arguments.kv_cache,
+            dtype=arguments.dtype,
             revision=arguments.revision,
             token=arguments.token,
             overwrite=arguments.overwrite,

@@ -13,19 +13,18 @@ from phimoe_onnx.errors import ConfigError
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def read_decoding(config: PhiMoEConfig, folder: Path, target: str, kv_cache: str) -> Decoding:
-    """The manifest's section for a checkpoint in `folder`.
+def read_decoding(config: PhiMoEConfig, folder: Path, target: str, kv_cache: str, dtype: str = "float32") -> Decoding:
+    """The manifest's section for a checkpoint in `folder`, with activations of `dtype`.
 
     Raises:
         ConfigError: generation_config.json or tokenizer.json is damaged.
     """
     rope = config.longrope
-    plain = "float16" if target == "cuda" else "float32"
     cache = CacheShape(
         num_hidden_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim // 2 if kv_cache == "int4" else config.head_dim,
-        dtype={"none": plain, "int8": "int8", "int4": "uint8"}[kv_cache],
+        dtype={"none": dtype, "int8": "int8", "int4": "uint8"}[kv_cache],
         shared=target != "portable",
     )
     return Decoding(

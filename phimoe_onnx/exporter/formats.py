@@ -11,6 +11,11 @@ from phimoe_onnx.exporter.passes import attention
 from phimoe_onnx.exporter.quantize.rtn import Format
 
 TARGETS = ("cpu", "cuda", "portable")
+DTYPES = {
+    "cpu": {"float32": ir.DataType.FLOAT},
+    "cuda": {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16},
+    "portable": {"float32": ir.DataType.FLOAT},
+}
 QUANTIZE = ("none", "fp16", "int8", "int4")
 KV_CACHE = ("none", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -18,9 +23,18 @@ LARGEST_DEFAULT_BLOCK = 64
 CUDA_TILE = 64  # QMoE's packed weights are made of tiles of so many columns
 
 
-def activation_dtype(target: str) -> ir.DataType:
-    """The dtype of activations and cache."""
-    return ir.DataType.FLOAT16 if target == "cuda" else ir.DataType.FLOAT
+def activation_dtype(target: str, dtype: str | None = None) -> ir.DataType:
+    """The dtype of activations and cache: the one that is asked for, else the target's first.
+
+    Raises:
+        ExportError: the target does not know it.
+    """
+    known = DTYPES[target]
+    if dtype is None:
+        return next(iter(known.values()))
+    if dtype not in known:
+        raise ExportError(f"--target {target} has no --dtype {dtype}, expected {' or '.join(known)}")
+    return known[dtype]
 
 
 def check_names(target: str, quantize: str, kv_cache: str = "none", task: str | None = None) -> None:
@@ -53,7 +67,7 @@ def task_for(config: PhiMoEConfig, task: str | None, source: object, kv_cache: s
     return task
 
 
-def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int | None) -> Format | None:
+def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int | None, dtype: str | None = None) -> Format | None:
     """How the experts and projections are stored, None where they are not quantised.
 
     Args:
@@ -61,6 +75,7 @@ def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int
         target: one of TARGETS.
         quantize: one of QUANTIZE.
         block_size: None is the largest number up to 64 that divides the widths.
+        dtype: of activations and scales; None is the target's own.
 
     Raises:
         ExportError: the target or the quantiser does not take the model's shape or this block size.
@@ -89,4 +104,4 @@ def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int
     if block_size not in fitting:
         shapes = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise ExportError(f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}")
-    return Format(int(quantize[3:]), block_size, activation_dtype(target))
+    return Format(int(quantize[3:]), block_size, activation_dtype(target, dtype))

@@ -19,7 +19,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.chat_format import chat_format
 from phimoe_onnx.exporter.checkpoint import Stored, parameters, read_headers
 from phimoe_onnx.exporter.decoding import read_decoding, read_generation
-from phimoe_onnx.exporter.formats import activation_dtype, check_names, format_for, task_for
+from phimoe_onnx.exporter.formats import DTYPES, activation_dtype, check_names, format_for, task_for
 from phimoe_onnx.exporter.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
@@ -50,6 +50,7 @@ def export(
     target: str = "cpu",
     block_size: int | None = None,
     kv_cache: str = "none",
+    dtype: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -67,6 +68,7 @@ def export(
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
         block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the shape.
         kv_cache: "none" (the dtype of the activations), "int8" or "int4": how keys and values are cached.
+        dtype: of the activations, on CUDA "float16" (the default) or "bfloat16"; the other targets have "float32" only.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
         progress: called with a phase, the bytes done and the bytes to do.
@@ -86,15 +88,15 @@ def export(
     task = task_for(config, task, source, kv_cache)
     output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
-    format = format_for(config, target, quantize, block_size)
-    decoding = read_decoding(config, folder, target, kv_cache)
+    activations = activation_dtype(target, dtype)
+    format = format_for(config, target, quantize, block_size, dtype)
+    decoding = read_decoding(config, folder, target, kv_cache, DTYPE_NAMES[activations])
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored, task)
 
     report("tracing", 0, 0)
-    dtype = activation_dtype(target)
-    model = trace(config, rows, dtype, task)
+    model = trace(config, rows, activations, task)
     _fuse(model, config, task, target, format)
     if kv_cache != "none":
         QuantizeCache(config, rows, int(kv_cache[3:]))(model)
@@ -110,7 +112,7 @@ def export(
             models["model.branches.onnx"] = branched
     store_half = StoreHalf()
     for graph in models.values():
-        if quantize == "fp16" and dtype == ir.DataType.FLOAT:
+        if quantize == "fp16" and activations == ir.DataType.FLOAT:
             store_half(graph)
         graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
 
@@ -136,8 +138,8 @@ def export(
             task=task,
             target=target,
             quantize=quantize,
-            dtype="float16" if dtype == ir.DataType.FLOAT16 else "float32",
-            weights=_describe(task, quantize, target, format),
+            dtype=DTYPE_NAMES[activations],
+            weights=_describe(task, quantize, DTYPE_NAMES[activations], format),
             graphs=tuple(_describe_graph(file, graph) for file, graph in models.items()),
             decoding=decoding,
             files=bundle.describe_files(staging, counter(report, "hashing", layout.nbytes)),
@@ -146,6 +148,8 @@ def export(
         ).write(staging)
     return output
 
+
+DTYPE_NAMES = {dtype: name for known in DTYPES.values() for name, dtype in known.items()}
 
 # The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is slow, from
 # 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs have it. Theirs need
@@ -217,8 +221,8 @@ def _copy(source: Path, staging: Path) -> None:
             shutil.copyfile(source / name, staging / name)
 
 
-def _describe(task: str, quantize: str, target: str, format: Format | None) -> dict[str, str]:
-    stored = "float16" if target == "cuda" or quantize == "fp16" else "float32"
+def _describe(task: str, quantize: str, dtype: str, format: Format | None) -> dict[str, str]:
+    stored = "float16" if quantize == "fp16" and dtype == "float32" else dtype
     matrices, embeddings = (stored, stored) if format is None else (str(format), str(Format(8, format.block_size)))
     weights = {"experts": matrices, "attention": matrices, "embeddings": embeddings, "router": "float32"}
     if format is not None:

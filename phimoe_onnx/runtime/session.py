@@ -39,6 +39,8 @@ def open_session(
 
     """
     check_device(device, manifest.target)
+    if device == "cpu" and manifest.dtype == "bfloat16":
+        raise DeviceError("the bundle's activations are bfloat16, which ONNX Runtime's CPU provider does not compute; use device='cuda'")
     if threads is not None and threads < 1:
         raise DeviceError(f"threads is {threads}, expected 1 or more, or None for ONNX Runtime's own choice")
     for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": cuda_graphs}.items():
