@@ -4,6 +4,7 @@ Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments
 """
 
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -44,6 +45,15 @@ def onnxruntime_1_29(session: nox.Session) -> None:
     """The oldest ONNX Runtime that pyproject.toml allows."""
     _install(session, "--no-deps", "onnxruntime==1.29.0")
     _pytest(session, *sorted(map(str, Path("tests").glob("test_runtime_*.py"))), "tests/test_oldest_onnxruntime.py", "tests/conformance")
+
+
+@nox.session
+def onnxruntime_gpu(session: nox.Session) -> None:
+    """What is said where the CUDA provider cannot start, with the real package; on a machine with a card there is nothing to test."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        session.skip("onnxruntime-gpu has no wheel for this machine")
+    _install(session, "--no-deps", "onnxruntime-gpu==1.31.1")
+    _pytest(session, "tests/test_cuda_errors.py")
 
 
 @nox.session(venv_backend="none")
