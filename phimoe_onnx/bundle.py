@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: docs/sampling.md for the device
 _HASH_BLOCK = 1 << 20  # bytes
-PREFILL_CHUNK = 512  # enough to fill the matrix products, and bounds their memory
+PREFILL_CHUNK = {"cpu": 512, "cuda": 4096, "portable": 512}  # enough to fill the matrix products, and bounds their memory
 HASH_LIMIT = 256 << 20  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
 
 # The names in a graph. text-generation has all of them but LAST_HIDDEN_STATE. The other tasks run whole texts, without a cache:

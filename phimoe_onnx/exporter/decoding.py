@@ -31,7 +31,7 @@ def read_decoding(config: PhiMoEConfig, folder: Path, target: str, kv_cache: str
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
         rope_boundary=rope.original_max_position_embeddings if rope else None,
-        prefill_chunk=PREFILL_CHUNK,
+        prefill_chunk=PREFILL_CHUNK[target],
         eos_token_ids=eos_token_ids(config, read_generation(folder)),
         hidden_tokens=hidden_tokens(folder),
         cache=cache,
