@@ -344,7 +344,7 @@ def errors(context: int) -> Iterator[Fields]:
     yield bundle("a file of another size", {"replace": ["config.json", "phimoe", "phimoe "]}, "config.json", "bytes")
     yield bundle("a changed file", {"replace": ["config.json", "phimoe", "phimoE"]}, "config.json", "SHA-256")
     yield bundle("a damaged decoding section", {"manifest": {"decoding": {}}}, "manifest.json", "damaged")
-    yield bundle("for another device", {"manifest": {"target": "cuda"}}, "cuda", error="DeviceError")
+    yield bundle("for another device", {"manifest": {"target": "cuda", "dtype": "bfloat16"}}, "cuda", error="DeviceError")
     newer = [{"file": "model.onnx", "minimum_onnxruntime": "99.1", "optional_inputs": []}]
     yield bundle("for a newer ONNX Runtime", {"manifest": {"graphs": newer}}, "99.1", error="DeviceError")
     refused = [{"file": "config.json", "minimum_onnxruntime": "1.29", "optional_inputs": []}]
