@@ -69,6 +69,8 @@ def test_the_table(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture
     (["--peers"], "--peers needs --reference"),
     (["--batch", "0"], "--batch and --prompt must be 1 or more"),
     (["--new-tokens", "1"], "--new-tokens 2 or more"),
+    (["--prompt", "5000"], "the prompt has 5000 tokens, which leaves no room in the context"),
+    (["--device", "cuda"], "has no CUDAExecutionProvider"),
 ])  # fmt: skip
 def test_options_that_do_not_fit(bundle: Bundle, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert main([str(bundle("plain", "cpu", "int8")), *arguments]) == 1

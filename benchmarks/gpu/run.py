@@ -136,7 +136,10 @@ def bench(bundle: Path, device: str, batches: list[str], lengths: tuple[str, str
     file = bundle.with_suffix(".json")
     command = [sys.executable, "-c", "import sys; from phimoe_onnx.cli.bench import main; sys.exit(main())", str(bundle)]
     command += ["--device", device, "--batch", *batches, "--prompt", lengths[0], "--new-tokens", lengths[1], "--json", str(file), *more]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    file.unlink(missing_ok=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if not file.exists():  # it is there although a batch did not run; its row says why
+        raise RuntimeError(done.stderr)
     found = json.loads(file.read_text())
     for row in found["rows"]:
         if row["speed"]:

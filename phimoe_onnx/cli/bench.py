@@ -61,6 +61,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     console.print(_table(rows), soft_wrap=True, markup=False)
     if arguments.json:
         _write(arguments.json, {"title": title, "bandwidth": limit, "rows": [row.as_dict() for row in rows]})
+    if problems := [row.problem for row in rows if row.candidate == chosen[0].name and row.speed is None]:
+        raise PhiMoEError(problems[0])  # a peer may fail, the bundle itself may not
 
 
 def _table(rows: Sequence[Any]) -> str:

@@ -130,7 +130,7 @@ class DeviceCache:
     def run_step(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
         """As `SharedCache.run_step`."""
         if self._chosen != list(ids):
-            self._ids.update_inplace(self._spread(ids, 0, np.int64))
+            self._ids.update_inplace(self._spread(ids, 0))
             self._upload_mask([length + 1 for length in lengths])
         if self._step is None:
             self._step = self._bind(0, self._count)
@@ -171,7 +171,8 @@ class DeviceCache:
             raise OutOfMemoryError(f"{what} takes {gigabytes(needed)}, memory_limit leaves {gigabytes(self._limit)} for it; {REMEDY}")
         self.capacity = capacity
         shape = [self._count, self._cache.num_key_value_heads, capacity, self._cache.head_dim]
-        element = _TYPES[self._cache.dtype]
+        # as float16 where it is bfloat16, which numpy cannot read: the bits are bound by their address under their own type
+        element = _TYPES["float16" if self._cache.dtype == "bfloat16" else self._cache.dtype]
         self._buffers = [OrtValue.ortvalue_from_shape_and_type(shape, element, self._device, 0) for _ in self._past]
         self._mask = self._place(np.zeros((self._count, self.capacity), np.int64))
         self._step = self._chosen = None
@@ -206,7 +207,7 @@ class DeviceCache:
 
     def _upload_mask(self, lengths: Sequence[int]) -> None:
         """The mask of rows that hold so many tokens; an idle slot has one."""
-        self._mask.update_inplace((np.arange(self.capacity) < self._spread(lengths, 1, np.int64)).astype(np.int64))
+        self._mask.update_inplace((np.arange(self.capacity) < self._spread(lengths, 1)).astype(np.int64))
 
     def _upload_seen(self, choices: Sequence[Choice]) -> None:
         """The rows' tokens so far, unless the device has counted them along."""
@@ -219,9 +220,9 @@ class DeviceCache:
         self._seen.update_inplace(seen)
         self._counted = rows
 
-    def _spread(self, rows: Sequence[int], idle: int, dtype: type) -> NDArray[Any]:
+    def _spread(self, rows: Sequence[int], idle: int) -> NDArray[np.int64]:
         """A column [slots, 1] of the rows' numbers, and `idle` where no row is."""
-        column: NDArray[Any] = np.full((self._count, 1), idle, dtype)
+        column = np.full((self._count, 1), idle, np.int64)
         column[self._slots, 0] = rows
         return column
 

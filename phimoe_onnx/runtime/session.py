@@ -67,7 +67,7 @@ def _open(path: Path, device: str, threads: int | None, memory_limit: int | None
             raise DeviceError(f"device is 'cuda', but ONNX Runtime {ort.__version__} could not start its {provider}: {problem}")
         with redirect_stdout(None):  # what it prints about a missing library stands in the error below
             ort.preload_dlls()  # of the nvidia packages that the extra [gpu] brings
-        # the arena would keep the memory of weights that QMoE has packed into memory of its own: 2.7 times the bundle
+        # the arena would keep the raw weights beside those that QMoE has packed into memory of its own
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         choices = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}  # TF32 would choose other experts
         choices["enable_cuda_graph"] = str(int(cuda_graphs))
