@@ -1,6 +1,7 @@
 """Tests against what is not installed: transformers and optimum-onnx, the oldest ONNX Runtime, and other languages.
 
-Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what differs.
+Run nox from an environment with `.[export,cpu,dev]`: the sessions' environments see its packages, and install only what
+differs.
 """
 
 import os
@@ -32,9 +33,17 @@ def transformers5(session: nox.Session) -> None:
 
 @nox.session
 def optimum(session: nox.Session) -> None:
-    """optimum-onnx, which wants transformers 4; this package is installed as a wheel, for optimum-cli to find its plug-in."""
+    """optimum-onnx, which wants transformers 4; this package is installed as a wheel, for optimum-cli to find its
+    plug-in.
+    """
     _install(
-        session, "-c", "constraints.txt", "optimum-onnx==0.1.0", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2"
+        session,
+        "-c",
+        "constraints.txt",
+        "optimum-onnx==0.1.0",
+        "transformers==4.57.6",
+        "tokenizers==0.22.2",
+        "huggingface_hub==0.36.2",
     )
     session.install("--no-deps", ".")
     _pytest(session, "tests/test_optimum.py")
@@ -44,12 +53,19 @@ def optimum(session: nox.Session) -> None:
 def onnxruntime_1_29(session: nox.Session) -> None:
     """The oldest ONNX Runtime that pyproject.toml allows."""
     _install(session, "--no-deps", "onnxruntime==1.29.0")
-    _pytest(session, *sorted(map(str, Path("tests").glob("test_runtime_*.py"))), "tests/test_oldest_onnxruntime.py", "tests/conformance")
+    _pytest(
+        session,
+        *sorted(map(str, Path("tests").glob("test_runtime_*.py"))),
+        "tests/test_oldest_onnxruntime.py",
+        "tests/conformance",
+    )
 
 
 @nox.session
 def onnxruntime_gpu(session: nox.Session) -> None:
-    """What is said where the CUDA provider cannot start, with the real package; on a machine with a card there is nothing to test."""
+    """What is said where the CUDA provider cannot start, with the real package; on a machine with a card there is
+    nothing to test.
+    """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         session.skip("onnxruntime-gpu has no wheel for this machine")
     _install(session, "--no-deps", "onnxruntime-gpu==1.31.1")
@@ -99,7 +115,16 @@ def _npm_test(session: nox.Session, folder: str) -> None:
     if not shutil.which("npm"):
         session.skip("there is no npm here")
     # onnxruntime-node would fetch CUDA's libraries
-    session.run("npm", "--prefix", folder, "ci", "--no-audit", "--no-fund", external=True, env={"ONNXRUNTIME_NODE_INSTALL": "skip"})
+    session.run(
+        "npm",
+        "--prefix",
+        folder,
+        "ci",
+        "--no-audit",
+        "--no-fund",
+        external=True,
+        env={"ONNXRUNTIME_NODE_INSTALL": "skip"},
+    )
     session.run("npm", "--prefix", folder, "test", external=True)
 
 
@@ -113,4 +138,6 @@ def _install(session: nox.Session, *arguments: str) -> None:
 
 def _pytest(session: nox.Session, *arguments: str) -> None:
     # one thread: the models are so small that a second one costs more than it gives
-    session.run("python", "-m", "pytest", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    session.run(
+        "python", "-m", "pytest", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    )

@@ -1,10 +1,11 @@
-"""Loads and runs one bundle in each language and prints what each needs: the same ONNX Runtime release, graph and threads.
+"""Loads and runs one bundle in each language and prints what each needs: the same ONNX Runtime release, graph and
+threads.
 
     python -m benchmarks.compare_languages BUNDLE --languages java node --python VENV/bin/python --threads 2
 
-VENV has the ONNX Runtime release of the languages that are named: `--languages java`, `csharp`, `node` or several. Every language
-runs in a process of its own, in turns, and continues the same token ids greedily, twice; the second time counts. The table has
-the medians.
+VENV has the ONNX Runtime release of the languages that are named: `--languages java`, `csharp`, `node` or several.
+Every language runs in a process of its own, in turns, and continues the same token ids greedily, twice; the second time
+counts. The table has the medians.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def run(bundle: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
     load = time.perf_counter() - start
     model.generate(ids, max_new_tokens=new_tokens)
     generation = model.generate(ids, max_new_tokens=new_tokens)
-    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    status = dict(
+        line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")
+    )
     figures = {
         "load": load,
         "prefill": prompt_tokens / generation.first_token_seconds,
@@ -49,7 +52,16 @@ def java_command() -> list[str]:
     """Compiles embed/java and its benchmark; the command without its arguments."""
     classpath = JAVA / "target" / "classpath"
     subprocess.run(
-        ["mvn", "-q", "-B", "-f", JAVA / "pom.xml", "test-compile", "dependency:build-classpath", f"-Dmdep.outputFile={classpath}"],
+        [
+            "mvn",
+            "-q",
+            "-B",
+            "-f",
+            JAVA / "pom.xml",
+            "test-compile",
+            "dependency:build-classpath",
+            f"-Dmdep.outputFile={classpath}",
+        ],
         check=True,
     )
     parts = [JAVA / "target" / "classes", JAVA / "target" / "test-classes", classpath.read_text().strip()]
@@ -77,7 +89,9 @@ def main() -> None:
     """Runs every language in turns and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--python", default=sys.executable, help="a Python with ONNX Runtime, tokenizers, numpy and jinja2")
+    parser.add_argument(
+        "--python", default=sys.executable, help="a Python with ONNX Runtime, tokenizers, numpy and jinja2"
+    )
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=["java"], help="to compare with Python")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)

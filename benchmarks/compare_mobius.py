@@ -1,4 +1,5 @@
-"""Compares phimoe-onnx with mobius-onnx on the CPU: parity with PyTorch, speed, size and export time, as Markdown tables.
+"""Compares phimoe-onnx with mobius-onnx on the CPU: parity with PyTorch, speed, size and export time, as Markdown
+tables.
 
 mobius-onnx stays in an environment of its own (`pip install mobius-onnx`); from the repository's root:
 
@@ -44,7 +45,9 @@ MOBIUS = ("mobius fp32", "mobius int4", "mobius fp32, default EP")
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, the lengths at which its logits are compared, and whether it is large enough for its speed to tell anything."""
+    """A checkpoint, the lengths at which its logits are compared, and whether it is large enough for its speed to tell
+    anything.
+    """
 
     name: str
     checkpoint: Path
@@ -73,9 +76,15 @@ def main() -> None:
     """Exports, measures and prints."""
     logging.disable(logging.INFO)  # the quantiser's, a line a node
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mobius", type=Path, required=True, metavar="FILE", help="the command of an environment with mobius-onnx")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads of ONNX Runtime (default: all)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="interleaved rounds of timing (default: 15)")
+    parser.add_argument(
+        "--mobius", type=Path, required=True, metavar="FILE", help="the command of an environment with mobius-onnx"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="N", help="threads of ONNX Runtime (default: all)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, metavar="N", help="interleaved rounds of timing (default: 15)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the tables to this file")
     arguments = parser.parse_args()
 
@@ -92,8 +101,20 @@ def main() -> None:
         f"{conditions(arguments.mobius)}; {arguments.threads} threads.\n",
         "Parity with PyTorch in float32, of the logits after every token of one forward pass:\n",
         table(["checkpoint", "tokens", "candidate", "mean diff / std", "max diff / std", "cosine", "top-1"], parity),
-        f"Speed with {PAST} tokens: a prefill of them, and decode steps after them (medians of {arguments.rounds} interleaved rounds):\n",
-        table(["checkpoint", "candidate", "decode, tokens/s", "prefill, tokens/s", "load, s", "size, MB", "export, s"], speed),
+        f"Speed with {PAST} tokens: a prefill of them, and decode steps after them (medians of {arguments.rounds} "
+        f"interleaved rounds):\n",
+        table(
+            [
+                "checkpoint",
+                "candidate",
+                "decode, tokens/s",
+                "prefill, tokens/s",
+                "load, s",
+                "size, MB",
+                "export, s",
+            ],
+            speed,
+        ),
     ])  # fmt: skip
     print(result)
     if arguments.output:
@@ -101,13 +122,23 @@ def main() -> None:
 
 
 def make_cases(scratch: Path) -> list[Case]:
-    """The small trained model, and random checkpoints: with longrope, with a window, and one of a size that shows speed."""
+    """The small trained model, and random checkpoints: with longrope, with a window, and one of a size that shows
+    speed.
+    """
     context = {"max_position_embeddings": 1024}
     scaling = {"rope_scaling": longrope(16, 64), "original_max_position_embeddings": 64}
-    shape = {"hidden_size": 1024, "intermediate_size": 960, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4}
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 960,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    }
     with_longrope = write_checkpoint(scratch / "longrope", **scaling, **context)
     with_window = write_checkpoint(scratch / "window", sliding_window=64, **context)
-    larger = write_checkpoint(scratch / "larger", dtype=torch.bfloat16, vocab_size=32064, sliding_window=2047, **shape, **context)
+    larger = write_checkpoint(
+        scratch / "larger", dtype=torch.bfloat16, vocab_size=32064, sliding_window=2047, **shape, **context
+    )
     return [
         Case(MODEL.name, MODEL, {"below the rope boundary": 200, "past it": 400}, timed=True),
         Case("random, longrope", with_longrope, {"below the rope boundary": 48, "past it": 200}, timed=False),
@@ -150,7 +181,9 @@ def quantize_int4(graph: Path, target: Path) -> float:
     start = time.perf_counter()
     model = onnx.load(graph)
     routers = [node.name for node in model.graph.node if node.op_type == "MatMul" and "mlp.gate." in node.input[1]]
-    quantizer = MatMulNBitsQuantizer(model, block_size=32, is_symmetric=True, accuracy_level=4, nodes_to_exclude=routers)
+    quantizer = MatMulNBitsQuantizer(
+        model, block_size=32, is_symmetric=True, accuracy_level=4, nodes_to_exclude=routers
+    )
     quantizer.process()
     target.parent.mkdir()
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
@@ -183,7 +216,9 @@ def one_pass(graph: Path, config: PhiMoEConfig, ids: Sequence[int]) -> NDArray[n
     empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
     feed |= dict.fromkeys(cache_names(config.num_hidden_layers, "past_key_values"), empty)
     required = {value.name for value in session.get_inputs()}
-    logits: NDArray[np.float32] = session.run([LOGITS], {name: value for name, value in feed.items() if name in required})[0][0]
+    logits: NDArray[np.float32] = session.run(
+        [LOGITS], {name: value for name, value in feed.items() if name in required}
+    )[0][0]
     return logits
 
 
@@ -236,8 +271,13 @@ class Bound:
         self._buffers = [np.zeros(self._shape, np.float32) for _ in self._past]
 
     def time(self, new: int, past: int) -> float:
-        """The seconds of one run of `new` tokens after `past` ones, with the logits of the last one only if the graph can."""
-        inputs = {INPUT_IDS: np.random.default_rng(past).integers(3, 2000, (1, new)), ATTENTION_MASK: np.ones((1, past + new), np.int64)}
+        """The seconds of one run of `new` tokens after `past` ones, with the logits of the last one only if the graph
+        can.
+        """
+        inputs = {
+            INPUT_IDS: np.random.default_rng(past).integers(3, 2000, (1, new)),
+            ATTENTION_MASK: np.ones((1, past + new), np.int64),
+        }
         if self._keeps:
             inputs[LOGITS_TO_KEEP] = np.ones(1, np.int64)
         if self._takes_positions:
@@ -261,7 +301,13 @@ class Bound:
 def speed_row(case: Case, name: str, candidate: Candidate) -> Sequence[object]:
     """A row of the speed table."""
     decode, prefill = 1 / median(candidate.steps), PAST / median(candidate.prefills)
-    row = (f"{decode:.0f}", f"{prefill:.0f}", f"{median(candidate.loads):.2f}", f"{candidate.megabytes:.1f}", f"{candidate.export:.1f}")
+    row = (
+        f"{decode:.0f}",
+        f"{prefill:.0f}",
+        f"{median(candidate.loads):.2f}",
+        f"{candidate.megabytes:.1f}",
+        f"{candidate.export:.1f}",
+    )
     return (case.name, name, *row)
 
 
@@ -271,10 +317,14 @@ def conditions(mobius: Path) -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    code = "from importlib.metadata import version as v; print('mobius-onnx', v('mobius-onnx'), 'on transformers', v('transformers'))"
-    theirs = subprocess.run([mobius.with_name("python"), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    code = "from importlib.metadata import version as v; "
+    code += "print('mobius-onnx', v('mobius-onnx'), 'on transformers', v('transformers'))"
+    theirs = subprocess.run(
+        [mobius.with_name("python"), "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     date = datetime.datetime.now(datetime.UTC).date()
-    return f"{date}, {cpu}; phimoe-onnx {__version__}, {theirs}, ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}"
+    ours = f"phimoe-onnx {__version__}, {theirs}, ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}"
+    return f"{date}, {cpu}; {ours}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -5,8 +5,9 @@ Run it from the repository's root in an environment that has both:
     pip install llama-cpp-python gguf     # compiles llama.cpp for this machine, about ten minutes
     python -m benchmarks.compare_quantisers [--layers 4] [--rounds 3]
 
-It writes a random bf16 checkpoint of Phi-mini-MoE's shape cut to a few layers, and the same weights as GGUF files in every input
-format that llama.cpp's quantiser reads. Everything is read from the page cache; everything is written to the same folder.
+It writes a random bf16 checkpoint of Phi-mini-MoE's shape cut to a few layers, and the same weights as GGUF files in
+every input format that llama.cpp's quantiser reads. Everything is read from the page cache; everything is written to
+the same folder.
 """
 
 from __future__ import annotations
@@ -52,9 +53,13 @@ GGML_TYPES = {
 def main() -> None:
     """Prepares, measures in turns and prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the checkpoint: 4 (default) are 1.2 B parameters")
+    parser.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="of the checkpoint: 4 (default) are 1.2 B parameters"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each candidate (default: 3)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write, some 18 GB; what is there already is used again")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where to write, some 18 GB; what is there already is used again"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
     checkpoint = prepare(folder / "checkpoint", arguments.layers)
@@ -67,7 +72,9 @@ def main() -> None:
         source = write_gguf(folder / f"{form.name}.gguf", config, tensors, dtype)
         candidates[f"llama.cpp, {form.name} GGUF to Q4_0 GGUF"] = partial(llama, source, folder / "Q4_0.gguf")
     candidates |= {
-        "ours, bf16 safetensors to int4, block 32": partial(ours, checkpoint, folder / "bundle", ("writing weights", "hashing")),
+        "ours, bf16 safetensors to int4, block 32": partial(
+            ours, checkpoint, folder / "bundle", ("writing weights", "hashing")
+        ),
         "the same with tracing and hashing": partial(ours, checkpoint, folder / "bundle", ("start", "end")),
         "ours, bare, bf16 in memory": partial(bare_ours, matrices),
         "PyTorch, bare, bf16 in memory": partial(bare_torch, matrices),
@@ -76,13 +83,21 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, run in candidates.items():
             times[name].append(run())
-    print(f"{datetime.date.today()}, {_cpu()}, {os.cpu_count()} cores, {count / 1e9:.2f} B parameters, {arguments.rounds} rounds; ", end="")
+    print(
+        f"{datetime.date.today()}, {_cpu()}, {os.cpu_count()} cores, {count / 1e9:.2f} B parameters, "
+        f"{arguments.rounds} rounds; ",
+        end="",
+    )
     print(f"phimoe-onnx {__version__}, PyTorch {torch.__version__}, llama-cpp-python {llama_cpp.__version__}")
-    print("\n| candidate | M parameters/s, median | best | worst | CPU seconds, least |\n| --- | --- | --- | --- | --- |")
+    print(
+        "\n| candidate | M parameters/s, median | best | worst | CPU seconds, least |\n| --- | --- | --- | --- | --- |"
+    )
     for name, runs in times.items():
         seconds = [wall for wall, _ in runs]
         speeds = (count / value / 1e6 for value in (median(seconds), min(seconds), max(seconds)))
-        print(f"| {name} | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {min(cpu for _, cpu in runs):.1f} |")
+        print(
+            f"| {name} | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {min(cpu for _, cpu in runs):.1f} |"
+        )
     if not arguments.folder:
         shutil.rmtree(folder)
 
@@ -111,7 +126,9 @@ def read_tensors(checkpoint: Path, config: PhiMoEConfig) -> dict[str, torch.Tens
         return torch.stack(parts) if "experts" in name else parts[0]
 
     tensors = {"token_embd.weight": read("model.embed_tokens.weight"), "output.weight": read("lm_head.weight")}
-    tensors |= {f"output_norm.{kind}": read(f"model.norm.{kind}") for kind in ("weight", "bias")} | {"output.bias": read("lm_head.bias")}
+    tensors |= {f"output_norm.{kind}": read(f"model.norm.{kind}") for kind in ("weight", "bias")} | {
+        "output.bias": read("lm_head.bias")
+    }
     for n in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{n}.", f"blk.{n}."
         for kind in ("weight", "bias"):
@@ -177,7 +194,13 @@ def llama(source: Path, target: Path) -> Times:
 def ours(checkpoint: Path, output: Path, between: tuple[str, str]) -> Times:
     """An int4 export, from the beginning of one of its phases to that of another."""
     begins = {"start": _now()}
-    pipeline.export(checkpoint, output, quantize="int4", block_size=BLOCK, progress=lambda phase, *_: begins.setdefault(phase, _now()))
+    pipeline.export(
+        checkpoint,
+        output,
+        quantize="int4",
+        block_size=BLOCK,
+        progress=lambda phase, *_: begins.setdefault(phase, _now()),
+    )
     begins["end"] = _now()
     shutil.rmtree(output)
     return begins[between[1]] - begins[between[0]]
@@ -190,7 +213,9 @@ def bare_ours(matrices: list[torch.Tensor]) -> Times:
     torch.set_num_threads(1)
     start = _now()
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for _ in workers.map(format.quantize, [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])]):
+        for _ in workers.map(
+            format.quantize, [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])]
+        ):
             pass
     times = _now() - start
     torch.set_num_threads(threads)

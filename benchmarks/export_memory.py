@@ -1,4 +1,5 @@
-"""Exports full-width checkpoints of several depths and prints the time and the peak of memory: it does not grow with the model.
+"""Exports full-width checkpoints of several depths and prints the time and the peak of memory: it does not grow with
+the model.
 
 python benchmarks/export_memory.py --shape Phi-3.5-MoE --layers 1 8 32 --quantize int4
 
@@ -28,7 +29,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    print("| checkpoint | layers | parameters, B | stored as | bundle, GB | export, s | M parameters/s | peak memory, GiB |")
+    print(
+        "| checkpoint | layers | parameters, B | stored as | bundle, GB | export, s | M parameters/s | peak memory, "
+        "GiB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for layers in arguments.layers:
         count = write_checkpoint(folder / "source", arguments.shape, layers, random_layers=1)
@@ -38,7 +42,8 @@ def main() -> None:
             size = sum(path.stat().st_size for path in (folder / "bundle").iterdir())
             speed = count / seconds / 1e6
             print(
-                f"| {arguments.shape} | {layers} | {count / 1e9:.2f} | {quantize} | {size / 1e9:.2f} | {seconds:.0f} | {speed:.0f} "
+                f"| {arguments.shape} | {layers} | {count / 1e9:.2f} | {quantize} | {size / 1e9:.2f} | {seconds:.0f} "
+                f"| {speed:.0f} "
                 f"| {peak / 2**30:.2f} |",
                 flush=True,
             )

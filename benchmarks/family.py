@@ -3,8 +3,8 @@
 python benchmarks/family.py                                    # about a quarter of an hour on two cores, 40 GB of disk
 python benchmarks/family.py --checkpoints Phi-tiny-MoE --layers 4
 
-Phi-tiny-MoE and Phi-mini-MoE are complete; GRIN-MoE and Phi-3.5-MoE have as many layers of full width as fit this machine's memory
-and disk. All weights are random. Every step is a process of its own.
+Phi-tiny-MoE and Phi-mini-MoE are complete; GRIN-MoE and Phi-3.5-MoE have as many layers of full width as fit this
+machine's memory and disk. All weights are random. Every step is a process of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     arguments = parser.parse_args()
     columns = (
-        "checkpoint", "layers", "parameters, B", "export, s", "export's peak, GiB", "bundle, GB", "load, s", "load's peak / bundle",
+        "checkpoint", "layers", "parameters, B", "export, s", "export's peak, GiB", "bundle, GB",
+        "load, s", "load's peak / bundle",
         "resident, GB", "as planned", "prefill 512, tokens/s", "decode, tokens/s",
     )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -80,7 +81,8 @@ def row(folder: Path, shape: str, layers: int | None, quantize: str) -> str:
     _, _, output = measure([sys.executable, "-c", LOAD, str(bundle), str(NEW_TOKENS)])
     figures = json.loads(output)
     cells = (
-        shape, str(layers), f"{count / 1e9:.2f}", f"{seconds:.0f}", f"{peak / 2**30:.2f}", f"{size / 1e9:.2f}", f"{figures['load']:.1f}",
+        shape, str(layers), f"{count / 1e9:.2f}", f"{seconds:.0f}", f"{peak / 2**30:.2f}", f"{size / 1e9:.2f}",
+        f"{figures['load']:.1f}",
         f"{figures['peak'] / size:.2f}", f"{figures['resident'] / 1e9:.2f}", f"{planned / 1e9:.2f}",
         f"{figures['prefill']:.0f}", f"{figures['decode']:.1f}",
     )  # fmt: skip

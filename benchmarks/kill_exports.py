@@ -1,13 +1,16 @@
-"""Kills exports at random moments, many times: there must never be a bundle that is not whole, and the end must be the same.
+"""Kills exports at random moments, many times: there must never be a bundle that is not whole, and the end must be the
+same.
 
-From the repository's root, with the small model and a random one of 95 M parameters, whose weights take longer to write:
+From the repository's root, with the small model and a random one of 95 M parameters, whose weights take longer to
+write:
 
     python -m benchmarks.kill_exports [--kills 200]
 
-Each round exports to the same output, with --overwrite, as int4 or as int8, and ends with SIGKILL somewhere in a phase drawn at
-random; it goes on with whatever the rounds before left. After it, what stands under the output's name is compared with exports
-that nobody disturbed, byte by byte. Every fifth round is not killed, and must end with nothing left beside the bundle. A process is
-a fork of this one, which has imported and traced everything: what is killed is the work on the disk.
+Each round exports to the same output, with --overwrite, as int4 or as int8, and ends with SIGKILL somewhere in a phase
+drawn at random; it goes on with whatever the rounds before left. After it, what stands under the output's name is
+compared with exports that nobody disturbed, byte by byte. Every fifth round is not killed, and must end with nothing
+left beside the bundle. A process is a fork of this one, which has imported and traced everything: what is killed is the
+work on the disk.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ FORMS = ("int4", "int8")
 
 
 def main() -> None:
-    """Runs the rounds and prints what was found; a broken bundle, different bytes or something left behind end it with an error."""
+    """Runs the rounds and prints what was found; a broken bundle, different bytes or something left behind end it with
+    an error.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="of each checkpoint (default: 200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
@@ -91,11 +96,15 @@ class Killer:
         rounds = track(range(10 * kills), console=Console(stderr=True), transient=True)
         for number in rounds:
             before = self.standing()
-            form = random.choice(FORMS)  # half of the time another than the round before, whose weights then count for nothing
+            form = random.choice(
+                FORMS
+            )  # half of the time another than the round before, whose weights then count for nothing
             if number % 5 == 4:
                 self.export(self.output, form)
                 if self.standing() != form or [path.name for path in self.folder.iterdir()] != ["bundle"]:
-                    raise SystemExit(f"the run after the kills left {sorted(path.name for path in self.folder.iterdir())}")
+                    raise SystemExit(
+                        f"the run after the kills left {sorted(path.name for path in self.folder.iterdir())}"
+                    )
                 completed += 1
                 if sum(landed.values()) >= kills:
                     break
@@ -107,11 +116,19 @@ class Killer:
             after = self.standing()
             if end.phase:
                 landed[end.phase] += 1
-                standing["a whole bundle" if after else "the old one, moved aside" if before else "none, as before"] += 1
+                standing[
+                    "a whole bundle" if after else "the old one, moved aside" if before else "none, as before"
+                ] += 1
             if before and not after and end.phase != "renaming":
                 raise SystemExit(f"a kill while {end.phase} took the old bundle away")
-        print(f"{self.checkpoint.name}: {sum(landed.values())} exports killed (" + _list(landed, PHASES) + ");", end=" ")
-        print(f"then stood there {_list(standing, sorted(standing))}, every bundle byte-identical to an undisturbed export;", end=" ")
+        print(
+            f"{self.checkpoint.name}: {sum(landed.values())} exports killed (" + _list(landed, PHASES) + ");", end=" "
+        )
+        print(
+            f"then stood there {_list(standing, sorted(standing))}, every bundle byte-identical to an undisturbed "
+            f"export;",
+            end=" ",
+        )
         print(f"{completed} runs after kills ended in such a bundle and left nothing beside it")
 
     def export(self, output: Path, form: str, phase: int | None = None, delay: float = 0.0) -> Ended:
@@ -167,7 +184,9 @@ class Killer:
                 patch.object(pipeline, "trace", lambda *_: self.traced.clone()),
                 patch.object(staging, "_flush", lambda folder: (reach("renaming"), flush(folder))),
             ):
-                pipeline.export(self.checkpoint, output, quantize=form, overwrite=True, progress=lambda phase, *_: reach(phase))
+                pipeline.export(
+                    self.checkpoint, output, quantize=form, overwrite=True, progress=lambda phase, *_: reach(phase)
+                )
             return 0
         except BaseException:
             traceback.print_exc()

@@ -93,7 +93,10 @@ def _layer(config: dict[str, Any], number: int) -> dict[str, tuple[int, ...]]:
     for norm in ("input_layernorm", "post_attention_layernorm"):
         tensors |= {f"{prefix}{norm}.weight": (h,), f"{prefix}{norm}.bias": (h,)}
     for name, rows, columns in (("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)):
-        tensors |= {f"{prefix}self_attn.{name}_proj.weight": (rows, columns), f"{prefix}self_attn.{name}_proj.bias": (rows,)}
+        tensors |= {
+            f"{prefix}self_attn.{name}_proj.weight": (rows, columns),
+            f"{prefix}self_attn.{name}_proj.bias": (rows,),
+        }
     tensors[f"{prefix}block_sparse_moe.gate.weight"] = (config["num_local_experts"], h)
     for expert in range(config["num_local_experts"]):
         for name, shape in (("w1", (i, h)), ("w2", (h, i)), ("w3", (i, h))):
@@ -106,7 +109,9 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], pool: np.ndarray | None, random: np.random.Generator) -> None:
+def _write_shard(
+    path: Path, tensors: dict[str, tuple[int, ...]], pool: np.ndarray | None, random: np.random.Generator
+) -> None:
     header, end = {}, 0
     for name, shape in tensors.items():
         begin, end = end, end + 2 * int(np.prod(shape))

@@ -1,7 +1,7 @@
 """phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
 
-`export` and `verify` need the extra `[export]`, `PhiMoE` needs an ONNX Runtime, `[cpu]` or `[gpu]`; each is imported when it is
-first used.
+`export` and `verify` need the extra `[export]`, `PhiMoE` needs an ONNX Runtime, `[cpu]` or `[gpu]`; each is imported
+when it is first used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ __all__ = [
     "verify",
 ]
 
-_LAZY = {"export": "phimoe_onnx.exporter.pipeline", "verify": "phimoe_onnx.parity.verify", "PhiMoE": "phimoe_onnx.runtime.model"}
+_LAZY = {
+    "export": "phimoe_onnx.exporter.pipeline",
+    "verify": "phimoe_onnx.parity.verify",
+    "PhiMoE": "phimoe_onnx.runtime.model",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -54,4 +58,6 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         extra = "cpu" if name == "PhiMoE" or error.name == "onnxruntime" else "export"
-        raise MissingPackageError(f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'") from None
+        raise MissingPackageError(
+            f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'"
+        ) from None

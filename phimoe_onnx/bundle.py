@@ -19,24 +19,42 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: docs/sampling.md for the device
 _HASH_BLOCK = 1 << 20  # bytes
-PREFILL_CHUNK = {"cpu": 512, "cuda": 4096, "portable": 512}  # enough to fill the matrix products, and bounds their memory
-HASH_LIMIT = 256 << 20  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
+PREFILL_CHUNK = {
+    "cpu": 512,
+    "cuda": 4096,
+    "portable": 512,
+}  # enough to fill the matrix products, and bounds their memory
+HASH_LIMIT = (
+    256 << 20
+)  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
 
-# The names in a graph. text-generation has all of them but LAST_HIDDEN_STATE. The other tasks run whole texts, without a cache:
-# input_ids and attention_mask [batch, sequence] give text-classification's logits or feature-extraction's last_hidden_state.
+# The names in a graph. text-generation has all of them but LAST_HIDDEN_STATE. The other tasks run whole texts, without
+# a cache: input_ids and attention_mask [batch, sequence] give text-classification's logits or feature-extraction's
+# last_hidden_state.
 TASKS = ("text-generation", "text-classification", "feature-extraction")
 INPUT_IDS = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK = "attention_mask"  # int64 [batch, past + sequence]: 1 for a real token; rows are padded on the right
-LOGITS = "logits"  # float32 [batch, sequence or logits_to_keep, vocab_size]; a classifier's [batch, labels], at the last real token
+# float32 [batch, sequence or logits_to_keep, vocab_size]; a classifier's [batch, labels], at the last real token
+LOGITS = "logits"
 LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, sequence, hidden_size], after the final norm
 LOGITS_TO_KEEP = "logits_to_keep"  # optional int64 [1]: how many last positions get logits; 0, the default, is all
-ROPE_LENGTH = "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
-CACHE_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}  # bytes of each dtype that a cache may have
+ROPE_LENGTH = (
+    "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
+)
+CACHE_WIDTHS = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "uint8": 1,
+}  # bytes of each dtype that a cache may have
 OPTIONAL_INPUTS = (LOGITS_TO_KEEP, ROPE_LENGTH)
 
 
 def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
-    """The cache's names in graph order; `prefix` is "past_key_values" or "present"; each [batch, kv_heads, length, head_dim]."""
+    """The cache's names in graph order; `prefix` is "past_key_values" or "present"; each [batch, kv_heads, length,
+    head_dim].
+    """
     return [f"{prefix}.{layer}.{part}" for layer in range(num_hidden_layers) for part in ("key", "value")]
 
 
@@ -44,8 +62,8 @@ def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
 class Graph:
     """One graph file over the bundle's weights, and the least ONNX Runtime release that loads it.
 
-    `optional_inputs` have a default. ONNX Runtime's releases for Java, Node and browsers cannot give values to those, so there
-    a graph without any is to be taken: it has all inputs as plain ones.
+    `optional_inputs` have a default. ONNX Runtime's releases for Java, Node and browsers cannot give values to those,
+    so there a graph without any is to be taken: it has all inputs as plain ones.
     """
 
     file: str
@@ -57,8 +75,8 @@ class Graph:
 class ChatFormat:
     """The chat template as plain strings: a turn is prefix + content + suffix, and `generation` opens the answer.
 
-    `turns` maps a role to (prefix, suffix); the roles in `skipped_when_empty` have no turn where the content is empty. None in
-    the manifest where the template cannot be said this way.
+    `turns` maps a role to (prefix, suffix); the roles in `skipped_when_empty` have no turn where the content is empty.
+    None in the manifest where the template cannot be said this way.
     """
 
     turns: dict[str, tuple[str, str]]
@@ -68,11 +86,12 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One of the cache's arrays is [batch, num_key_value_heads, length, head_dim] of `dtype`; there are two a layer, key and value.
+    """One of the cache's arrays is [batch, num_key_value_heads, length, head_dim] of `dtype`; there are two a layer,
+    key and value.
 
     An int4 cache has the dtype "uint8" and half the model's head_dim: each number holds two channels.
-    `shared` says whether past and present may be one buffer, of any greater length, that the graph writes in place; where it
-    is false, `present` is past + new.
+    `shared` says whether past and present may be one buffer, of any greater length, that the graph writes in place;
+    where it is false, `present` is past + new.
     """
 
     num_hidden_layers: int
@@ -174,9 +193,14 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"not a bundle of phimoe-export: {error}") from None
     version = raw.get("format_version")
     if version != FORMAT_VERSION:
-        raise BundleError(f"{bundle / MANIFEST}: format_version is {version}, this release reads {FORMAT_VERSION}; upgrade phimoe-onnx")
+        raise BundleError(
+            f"{bundle / MANIFEST}: format_version is {version}, this release reads {FORMAT_VERSION}; upgrade "
+            f"phimoe-onnx"
+        )
     try:
-        raw["graphs"] = tuple(Graph(**graph | {"optional_inputs": tuple(graph["optional_inputs"])}) for graph in raw["graphs"])
+        raw["graphs"] = tuple(
+            Graph(**graph | {"optional_inputs": tuple(graph["optional_inputs"])}) for graph in raw["graphs"]
+        )
         if chat := raw.get("chat"):
             turns = {role: (prefix, suffix) for role, (prefix, suffix) in chat["turns"].items()}
             raw["chat"] = ChatFormat(turns, chat["generation"], tuple(chat["skipped_when_empty"]))
@@ -192,7 +216,11 @@ def _decoding(raw: dict[str, Any]) -> Decoding:
     decoding = Decoding(**raw | {"eos_token_ids": tuple(raw["eos_token_ids"]), "cache": CacheShape(**raw["cache"])})
     cache = decoding.cache
     counts = [decoding.vocab_size, decoding.context, decoding.prefill_chunk, cache.num_hidden_layers]
-    counts += [cache.num_key_value_heads, cache.head_dim, 1 if decoding.rope_boundary is None else decoding.rope_boundary]
+    counts += [
+        cache.num_key_value_heads,
+        cache.head_dim,
+        1 if decoding.rope_boundary is None else decoding.rope_boundary,
+    ]
     if not all(type(count) is int and count > 0 for count in counts):
         raise ValueError("a number of its decoding section is not a positive integer")
     if cache.dtype not in CACHE_WIDTHS:
@@ -214,17 +242,25 @@ def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = Fal
             raise BundleError(f"{path}: is missing; the bundle is incomplete, copy or export it again")
         size = path.stat().st_size
         if size != expected["size"]:
-            raise BundleError(f"{path}: has {size} bytes, the manifest says {expected['size']}; copy or export the bundle again")
+            raise BundleError(
+                f"{path}: has {size} bytes, the manifest says {expected['size']}; copy or export the bundle again"
+            )
         if (hash_everything or size <= HASH_LIMIT) and sha256(path) != expected["sha256"]:
-            raise BundleError(f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again")
+            raise BundleError(
+                f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again"
+            )
 
 
 def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in `bundle` but the manifest, by name; `advance` is called with the bytes just read."""
+    """Size and SHA-256 of every file in `bundle` but the manifest, by name; `advance` is called with the bytes just
+    read.
+    """
     paths = _files(bundle)
     with ThreadPoolExecutor(os.cpu_count()) as workers:  # hashlib lets other threads run
         hashes = workers.map(lambda path: sha256(path, advance), paths)
-        return {path.name: {"size": path.stat().st_size, "sha256": hash} for path, hash in zip(paths, hashes, strict=True)}
+        return {
+            path.name: {"size": path.stat().st_size, "sha256": hash} for path, hash in zip(paths, hashes, strict=True)
+        }
 
 
 def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
@@ -239,4 +275,8 @@ def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
 
 
 def _files(bundle: Path) -> list[Path]:
-    return [path for path in sorted(bundle.iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")]
+    return [
+        path
+        for path in sorted(bundle.iterdir())
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    ]

@@ -23,7 +23,8 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 
 @dataclass(frozen=True)
 class LongRope:
-    """Two sets of rope factors: `short` up to `original_max_position_embeddings` tokens, `long` for every position beyond.
+    """Two sets of rope factors: `short` up to `original_max_position_embeddings` tokens, `long` for every position
+    beyond.
 
     `short_factor` and `long_factor` hold head_dim / 2 numbers that divide the inverse frequencies; the mscales multiply
     cos and sin. Source: LongRoPE, arXiv 2402.13753, with the mscales that PhiMoE's config.json gives.
@@ -78,7 +79,9 @@ class PhiMoEConfig:
 
     @property
     def function_to_apply(self) -> str:
-        """What makes scores of a classifier's logits, "softmax", "sigmoid" or "none"; transformers' pipeline has the same rule."""
+        """What makes scores of a classifier's logits, "softmax", "sigmoid" or "none"; transformers' pipeline has the
+        same rule.
+        """
         if self.problem_type == "regression":
             return "none"
         return "sigmoid" if self.problem_type == "multi_label_classification" or len(self.labels) == 1 else "softmax"
@@ -136,10 +139,13 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
     heads = read.count("num_attention_heads")
     kv_heads = read.count("num_key_value_heads")
     if heads % kv_heads:
-        raise ConfigError(f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+        raise ConfigError(
+            f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+        )
     if raw.get("head_dim") is None and hidden_size % heads:
         raise ConfigError(
-            f"{where}: hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads}) and no head_dim is given"
+            f"{where}: hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads}) and no "
+            f"head_dim is given"
         )
     head_dim = read.count("head_dim", hidden_size // heads)
     if head_dim % 2:
@@ -151,7 +157,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
     rope_theta, longrope = _rope(read, head_dim, max_positions)
     problem_type = raw.get("problem_type")
     if problem_type not in (None, *PROBLEM_TYPES):
-        raise ConfigError(f"{where}: problem_type is {problem_type!r}, expected one of {', '.join(PROBLEM_TYPES)} or null")
+        raise ConfigError(
+            f"{where}: problem_type is {problem_type!r}, expected one of {', '.join(PROBLEM_TYPES)} or null"
+        )
     return PhiMoEConfig(
         vocab_size=read.count("vocab_size"),
         hidden_size=hidden_size,
@@ -223,12 +231,14 @@ class _Reader:
     def factors(self, key: str, length: int) -> tuple[float, ...]:
         values = self.get(key, list)
         if len(values) != length or not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
-            raise ConfigError(f"{self.where}: {key} has {len(values)} entries, expected head_dim / 2 = {length} positive numbers")
+            raise ConfigError(
+                f"{self.where}: {key} has {len(values)} entries, expected head_dim / 2 = {length} positive numbers"
+            )
         return tuple(float(v) for v in values)
 
 
 def _rope(read: _Reader, head_dim: int, max_positions: int) -> tuple[float, LongRope | None]:
-    """rope_theta and the longrope factors, from `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    """rope_theta and longrope's factors, from `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     name = "rope_parameters" if read.raw.get("rope_parameters") else "rope_scaling"
     scaling = read.raw.get(name) or {}
     if not isinstance(scaling, dict):
@@ -253,7 +263,9 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> tuple[float, Long
 
 
 def _labels(read: _Reader) -> tuple[str, ...]:
-    """The values of id2label in order; LABEL_0 and so on where there are none, two of them if num_labels does not say otherwise."""
+    """The values of id2label in order; LABEL_0 and so on where there are none, two of them if num_labels does not say
+    otherwise.
+    """
     names = read.raw.get("id2label")
     if names is None:
         return tuple(f"LABEL_{index}" for index in range(read.count("num_labels", 2)))

@@ -1,4 +1,4 @@
-"""The errors that phimoe-onnx raises on purpose; every message says what was found, what was expected and what to do."""
+"""The errors that phimoe-onnx raises on purpose; a message says what was found, what was expected and what to do."""
 
 
 class PhiMoEError(Exception):

@@ -1,10 +1,11 @@
 """PhiMoE in plain PyTorch: what the exporter traces, and the reference that a bundle is held against.
 
-Dimensions: B batch, S new tokens, P cached tokens, T = P + S, H hidden_size, N num_attention_heads, K num_key_value_heads,
-D head_dim, E num_local_experts, I intermediate_size, V vocab_size. Everything but the router is computed in
-the dtype of the weights.
+Dimensions: B batch, S new tokens, P cached tokens, T = P + S, H hidden_size, N num_attention_heads, K
+num_key_value_heads, D head_dim, E num_local_experts, I intermediate_size, V vocab_size. Everything but the router is
+computed in the dtype of the weights.
 
-The three functions `attention`, `sparse_mixer` and `experts` are the seams: tracing keeps each as one node of the graph.
+The three functions `attention`, `sparse_mixer` and `experts` are the seams: tracing keeps each as one node of the
+graph.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    visible: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention with rope over cached and new keys.
 
@@ -70,7 +78,8 @@ def sparse_mixer(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
 
 
 def mixer_weights(scores: Tensor, chosen: Tensor, jitter: float) -> Tensor:
-    """The weights of two given experts: each one's softmax over itself and its near rivals, the second without the first.
+    """The weights of two given experts: each one's softmax over itself and its near rivals, the second without the
+    first.
 
     Shapes as in `sparse_mixer`.
     """
@@ -84,7 +93,8 @@ def mixer_weights(scores: Tensor, chosen: Tensor, jitter: float) -> Tensor:
 
 
 def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """The weighted sum of the chosen experts' outputs w2(silu(w1 x) * w3 x); experts that no token chose are not computed.
+    """The weighted sum of the chosen experts' outputs w2(silu(w1 x) * w3 x); experts that no token chose are not
+    computed.
 
     Args:
         x: [B, S, H].
@@ -233,7 +243,9 @@ class PhiMoEModel(nn.Module):
 
 
 class PhiMoEForCausalLM(nn.Module):
-    """The decoder with its language-model head; parameters carry the hub's names, an expert stack those of transformers 5."""
+    """The decoder with its language-model head; parameters carry the hub's names, an expert stack those of transformers
+    5.
+    """
 
     def __init__(self, config: PhiMoEConfig) -> None:
         super().__init__()
@@ -275,7 +287,9 @@ class PhiMoEForFeatureExtraction(nn.Module):
         self.model = PhiMoEModel(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids int64 [B, S] and attention_mask int64 [B, S], 1 for a real token -> hidden states, float32 [B, S, H]."""
+        """input_ids int64 [B, S] and attention_mask int64 [B, S], 1 for a real token -> hidden states, float32 [B, S,
+        H].
+        """
         return self.model.whole(input_ids, attention_mask).float()
 
 

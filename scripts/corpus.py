@@ -1,6 +1,7 @@
 """The small model's data: cleans the texts, trains the Llama-style tokenizer and makes chat samples out of the texts.
 
-The corpus is a folder of plain-text books. In kjv.txt every line is a verse; in the others blank lines part the paragraphs.
+The corpus is a folder of plain-text books. In kjv.txt every line is a verse; in the others blank lines part the
+paragraphs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from tokenizers.models import BPE
 HELD_OUT = "persuasion.txt"
 VOCAB_SIZE = 2048
 BOS, EOS = "<s>", "<|endoftext|>"
-CHAT_TOKENS = (EOS, "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")  # the last ids of the vocabulary, in this order
+CHAT_TOKENS = (
+    EOS,
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+    "<|user|>",
+)  # the last ids of the vocabulary, in this order
 
 _HEADING = re.compile(r"(chapter|volume) [\divxl]+\.?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"""(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)(?:(?<=[.!?])|(?<=[.!?]["']))\s+(?=["'(A-Z])""")
@@ -66,14 +73,18 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     trainee.normalizer = llama
     # only for training: no merge crosses a word or a punctuation mark, and a newline stays a byte token as in Llama
     trainee.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - len(CHAT_TOKENS), special_tokens=base, show_progress=False, max_token_length=16)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(CHAT_TOKENS), special_tokens=base, show_progress=False, max_token_length=16
+    )
     trainee.train_from_iterator(texts, trainer)
 
     trained = json.loads(trainee.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
     tokenizer = Tokenizer(BPE(trained["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = llama
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens([special_token(token) for token in ("<unk>", BOS, "</s>", *CHAT_TOKENS)])
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     return tokenizer
@@ -85,11 +96,18 @@ def special_token(token: str) -> AddedToken:
 
 
 def chat_samples(books: dict[str, list[list[str]]], count: int, seed: int = 0) -> list[str]:
-    """Conversations in the Phi template, each ended by <|endoftext|>: asked to continue a passage, or about somebody in it."""
+    """Conversations in the Phi template, each ended by <|endoftext|>: asked to continue a passage, or about somebody in
+    it.
+    """
     rng = random.Random(seed)
-    names = Counter(name for book in books.values() for document in book for text in document for name in _NAME.findall(text))
+    names = Counter(
+        name for book in books.values() for document in book for text in document for name in _NAME.findall(text)
+    )
     known = {name for name, seen in names.items() if seen >= 20} - _TITLES
-    sentences = {name: [[s for text in document for s in _SENTENCE_END.split(text)] for document in book] for name, book in books.items()}
+    sentences = {
+        name: [[s for text in document for s in _SENTENCE_END.split(text)] for document in book]
+        for name, book in books.items()
+    }
     weights = [sum(len(document) for document in book) for book in sentences.values()]
     samples = []
     while len(samples) < count:
@@ -106,7 +124,9 @@ def chat_samples(books: dict[str, list[list[str]]], count: int, seed: int = 0) -
             reply = rng.randint(1, 3)
             name = next((n for n in _NAME.findall(document[place]) if n in known), None)
             if name and rng.random() < 0.7:
-                question = rng.choice(("Tell me about {}.", "Who is {}?", "What do you know of {}?", "What of {}?")).format(name)
+                question = rng.choice(
+                    ("Tell me about {}.", "Who is {}?", "What do you know of {}?", "What of {}?")
+                ).format(name)
             elif turn:
                 question = rng.choice(("Go on.", "Continue.", "And then?", "What happened next?", "Tell me more."))
             else:

@@ -3,9 +3,9 @@
 Train, 40 minutes on two cores:  python scripts/train_small_model.py CORPUS models/phimoe-austen
 Measure only:                    python scripts/train_small_model.py CORPUS models/phimoe-austen --evaluate
 
-The forward pass is phimoe_onnx.modeling's. Its router hardly ever passes a gradient on (with a jitter of 0.01 most tokens keep
-one expert a round, whose weight is then 1), so the backward pass is that of the full softmax at the two chosen experts, and the
-load-balancing loss of Switch (arXiv 2101.03961) keeps all experts in use.
+The forward pass is phimoe_onnx.modeling's. Its router hardly ever passes a gradient on (with a jitter of 0.01 most
+tokens keep one expert a round, whose weight is then 1), so the backward pass is that of the full softmax at the two
+chosen experts, and the load-balancing loss of Switch (arXiv 2101.03961) keeps all experts in use.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from torch import Tensor, nn
 from phimoe_onnx import modeling
 from phimoe_onnx.config import PhiMoEConfig, parse_config, read_config
 
-BATCHES = ((10, 256), (2, 1024))  # sequences x tokens a step and process, in turn: short rope factors, long rope factors
+BATCHES = (
+    (10, 256),
+    (2, 1024),
+)  # sequences x tokens a step and process, in turn: short rope factors, long rope factors
 CHAT_SHARE = 0.12
 DROPOUT = 0.1
 PEAK_LR, FINAL_LR, WARM_UP_STEPS = 3e-3, 0.03, 150
@@ -128,7 +131,14 @@ class TrainableMoE(modeling.SparseMoE):
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    visible: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`modeling.attention` for whole sequences without a cache or padding: the fused causal kernel needs no mask."""
     query, key, value = (x.unflatten(-1, (-1, past_key.shape[-1])).transpose(1, 2) for x in (query, key, value))
@@ -178,8 +188,12 @@ def draw_batch(text: Tensor, chat: Tensor, chat_starts: Tensor, sequences: int, 
     return torch.stack(rows)
 
 
-def train(rank: int, processes: int, minutes: float, seed: int, data: tuple[Tensor, Tensor, Tensor], folder: Path) -> None:
-    """One of `processes` workers; their gradients are averaged. The learning rate follows the clock, so the run ends annealed."""
+def train(
+    rank: int, processes: int, minutes: float, seed: int, data: tuple[Tensor, Tensor, Tensor], folder: Path
+) -> None:
+    """One of `processes` workers; their gradients are averaged. The learning rate follows the clock, so the run ends
+    annealed.
+    """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
@@ -188,7 +202,10 @@ def train(rank: int, processes: int, minutes: float, seed: int, data: tuple[Tens
     gradient = torch.zeros(sum(p.numel() for p in parameters))
     for parameter, view in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = view.view_as(parameter)
-    decayed = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+    decayed = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(decayed, lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(seed + 1 + rank)
 
@@ -218,7 +235,8 @@ def train(rank: int, processes: int, minutes: float, seed: int, data: tuple[Tens
         if rank == 0 and step % 50 == 0:
             seconds = time.monotonic() - start
             print(
-                f"step {step}  loss {average[0]:.3f} at {BATCHES[0][1]}, {average[1]:.3f} at {BATCHES[1][1]}  balance {average[2]:.3f}  "
+                f"step {step}  loss {average[0]:.3f} at {BATCHES[0][1]}, {average[1]:.3f} at {BATCHES[1][1]}  "
+                f"balance {average[2]:.3f}  "
                 f"{tokens / 1e6:.2f} M tokens, {tokens / seconds:.0f}/s  {minutes - seconds / 60:.1f} minutes left",
                 flush=True,
             )
@@ -252,7 +270,10 @@ def save_weights(model: modeling.PhiMoEForCausalLM, folder: Path) -> None:
         file = f"model-{number:05}-of-00002.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
@@ -264,7 +285,8 @@ def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.block_sparse_moe.experts"
         w1, w2, w3 = (
-            torch.stack([tensors.pop(f"{prefix}.{e}.{w}.weight") for e in range(config.num_local_experts)]) for w in ("w1", "w2", "w3")
+            torch.stack([tensors.pop(f"{prefix}.{e}.{w}.weight") for e in range(config.num_local_experts)])
+            for w in ("w1", "w2", "w3")
         )
         tensors |= {f"{prefix}.gate_up_proj": torch.cat((w1, w3), dim=1), f"{prefix}.down_proj": w2}
     model = modeling.PhiMoEForCausalLM(config)
@@ -310,8 +332,10 @@ def save_configuration(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 @torch.no_grad()
-def generate(model: modeling.PhiMoEForCausalLM, tokenizer: Tokenizer, prompt: str, tokens: int, pick: Callable[[Tensor], Tensor]) -> str:
-    """`prompt` continued up to <|end|>, <|endoftext|> or `tokens` more; recomputes the whole sequence for every token."""
+def generate(
+    model: modeling.PhiMoEForCausalLM, tokenizer: Tokenizer, prompt: str, tokens: int, pick: Callable[[Tensor], Tensor]
+) -> str:
+    """`prompt` continued up to <|end|>, <|endoftext|> or `tokens` more; recomputes the whole text for every token."""
     ids = tokenizer.encode(prompt).ids
     stop = {tokenizer.token_to_id(EOS), tokenizer.token_to_id("<|end|>")}
     for _ in range(tokens):
@@ -344,11 +368,15 @@ def evaluate(corpus: Path, folder: Path) -> None:
         windows = ids[: len(ids) // length * length].view(-1, length)
         loss = torch.stack([next_token_loss(model, window[None]) for window in windows]).mean()
         bits = float(loss) / math.log(2) * len(ids) / len(text.encode())
-        print(f"windows of {length} tokens: {len(windows)}, perplexity {loss.exp():.2f} a token, {bits:.3f} bits a byte")
+        print(
+            f"windows of {length} tokens: {len(windows)}, perplexity {loss.exp():.2f} a token, {bits:.3f} bits a byte"
+        )
     modeling.sparse_mixer = sparse_mixer
     layers = model.config.num_hidden_layers
     for layer in range(layers):
-        share = torch.cat([chosen.flatten() for chosen in choices[layer::layers]]).bincount(minlength=model.config.num_local_experts)
+        share = torch.cat([chosen.flatten() for chosen in choices[layer::layers]]).bincount(
+            minlength=model.config.num_local_experts
+        )
         print(f"layer {layer}, % of choices by expert: " + " ".join(f"{100 * s:.1f}" for s in share / share.sum()))
 
     def sample(scores: Tensor) -> Tensor:
@@ -384,7 +412,11 @@ def main() -> None:
         starts = torch.tensor([0] + [len(ids) for ids in chat[:-1]]).cumsum(dim=0)
         data = (torch.cat(text), torch.cat(chat), starts)
         print(f"{len(data[0]):,} tokens of text, {len(data[1]):,} of chat", flush=True)
-        mp.spawn(train, (arguments.processes, arguments.minutes, arguments.seed, data, arguments.folder), nprocs=arguments.processes)
+        mp.spawn(
+            train,
+            (arguments.processes, arguments.minutes, arguments.seed, data, arguments.folder),
+            nprocs=arguments.processes,
+        )
     evaluate(arguments.corpus, arguments.folder)
 
 

@@ -1,7 +1,8 @@
-"""phimoe-verify for action.yml: its report goes to the job's summary and, on a pull request, into one comment that is kept current.
+"""phimoe-verify for action.yml: its report goes to the job's summary and, on a pull request, into one comment that is
+kept current.
 
-Takes phimoe-verify's own arguments. Exits as it does; a comment that cannot be made is a warning only, since the token of a
-pull request from a fork may not write.
+Takes phimoe-verify's own arguments. Exits as it does; a comment that cannot be made is a warning only, since the token
+of a pull request from a fork may not write.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def _comment(number: int, body: str) -> None:
     comments = f"repos/{repository}/issues/{number}/comments"
     mark = json.dumps(body.partition("\n")[0])
     earlier = _gh("api", "--paginate", comments, "--jq", f".[] | select(.body | startswith({mark})) | .id").split()
-    where = ["--method", "PATCH", f"repos/{repository}/issues/comments/{earlier[0]}"] if earlier else ["--method", "POST", comments]
+    where = (
+        ["--method", "PATCH", f"repos/{repository}/issues/comments/{earlier[0]}"]
+        if earlier
+        else ["--method", "POST", comments]
+    )
     _gh("api", *where, "--input", "-", stdin=json.dumps({"body": body}))
 
 

@@ -71,8 +71,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "heads": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 96},
     "tiles": {"intermediate_size": 128, "rope_scaling": longrope(16)},  # QMoE on CUDA wants multiples of 64
     # with head_dim 64, for which CUDA has another attention kernel
-    "tiles-xqa": {"intermediate_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1, "rope_scaling": longrope(64)},
-    "longrope-window": {"intermediate_size": 128, "rope_scaling": longrope(16), "sliding_window": 20, "num_key_value_heads": 4},
+    "tiles-xqa": {
+        "intermediate_size": 128,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "rope_scaling": longrope(64),
+    },
+    "longrope-window": {
+        "intermediate_size": 128,
+        "rope_scaling": longrope(16),
+        "sliding_window": 20,
+        "num_key_value_heads": 4,
+    },
 }
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -110,8 +120,8 @@ def write_checkpoint(
 
     Args:
         folder: is made.
-        writer: "hub" for per-expert tensors, "fused" for the in-memory names of transformers 5; the tensors of a base model have no
-            prefix `model.` in either.
+        writer: "hub" for per-expert tensors, "fused" for the in-memory names of transformers 5; the tensors of a base
+            model have no prefix `model.` in either.
         shards: number of safetensors files; with more than one there is an index.
         seed: of the weights.
         dtype: of the stored tensors.
@@ -150,7 +160,11 @@ def _spell(name: str, tensor: torch.Tensor, writer: str) -> dict[str, torch.Tens
     if name.endswith("gate_up_proj"):
         prefix = name.removesuffix("gate_up_proj")
         gates_and_ups = [expert.chunk(2) for expert in tensor]
-        return {f"{prefix}{e}.{w}.weight": t for e, pair in enumerate(gates_and_ups) for w, t in zip(("w1", "w3"), pair, strict=True)}
+        return {
+            f"{prefix}{e}.{w}.weight": t
+            for e, pair in enumerate(gates_and_ups)
+            for w, t in zip(("w1", "w3"), pair, strict=True)
+        }
     if name.endswith("down_proj"):
         prefix = name.removesuffix("down_proj")
         return {f"{prefix}{e}.w2.weight": expert for e, expert in enumerate(tensor)}
@@ -180,8 +194,10 @@ def open_graph(path: Path, optimize: bool = True) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(config: PhiMoEConfig, rows: Sequence[Sequence[int]], past: Sequence[Any] = (), **optional: int) -> dict[str, Any]:
-    """A graph's inputs for rows of one or several lengths, padded on the right, after `past`, the cache in graph order."""
+def feeds(
+    config: PhiMoEConfig, rows: Sequence[Sequence[int]], past: Sequence[Any] = (), **optional: int
+) -> dict[str, Any]:
+    """A graph's inputs for rows of any lengths, padded on the right, after `past`, the cache in graph order."""
     cached = past[0].shape[2] if past else 0
     longest = max(map(len, rows))
     ids = np.array([[*row, *[0] * (longest - len(row))] for row in rows], np.int64)
@@ -189,7 +205,12 @@ def feeds(config: PhiMoEConfig, rows: Sequence[Sequence[int]], past: Sequence[An
     nothing = np.zeros((len(rows), config.num_key_value_heads, 0, config.head_dim), np.float32)
     names = bundle.cache_names(config.num_hidden_layers, "past_key_values")
     cache = dict(zip(names, past or [nothing] * len(names), strict=True))
-    return {"input_ids": ids, "attention_mask": mask, **cache, **{name: np.array([value]) for name, value in optional.items()}}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        **cache,
+        **{name: np.array([value]) for name, value in optional.items()},
+    }
 
 
 def at_level_0(source: Path, folder: Path, graph: str) -> Path:

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundle(shape, target, quantize, task="text-generation") -> the folder of its bundle; read it, do not change it."""
+    """bundle(shape, target, quantize, task="text-generation") -> the folder of its bundle; do not change it."""
     folder = tmp_path_factory.mktemp("bundles")
     traced: dict[tuple[str, str, ir.DataType], ir.Model] = {}  # tracing takes most of the time of so small an export
 
@@ -53,7 +53,9 @@ def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def bundle_at_level_0(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundle_at_level_0(shape, quantize, graph, task="text-generation") -> that graph alone, its activations not rounded to int8."""
+    """bundle_at_level_0(shape, quantize, graph, task="text-generation") -> that graph alone, its activations not
+    rounded to int8.
+    """
     folder = tmp_path_factory.mktemp("level-0")
 
     @functools.cache

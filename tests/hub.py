@@ -71,7 +71,9 @@ class Hub:
 
     def downloaded(self) -> list[str]:
         """The names of the files whose content was asked for, once for each request."""
-        names = {hashlib.sha256(data).hexdigest(): name for files in self.commits.values() for name, data in files.items()}
+        names = {
+            hashlib.sha256(data).hexdigest(): name for files in self.commits.values() for name, data in files.items()
+        }
         paths = [request.path.split("/", 5) for request in self.requests if request.method == "GET"]
         small = [path[-1] for path in paths if path[3:4] == ["resolve"] and not is_large(path[-1])]
         return sorted([*small, *(names[path[-1]] for path in paths if path[1] == "cdn")])
@@ -165,11 +167,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _error(self, status: int, code: str, message: str, commit: str = "") -> None:
         named = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
-        self._send(status, json.dumps({"error": message}).encode(), {key: value for key, value in named.items() if value})
+        self._send(
+            status, json.dumps({"error": message}).encode(), {key: value for key, value in named.items() if value}
+        )
 
 
 def _info(commit: str, files: Files) -> Any:
-    return {"id": "owner/name", "modelId": "owner/name", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+    return {
+        "id": "owner/name",
+        "modelId": "owner/name",
+        "sha": commit,
+        "siblings": [{"rfilename": name} for name in files],
+    }
 
 
 def _tree(_: str, files: Files) -> Any:

@@ -33,7 +33,9 @@ if not posts:
 class Run:
     """One run of the script in a folder of its own."""
 
-    def __init__(self, folder: Path, *arguments: str | Path, event: dict[str, Any], earlier: str = "", gh_fails: str = "") -> None:
+    def __init__(
+        self, folder: Path, *arguments: str | Path, event: dict[str, Any], earlier: str = "", gh_fails: str = ""
+    ) -> None:
         (folder / "bin").mkdir()
         (folder / "bin" / "gh").write_text(GH.format(python=sys.executable))
         (folder / "bin" / "gh").chmod(0o755)
@@ -76,10 +78,21 @@ def test_a_good_bundle_is_commented_on_once(tmp_path: Path, bundle: Bundle, chec
     assert rest == run.summary
 
 
-def test_a_failing_bundle_fails_and_edits_the_earlier_comment(tmp_path: Path, bundle: Bundle, checkpoint: Checkpoint) -> None:
+def test_a_failing_bundle_fails_and_edits_the_earlier_comment(
+    tmp_path: Path, bundle: Bundle, checkpoint: Checkpoint
+) -> None:
     limits = ("--max-max-difference", "0")
     folder = Path(shutil.copytree(bundle("longrope-window", "portable", "none"), tmp_path / "bundle"))
-    run = Run(tmp_path, folder, "--reference", checkpoint("longrope-window"), *SHORT, *limits, event=PULL_REQUEST, earlier="77\n78")
+    run = Run(
+        tmp_path,
+        folder,
+        "--reference",
+        checkpoint("longrope-window"),
+        *SHORT,
+        *limits,
+        event=PULL_REQUEST,
+        earlier="77\n78",
+    )
     assert run.code == 1
     assert re.search(r"failed\n\n\*\*max_difference is .*, allowed is 0\*\*\n", run.summary)
     assert run.calls[-1] == [
@@ -91,7 +104,9 @@ def test_a_failing_bundle_fails_and_edits_the_earlier_comment(tmp_path: Path, bu
 @pytest.mark.parametrize(
     ("arguments", "code", "words"), [((), 1, "error: not a bundle"), (("--what",), 2, "unrecognized arguments: --what")]
 )
-def test_what_could_not_be_compared_is_reported_too(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
+def test_what_could_not_be_compared_is_reported_too(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
     run = Run(tmp_path, tmp_path, "--reference", tmp_path, *arguments, event=PULL_REQUEST)
     assert run.code == code
     assert words in run.summary

@@ -42,7 +42,9 @@ def test_bandwidth_is_that_of_a_memory() -> None:
     assert 1e8 < read_bandwidth(1) < 1e12
 
 
-def test_the_table(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = bundle("plain", "cpu", "int8")
     monkeypatch.setattr(compare, "EXPERTS", ("eager",))
     arguments = ["--batch", "1", "2", "--prompt", "20", "--new-tokens", "6", "--threads", "1", "--bandwidth", "20"]
@@ -72,7 +74,9 @@ def test_the_table(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture
     (["--prompt", "5000"], "the prompt has 5000 tokens, which leaves no room in the context"),
     (["--device", "cuda"], "has no CUDAExecutionProvider"),
 ])  # fmt: skip
-def test_options_that_do_not_fit(bundle: Bundle, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_options_that_do_not_fit(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
     assert main([str(bundle("plain", "cpu", "int8")), *arguments]) == 1
     assert words in capsys.readouterr().err
 

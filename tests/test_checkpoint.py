@@ -66,7 +66,10 @@ def test_other_spellings_of_router_and_stacks(tmp_path: Path) -> None:
     """`mlp.gate`, and stacks under the hub's name of the module."""
     folder = write_checkpoint(tmp_path / "checkpoint", "fused")
     tensors = load_file(folder / SINGLE)
-    renamed = {name.replace("mlp.router", "mlp.gate").replace("mlp.experts", "block_sparse_moe.experts"): t for name, t in tensors.items()}
+    renamed = {
+        name.replace("mlp.router", "mlp.gate").replace("mlp.experts", "block_sparse_moe.experts"): t
+        for name, t in tensors.items()
+    }
     assert renamed.keys() != tensors.keys()
     save_file(renamed, folder / SINGLE)
     expected = dict(make_model(BASE).named_parameters())
@@ -116,12 +119,27 @@ FUSED = "model.layers.1.mlp.experts.down_proj"
         ("hub", "model.norm.bias", lambda t: None, ["model.norm.bias", "lacks"]),
         ("hub", "lm_head.weight", lambda t: None, ["lm_head.weight", "lacks"]),
         ("hub", "lm_head.bias", lambda t: None, ["lm_head.bias", "lacks"]),
-        ("hub", "model.layers.0.self_attn.o_proj.bias", lambda t: None, ["model.layers.0.self_attn.o_proj.bias", "lacks"]),
-        ("hub", "model.layers.0.block_sparse_moe.gate.weight", lambda t: None, ["model.layers.0.block_sparse_moe.gate.weight", "lacks"]),
+        (
+            "hub",
+            "model.layers.0.self_attn.o_proj.bias",
+            lambda t: None,
+            ["model.layers.0.self_attn.o_proj.bias", "lacks"],
+        ),
+        (
+            "hub",
+            "model.layers.0.block_sparse_moe.gate.weight",
+            lambda t: None,
+            ["model.layers.0.block_sparse_moe.gate.weight", "lacks"],
+        ),
         ("fused", FUSED, lambda t: None, [FUSED, "lacks"]),
         ("hub", EXPERT, lambda t: t.T, [SINGLE, EXPERT, "[64, 96]", "[96, 64]"]),
         ("hub", K_PROJ, lambda t: t[:16], [SINGLE, K_PROJ, "[16, 64]", "[32, 64]"]),
-        ("hub", "model.embed_tokens.weight", lambda t: t[:-1], [SINGLE, "model.embed_tokens.weight", "[2047, 64]", "[2048, 64]"]),
+        (
+            "hub",
+            "model.embed_tokens.weight",
+            lambda t: t[:-1],
+            [SINGLE, "model.embed_tokens.weight", "[2047, 64]", "[2048, 64]"],
+        ),
         ("fused", FUSED, lambda t: t[:-1], [SINGLE, FUSED, "[15, 64, 96]", "[16, 64, 96]"]),
         ("hub", K_PROJ, lambda t: t.to(torch.float64), [SINGLE, K_PROJ, "F64", "BF16"]),
         ("hub", EXPERT, lambda t: t.to(torch.float8_e4m3fn), [SINGLE, EXPERT, "F8_E4M3"]),
@@ -177,7 +195,10 @@ def header(folder: Path, entry: object) -> None:
     ("damage", "words"),
     [
         (lambda f: (f / SHARD).unlink(), [SHARD, "missing"]),
-        (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]), [SHARD, "truncated", "1 bytes past its end"]),
+        (
+            lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]),
+            [SHARD, "truncated", "1 bytes past its end"],
+        ),
         (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:100]), [SHARD, "truncated"]),
         (lambda f: (f / SHARD).write_bytes(b""), [SHARD, "truncated"]),
         (lambda f: (f / SHARD).write_bytes(b"1234567"), [SHARD, "truncated"]),
@@ -188,12 +209,27 @@ def header(folder: Path, entry: object) -> None:
         (lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()), [SHARD, "no readable safetensors"]),
         (lambda f: header(f, 5), [SHARD, "lm_head.bias", "damaged"]),
         (lambda f: header(f, {"dtype": "F32", "shape": [4]}), [SHARD, "lm_head.bias", "damaged"]),
-        (lambda f: header(f, {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}), [SHARD, "lm_head.bias", "damaged"]),
-        (lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}), [SHARD, "lm_head.bias", "damaged"]),
-        (lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 17]}), [SHARD, "lm_head.bias", "truncated"]),
-        (lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}), [SHARD, "lm_head.bias", "8 bytes", "F32 [4]"]),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}),
+            [SHARD, "lm_head.bias", "damaged"],
+        ),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}),
+            [SHARD, "lm_head.bias", "damaged"],
+        ),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 17]}),
+            [SHARD, "lm_head.bias", "truncated"],
+        ),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}),
+            [SHARD, "lm_head.bias", "8 bytes", "F32 [4]"],
+        ),
         (lambda f: edit_index(f, lambda m: m.update({"model.absent": SHARD})), [SHARD, "model.absent", INDEX]),
-        (lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": "absent.safetensors"})), ["absent.safetensors", "missing"]),
+        (
+            lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": "absent.safetensors"})),
+            ["absent.safetensors", "missing"],
+        ),
         (lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": 5})), [INDEX, "weight_map"]),
         (lambda f: edit_index(f, lambda m: m.pop("lm_head.bias")), ["lm_head.bias", "lacks"]),
         (lambda f: (f / INDEX).write_text("{}"), [INDEX, "weight_map"]),

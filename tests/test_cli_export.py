@@ -23,7 +23,9 @@ Checkpoint = Callable[[str], Path]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4825360\n"
 
 
-def test_it_says_where_the_bundle_is(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_where_the_bundle_is(
+    tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "bundle"
     assert main([str(checkpoint("plain")), "-o", str(output), "--quantize", "int4"]) == 0
     out, errors = capsys.readouterr()
@@ -31,8 +33,13 @@ def test_it_says_where_the_bundle_is(tmp_path: Path, checkpoint: Checkpoint, bun
     assert out.startswith(f"{output}: {size / 1e6:.1f} MB in ")
     rows = {line.split()[0]: line.split() for line in out.splitlines()[2:-1]}
     assert rows["experts"][1:4] == ["int4,", "block", "32"]
-    assert sum(float(row[-2]) for row in rows.values() if row[0] != "rope") == pytest.approx(_data_bytes(output) / 1e6, abs=0.1)
-    assert re.fullmatch(r"reading .* s, tracing .* s, writing weights .* s, hashing .* s; peak memory \d\.\d\d GiB", out.splitlines()[-1])
+    assert sum(float(row[-2]) for row in rows.values() if row[0] != "rope") == pytest.approx(
+        _data_bytes(output) / 1e6, abs=0.1
+    )
+    assert re.fullmatch(
+        r"reading .* s, tracing .* s, writing weights .* s, hashing .* s; peak memory \d\.\d\d GiB",
+        out.splitlines()[-1],
+    )
     assert "error" not in errors
     assert describe_files(output) == describe_files(bundle("plain", "cpu", "int4"))
 
@@ -65,7 +72,10 @@ def truncated(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text(POINTER), "config.json: is a Git LFS pointer"),
-        (config(model_type="mixtral", architectures=["MixtralForCausalLM"]), "model_type is 'mixtral', expected 'phimoe'"),
+        (
+            config(model_type="mixtral", architectures=["MixtralForCausalLM"]),
+            "model_type is 'mixtral', expected 'phimoe'",
+        ),
         (config(num_experts_per_tok=3), "num_experts_per_tok is 3"),
         (config(num_hidden_layers=3), "lacks the tensor model.layers.2."),
         (config(intermediate_size=80), "has the shape [96, 64]"),
@@ -109,7 +119,12 @@ def test_a_bad_option_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "existing").mkdir()
     (tmp_path / "file").write_text("")
-    names = {"CHECKPOINT": str(checkpoint("plain")), "EXISTING": "existing", "FILE": "file", "FILE/bundle": "file/bundle"}
+    names = {
+        "CHECKPOINT": str(checkpoint("plain")),
+        "EXISTING": "existing",
+        "FILE": "file",
+        "FILE/bundle": "file/bundle",
+    }
     assert_fails(capsys, [names.get(argument, argument) for argument in arguments], message)
     assert {path.name for path in tmp_path.iterdir()} == {"existing", "file"}
 
@@ -126,7 +141,20 @@ def assert_fails(capsys: pytest.CaptureFixture[str], arguments: list[str], messa
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("export", ["SOURCE", "--output", "--task", "--quantize", "--target", "--block-size", "--revision", "--token", "--overwrite"]),
+        (
+            "export",
+            [
+                "SOURCE",
+                "--output",
+                "--task",
+                "--quantize",
+                "--target",
+                "--block-size",
+                "--revision",
+                "--token",
+                "--overwrite",
+            ],
+        ),
         ("verify", ["BUNDLE", "--reference", "--text", "--junit", "--json", "--max-kl", "--max-perplexity-ratio"]),
         ("generate", ["BUNDLE", "PROMPT", "--max-new-tokens", "--temperature", "--seed", "--stop"]),
         ("chat", ["BUNDLE", "--system", "--top-p"]),

@@ -1,4 +1,4 @@
-"""config.json in every writer's spelling, its defaults, and one ConfigError that names file and key for each bad one."""
+"""config.json in every writer's spelling, its defaults, and a ConfigError that names file and key for each bad one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ def without(*keys: str) -> dict[str, Any]:
 
 
 def test_every_value_is_read() -> None:
-    raw = BASE | {"head_dim": 32, "sliding_window": 20, "rope_scaling": longrope(32), "rope_theta": 5e5, "eos_token_id": [7, 8]}
+    raw = BASE | {
+        "head_dim": 32,
+        "sliding_window": 20,
+        "rope_scaling": longrope(32),
+        "rope_theta": 5e5,
+        "eos_token_id": [7, 8],
+    }
     assert parse_config(raw) == PhiMoEConfig(
         vocab_size=2048,
         hidden_size=64,
@@ -35,7 +41,9 @@ def test_every_value_is_read() -> None:
         max_position_embeddings=128,
         rms_norm_eps=1e-5,
         rope_theta=5e5,
-        longrope=LongRope(tuple(1.0 + 0.02 * i for i in range(16)), tuple(1.0 + 0.4 * i for i in range(16)), 1.05, 1.2, 32),
+        longrope=LongRope(
+            tuple(1.0 + 0.02 * i for i in range(16)), tuple(1.0 + 0.4 * i for i in range(16)), 1.05, 1.2, 32
+        ),
         sliding_window=20,
         router_jitter_noise=0.01,
         attention_bias=True,
@@ -53,10 +61,14 @@ def test_every_value_is_read() -> None:
 def test_both_names_of_an_architecture_are_the_same_model(name: str) -> None:
     assert parse_config(BASE | {"architectures": [f"{name}ForCausalLM"]}) == parse_config(BASE)
     for suffix, task in (("ForSequenceClassification", "text-classification"), ("Model", "feature-extraction")):
-        assert parse_config(BASE | {"architectures": [name + suffix]}) == dataclasses.replace(parse_config(BASE), task=task)
+        assert parse_config(BASE | {"architectures": [name + suffix]}) == dataclasses.replace(
+            parse_config(BASE), task=task
+        )
 
 
-@pytest.mark.parametrize("raw", [without("architectures"), BASE | {"architectures": None}, BASE | {"architectures": []}])
+@pytest.mark.parametrize(
+    "raw", [without("architectures"), BASE | {"architectures": None}, BASE | {"architectures": []}]
+)
 def test_the_architecture_may_be_left_out(raw: dict[str, Any]) -> None:
     assert parse_config(raw) == dataclasses.replace(parse_config(BASE), task=None)
 
@@ -140,7 +152,14 @@ def test_longrope_without_a_boundary_ends_where_the_context_does() -> None:
 
 
 def test_defaults() -> None:
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shape = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     needed = (*shape, "max_position_embeddings", "rope_theta")
     config = parse_config({"model_type": "phimoe"} | {key: BASE[key] for key in needed})
     expected = parse_config(BASE | {"attention_bias": False, "lm_head_bias": False})
@@ -204,7 +223,10 @@ def test_the_small_model() -> None:
         (BASE | {"sliding_window": 0}, ["sliding_window", "0", "positive"]),
         (BASE | {"sliding_window": "all"}, ["sliding_window", "'all'", "wrong type"]),
         (BASE | {"num_key_value_heads": 3}, ["num_attention_heads", "4", "num_key_value_heads", "3"]),
-        (BASE | {"num_attention_heads": 6, "num_key_value_heads": 2}, ["hidden_size", "64", "num_attention_heads", "6", "head_dim"]),
+        (
+            BASE | {"num_attention_heads": 6, "num_key_value_heads": 2},
+            ["hidden_size", "64", "num_attention_heads", "6", "head_dim"],
+        ),
         (BASE | {"head_dim": 15}, ["head_dim", "15", "even"]),
         (BASE | {"num_local_experts": 1}, ["num_local_experts", "1", "2 or more"]),
         (BASE | {"rope_scaling": {"type": "yarn"}}, ["rope", "'yarn'", "longrope"]),
@@ -221,12 +243,24 @@ def test_the_small_model() -> None:
         (BASE | {"eos_token_id": [7, 1.5]}, ["eos_token_id", "1.5", "token id"]),
         (BASE | {"bos_token_id": "a"}, ["bos_token_id", "'a'", "token id"]),
         (BASE | {"rope_scaling": longrope(32)}, ["rope_scaling", "short_factor", "16 entries", "head_dim / 2 = 8"]),
-        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7}}, ["rope_scaling", "long_factor", "7 entries", "8"]),
-        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + [0.0]}}, ["rope_scaling", "long_factor", "positive"]),
-        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + ["1"]}}, ["rope_scaling", "long_factor", "positive"]),
+        (
+            BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7}},
+            ["rope_scaling", "long_factor", "7 entries", "8"],
+        ),
+        (
+            BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + [0.0]}},
+            ["rope_scaling", "long_factor", "positive"],
+        ),
+        (
+            BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + ["1"]}},
+            ["rope_scaling", "long_factor", "positive"],
+        ),
         (BASE | {"rope_scaling": longrope(16) | {"short_factor": 1.0}}, ["rope_scaling", "short_factor", "wrong type"]),
         (BASE | {"rope_scaling": longrope(16) | {"short_mscale": None}}, ["rope_scaling", "short_mscale", "missing"]),
-        (BASE | {"rope_scaling": longrope(16) | {"original_max_position_embeddings": 0}}, ["original_max_position_embeddings", "positive"]),
+        (
+            BASE | {"rope_scaling": longrope(16) | {"original_max_position_embeddings": 0}},
+            ["original_max_position_embeddings", "positive"],
+        ),
     ],
 )
 def test_each_error_names_file_and_key(tmp_path: Path, raw: dict[str, Any], words: list[str]) -> None:

@@ -1,4 +1,6 @@
-"""onnxruntime-gpu on a machine without a card: what is missing is named, and nothing goes on with the CPU. `nox -s onnxruntime_gpu`."""
+"""onnxruntime-gpu on a machine without a card: what is missing is named, and nothing goes on with the CPU. `nox -s
+onnxruntime_gpu`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Bundle = Callable[..., Path]
 
 
 def test_the_driver_is_named(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DeviceError, match=r"could not start its CUDAExecutionProvider: there is no NVIDIA driver \(libcuda\.so\.1\)"):
+    with pytest.raises(
+        DeviceError, match=r"could not start its CUDAExecutionProvider: there is no NVIDIA driver \(libcuda\.so\.1\)"
+    ):
         PhiMoE.load(bundle("longrope", "cuda", "none"), device="cuda")
     assert capfd.readouterr() == ("", "")
 

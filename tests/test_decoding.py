@@ -41,9 +41,12 @@ def test_byte_tokens_marked_as_special_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({"eos_token_id": 7}, (7,)), ({"eos_token_id": [8, 7]}, (8, 7)), ({}, (2043,)), (None, (2043,))]
+    ("given", "expected"),
+    [({"eos_token_id": 7}, (7,)), ({"eos_token_id": [8, 7]}, (8, 7)), ({}, (2043,)), (None, (2043,))],
 )
-def test_the_end_tokens_fall_back_on_config_json(tmp_path: Path, given: dict[str, object] | None, expected: tuple[int, ...]) -> None:
+def test_the_end_tokens_fall_back_on_config_json(
+    tmp_path: Path, given: dict[str, object] | None, expected: tuple[int, ...]
+) -> None:
     shutil.copy(MODEL / "tokenizer.json", tmp_path)
     if given is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(given))
@@ -59,5 +62,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("eos", ["</s>", [7, 1.5], [-1], True])
 def test_bad_end_tokens_are_named(tmp_path: Path, eos: object) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    with pytest.raises(ConfigError, match=f"generation_config.json: eos_token_id is {re.escape(repr(eos))}, expected a token id"):
+    with pytest.raises(
+        ConfigError, match=f"generation_config.json: eos_token_id is {re.escape(repr(eos))}, expected a token id"
+    ):
         read_decoding(CONFIG, tmp_path, "cpu", "none")

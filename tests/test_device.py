@@ -1,4 +1,4 @@
-"""The cache that lives on a device, run on the CPU: CUDA's graphs with its bindings, its mask and its sampling graph."""
+"""The cache that lives on a device, run on the CPU: CUDA's graphs, bindings, mask and sampling graph."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Sessions:
 
     def device(self, rows: int, capacity: int) -> Decoder:
         """Rows in the cache that is under test."""
-        return Decoder(DeviceCache(self.model, self.sampling, self.decoding, "cpu", rows, capacity), self.decoding, rows)
+        return Decoder(
+            DeviceCache(self.model, self.sampling, self.decoding, "cpu", rows, capacity), self.decoding, rows
+        )
 
     def host(self, rows: int, capacity: int) -> Decoder:
         """Rows in the CPU's cache, over the same graph."""
@@ -49,21 +51,29 @@ class Sessions:
     def load(self, **options: Any) -> PhiMoE:
         """The bundle as it would be on a device; end tokens do not end its texts."""
         template = ChatTemplate(self.folder)
-        model = PhiMoE(self.model, read_manifest(self.folder), self.tokenizer, template, "cpu", self.sampling, **options)
+        model = PhiMoE(
+            self.model, read_manifest(self.folder), self.tokenizer, template, "cpu", self.sampling, **options
+        )
         model.eos = frozenset()
         return model
 
     def write(self, make: Make, prompts: Sequence[list[int]], lengths: list[int], **options: Any) -> list[list[int]]:
         """The new tokens of each prompt."""
         rows = zip(prompts, lengths, strict=True)
-        requests = [make_request(prompt, self.decoding.context, max_new_tokens=length, **options) for prompt, length in rows]
+        requests = [
+            make_request(prompt, self.decoding.context, max_new_tokens=length, **options) for prompt, length in rows
+        ]
         found: list[list[int]] = [[] for _ in prompts]
         for piece in generate(make(len(prompts), 40), self.tokenizer, frozenset(), requests):
             found[piece.row].append(piece.token_id)
         return found
 
 
-@pytest.fixture(scope="module", params=[("tiles", "int4"), ("tiles-xqa", "int8"), ("longrope", "none"), ("window", "none")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[("tiles", "int4"), ("tiles-xqa", "int8"), ("longrope", "none"), ("window", "none")],
+    ids="-".join,
+)
 def sessions(bundle: Bundle, request: pytest.FixtureRequest) -> Sessions:
     shape, quantize = request.param
     return Sessions(bundle(shape, "cuda", quantize))
@@ -74,10 +84,17 @@ def prompts(vocab_size: int, *lengths: int) -> list[list[int]]:
     return [random.integers(3, vocab_size, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.4}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.4}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}], ids=str
+)
 def test_rows_of_uneven_length_write_as_on_the_host(sessions: Sessions, options: dict[str, Any]) -> None:
-    rows, lengths = prompts(sessions.decoding.vocab_size, 3, 30, 11), [12, 30, 20]  # the first row ends first, the last one moves up
-    assert sessions.write(sessions.device, rows, lengths, **options) == sessions.write(sessions.host, rows, lengths, **options)
+    rows, lengths = (
+        prompts(sessions.decoding.vocab_size, 3, 30, 11),
+        [12, 30, 20],
+    )  # the first row ends first, the last one moves up
+    assert sessions.write(sessions.device, rows, lengths, **options) == sessions.write(
+        sessions.host, rows, lengths, **options
+    )
 
 
 def test_a_cache_that_grows_keeps_what_it_holds(sessions: Sessions) -> None:
@@ -98,7 +115,9 @@ def test_a_cache_that_grows_keeps_what_it_holds(sessions: Sessions) -> None:
 
 def test_all_logits_come_to_the_host(sessions: Sessions) -> None:
     [prompt] = prompts(sessions.decoding.vocab_size, 40)
-    ours, theirs = (np.concatenate(list(decoder.logits(prompt))) for decoder in (sessions.device(1, 40), sessions.host(1, 40)))
+    ours, theirs = (
+        np.concatenate(list(decoder.logits(prompt))) for decoder in (sessions.device(1, 40), sessions.host(1, 40))
+    )
     assert ours.shape == (40, sessions.decoding.vocab_size)
     assert np.array_equal(ours, theirs)
 

@@ -32,7 +32,17 @@ from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.runtime import PhiMoE
-from tests.checkpoints import BASE, MODEL, SHAPES, assert_close, feeds, make_model, open_graph, random_ids, write_checkpoint
+from tests.checkpoints import (
+    BASE,
+    MODEL,
+    SHAPES,
+    assert_close,
+    feeds,
+    make_model,
+    open_graph,
+    random_ids,
+    write_checkpoint,
+)
 
 Bundle = Callable[[str, str, str], Path]
 Checkpoint = Callable[[str], Path]
@@ -84,10 +94,14 @@ def test_quantized_graphs_are_pytorch_over_the_stored_weights(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_graphs_of_a_quantized_bundle_agree(bundle: Bundle, shape: str) -> None:
-    """As they are shipped, with activations rounded to int8: close on average, since a flipped choice moves a token far."""
+    """As they are shipped, with activations rounded to int8: close on average, since a flipped choice moves a token
+    far.
+    """
     folder = bundle(shape, "cpu", "int4")
     inputs = feeds(read_config(folder), [random_ids(LENGTH)], **ALL_LOGITS)
-    one, other = (open_graph(folder / graph).run(["logits"], inputs)[0] for graph in ("model.onnx", "model.branches.onnx"))
+    one, other = (
+        open_graph(folder / graph).run(["logits"], inputs)[0] for graph in ("model.onnx", "model.branches.onnx")
+    )
     assert np.abs(one - other).mean() < 0.05 * one.std()
 
 
@@ -107,7 +121,9 @@ def run_parts(session: Any, model: PhiMoEForCausalLM, ids: list[int], cuts: list
     outputs, past = [], []
     for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         logits, *past = session.run(None, feeds(model.config, [ids[start:end]], past, **optional))
-        assert {present.shape for present in past} == {(1, model.config.num_key_value_heads, end, model.config.head_dim)}
+        assert {present.shape for present in past} == {
+            (1, model.config.num_key_value_heads, end, model.config.head_dim)
+        }
         outputs.append(logits[0])
     return np.concatenate(outputs)
 
@@ -136,8 +152,8 @@ SIDES = [(32, 3, 20, 1), (45, 33, 40, 60)]  # of the rope boundary
 def test_rows_padded_on_the_right(bundle: Bundle, shape: str, target: str, lengths: tuple[int, ...]) -> None:
     """Each row has the factors of its own length.
 
-    But for GroupQueryAttention's: it takes the first row's `position_ids` for every row of a first prompt, so rows on both
-    sides of the boundary cannot share one there (the runtime gives every row a prefill of its own).
+    But for GroupQueryAttention's: it takes the first row's `position_ids` for every row of a first prompt, so rows on
+    both sides of the boundary cannot share one there (the runtime gives every row a prefill of its own).
     """
     if (shape, target) == ("longrope", "cpu") and lengths not in SIDES:
         pytest.skip("the operator cannot")
@@ -226,7 +242,11 @@ def test_every_node_and_value_has_a_readable_name_with_its_layer(bundle: Bundle,
         for node in nodes:
             layer = re.match(r"model\.layers\.\d+\.", node.name)
             for value in node.inputs:
-                if value is not None and value.name.startswith("model.layers.") and re.search("weight|bias|codes|scales", value.name):
+                if (
+                    value is not None
+                    and value.name.startswith("model.layers.")
+                    and re.search("weight|bias|codes|scales", value.name)
+                ):
                     assert layer is not None
                     assert value.name.startswith(layer[0])
 
@@ -261,7 +281,11 @@ def poison(folder: Path, graph: str, layer: int, experts: set[int]) -> None:
     poisoned = 0
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if not name.startswith(prefix) or not isinstance(tensor, ir.ExternalTensor) or tensor.dtype != ir.DataType.FLOAT:
+        if (
+            not name.startswith(prefix)
+            or not isinstance(tensor, ir.ExternalTensor)
+            or tensor.dtype != ir.DataType.FLOAT
+        ):
             continue
         single = name.rpartition(".")[2]  # an expert's own matrix ends in its number, a stack does not
         size = tensor.nbytes if single.isdigit() else tensor.nbytes // int(tensor.shape[0])
@@ -284,7 +308,13 @@ def poison(folder: Path, graph: str, layer: int, experts: set[int]) -> None:
     ],
 )
 def test_experts_that_no_token_chose_are_not_computed(
-    tmp_path: Path, bundle: Bundle, bundle_at_level_0: Bundle, checkpoint: Checkpoint, target: str, quantize: str, graph: str
+    tmp_path: Path,
+    bundle: Bundle,
+    bundle_at_level_0: Bundle,
+    checkpoint: Checkpoint,
+    target: str,
+    quantize: str,
+    graph: str,
 ) -> None:
     original = bundle("plain", target, quantize)
     model = stored_model(reference.load_reference(checkpoint("plain")), original, read_manifest(original))
@@ -305,10 +335,14 @@ def test_experts_that_no_token_chose_are_not_computed(
 
 
 @pytest.mark.parametrize(("target", "quantize"), [("cpu", "int4"), ("cpu", "none"), ("portable", "fp16")])
-def test_two_exports_are_identical(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, target: str, quantize: str) -> None:
+def test_two_exports_are_identical(
+    tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, target: str, quantize: str
+) -> None:
     first = bundle("longrope-window", target, quantize)
     second = export(checkpoint("longrope-window"), tmp_path / "again", target=target, quantize=quantize)
-    assert {path.name: path.read_bytes() for path in second.iterdir()} == {path.name: path.read_bytes() for path in first.iterdir()}
+    assert {path.name: path.read_bytes() for path in second.iterdir()} == {
+        path.name: path.read_bytes() for path in first.iterdir()
+    }
 
 
 @pytest.mark.parametrize("writer", ["hub", "fused"])
@@ -331,7 +365,12 @@ GRAPHS = {
 def test_the_manifest(bundle: Bundle, target: str, quantize: str) -> None:
     folder = bundle("longrope-window", target, quantize)
     manifest = read_manifest(folder)
-    assert (manifest.target, manifest.quantize, manifest.dtype, manifest.task) == (target, quantize, "float32", "text-generation")
+    assert (manifest.target, manifest.quantize, manifest.dtype, manifest.task) == (
+        target,
+        quantize,
+        "float32",
+        "text-generation",
+    )
     assert manifest.source == "longrope-window"
     assert list(manifest.graphs) == GRAPHS[target, quantize]
     assert manifest.files == describe_files(folder)
@@ -369,7 +408,10 @@ def test_the_chat_format_is_the_template(bundle: Bundle) -> None:
     compiled = environment.from_string(template)
     assert chat.skipped_when_empty == ("system",)
     for contents in (["Be\nbrief. ", "", "hi\n", "a"], ["", "b", "", "c"]):
-        messages = [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), contents, strict=True)]
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(("system", "user", "assistant", "user"), contents, strict=True)
+        ]
         rendered = compiled.render(messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
         turns = [(chat.turns[m["role"]], m["content"]) for m in messages if m["content"] or m["role"] != "system"]
         assert "".join(prefix + content + suffix for (prefix, suffix), content in turns) + chat.generation == rendered
@@ -399,7 +441,11 @@ def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:
     config, generation = read_config(MODEL), json.loads((MODEL / "generation_config.json").read_text())
     genai = json.loads((folder / "genai_config.json").read_text())
     model, decoder = genai["model"], genai["model"]["decoder"]
-    assert (model["type"], model["vocab_size"], model["context_length"]) == ("phimoe", config.vocab_size, config.max_position_embeddings)
+    assert (model["type"], model["vocab_size"], model["context_length"]) == (
+        "phimoe",
+        config.vocab_size,
+        config.max_position_embeddings,
+    )
     assert (model["bos_token_id"], model["eos_token_id"]) == (generation["bos_token_id"], generation["eos_token_id"])
     assert model["pad_token_id"] == generation["pad_token_id"]
     assert decoder["filename"] == "model.onnx"
@@ -413,7 +459,11 @@ def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:
     assert genai["search"]["past_present_share_buffer"] is True
     assert genai["search"]["max_length"] == config.max_position_embeddings
     plain = json.loads((bundle("plain", "cpu", "none") / "genai_config.json").read_text())["model"]
-    assert (plain["eos_token_id"], plain["bos_token_id"], plain["pad_token_id"]) == ([2043], 1, 2043)  # from config.json
+    assert (plain["eos_token_id"], plain["bos_token_id"], plain["pad_token_id"]) == (
+        [2043],
+        1,
+        2043,
+    )  # from config.json
     assert not (bundle("plain", "portable", "none") / "genai_config.json").exists()
 
 
@@ -442,13 +492,22 @@ def test_progress_counts_every_byte(tmp_path: Path, checkpoint: Checkpoint) -> N
         ("plain", {"quantize": "int4", "block_size": 64}, ["64", "intermediate_size 96", "[16, 32]"]),
         ("plain", {"quantize": "int8", "block_size": 0}, ["0", "[16, 32]"]),
         ("plain", {"quantize": "int4", "target": "portable"}, ["portable", "int4", "none or fp16"]),
-        ("plain", {"quantize": "int4", "target": "cuda"}, ["cuda", "int4", "intermediate_size 96", "multiples of 64", "--quantize none"]),
+        (
+            "plain",
+            {"quantize": "int4", "target": "cuda"},
+            ["cuda", "int4", "intermediate_size 96", "multiples of 64", "--quantize none"],
+        ),
         ("plain", {"dtype": "bfloat16"}, ["--target cpu has no --dtype bfloat16", "expected float32"]),
         ("plain", {"dtype": "float32", "target": "cuda"}, ["--dtype float32", "float16 or bfloat16"]),
     ],
 )
 def test_options_that_do_not_fit(
-    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, shape: str, options: dict[str, Any], words: list[str]
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+    options: dict[str, Any],
+    words: list[str],
 ) -> None:
     monkeypatch.setattr(pipeline, "trace", lambda *_: pytest.fail("no work before the check"))
     with pytest.raises(ExportError) as error:
@@ -474,7 +533,9 @@ def test_no_block_size_fits(tmp_path: Path) -> None:
         export(folder, tmp_path / "bundle", quantize="int4")
 
 
-def test_an_existing_output_is_left_alone(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_output_is_left_alone(
+    tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     window = bundle("window", "cpu", "none")
     monkeypatch.setattr(pipeline, "trace", lambda *_: pytest.fail("no work before the check"))
     folder = tmp_path / "folder"
@@ -511,7 +572,9 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, checkpoint: Checkpoint
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_is_seen_before_writing(tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_seen_before_writing(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
     with pytest.raises(ExportError, match=r"the weights need 0\.00 GB, but only 0\.00 GB are free"):
         export(checkpoint("plain"), tmp_path / "bundle")
@@ -519,7 +582,9 @@ def test_a_full_disk_is_seen_before_writing(tmp_path: Path, checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("fail_at", [0, 20])
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
     calls, pwrite = 0, os.pwrite
 
     def fill_up(descriptor: int, data: Any, offset: int) -> int:
@@ -560,7 +625,9 @@ def test_a_disk_that_is_really_full(
 ) -> None:
     """It is full at once, in the graphs, the weights, or the files that are copied after them."""
     original, graphs = pipeline.trace, []
-    monkeypatch.setattr(pipeline, "trace", lambda *arguments: (graphs or graphs.append(original(*arguments)) or graphs)[0].clone())
+    monkeypatch.setattr(
+        pipeline, "trace", lambda *arguments: (graphs or graphs.append(original(*arguments)) or graphs)[0].clone()
+    )
     monkeypatch.setattr(pipeline, "_check_room", lambda *_: None)  # as if another program filled the disk meanwhile
     weights = sum(path.stat().st_size for path in bundle("plain", "cpu", "none").glob("*.data"))
     reasons = set()
@@ -632,14 +699,18 @@ def test_one_export_at_a_time_writes_a_bundle(tmp_path: Path, checkpoint: Checkp
         export(checkpoint("plain"), tmp_path / "bundle")
 
 
-def test_short_writes_are_continued(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_are_continued(
+    tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, pwrite = describe_files(bundle("plain", "cpu", "none")), os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:10_000], offset))
     folder = export(checkpoint("plain"), tmp_path / "bundle")
     assert describe_files(folder) == whole
 
 
-def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_leaves_nothing(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -703,7 +774,9 @@ def test_bfloat16_checkpoints_export_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantize", ["none", "int4"])
-def test_bfloat16_is_the_float16_graph_in_another_type(tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, quantize: str) -> None:
+def test_bfloat16_is_the_float16_graph_in_another_type(
+    tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, quantize: str
+) -> None:
     folder = export(checkpoint("tiles-xqa"), tmp_path / "bundle", target="cuda", quantize=quantize, dtype="bfloat16")
     manifest, half = read_manifest(folder), bundle("tiles-xqa", "cuda", quantize)
     assert (manifest.dtype, manifest.decoding.cache.dtype) == ("bfloat16", "bfloat16")
@@ -719,7 +792,9 @@ def test_bfloat16_is_the_float16_graph_in_another_type(tmp_path: Path, checkpoin
 
 
 def test_what_onnxruntimes_cuda_provider_cannot_do_stays_out_of_its_graphs(bundle: Bundle) -> None:
-    """Shape feeds no arithmetic on the device, no operator needs cuDNN, and steps without an XQA kernel do not rotate inside."""
+    """Shape feeds no arithmetic on the device, no operator needs cuDNN, and steps without an XQA kernel do not rotate
+    inside.
+    """
     for shape, inside in (("tiles", 0), ("tiles-xqa", 1)):
         folder = bundle(shape, "cuda", "int4")
         graph = ir.load(folder / "model.onnx").graph

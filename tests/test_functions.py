@@ -1,4 +1,6 @@
-"""The three ONNX functions, in onnx's reference evaluator and in ONNX Runtime, against modeling.py's functions of the same names."""
+"""The three ONNX functions, in onnx's reference evaluator and in ONNX Runtime, against modeling.py's functions of the
+same names.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,12 @@ def test_attention(run: Run, past: int, new: int, heads: int, kv_heads: int, hea
 
 @both
 def test_attention_of_a_query_that_sees_nothing_is_finite(run: Run) -> None:
-    inputs = [torch.ones(1, 2, 8)] * 3 + [torch.ones(1, 2, 2)] * 2 + [torch.zeros(1, 2, 0, 4)] * 2 + [torch.zeros(1, 1, 2, 2).bool()]
+    inputs = (
+        [torch.ones(1, 2, 8)] * 3
+        + [torch.ones(1, 2, 2)] * 2
+        + [torch.zeros(1, 2, 0, 4)] * 2
+        + [torch.zeros(1, 1, 2, 2).bool()]
+    )
     output, *_ = call(run, "Attention", inputs, [ir.DataType.FLOAT] * 3, kv_heads=2, head_dim=4)
     assert np.isfinite(output).all()
 
@@ -74,7 +81,9 @@ def test_attention_of_a_query_that_sees_nothing_is_finite(run: Run) -> None:
 @pytest.mark.parametrize("number", [2, 5, 16])
 def test_sparse_mixer(run: Run, number: int, jitter: float) -> None:
     torch.manual_seed(0)
-    scores = torch.cat([torch.randn(2, 50, number) * scale + shift for scale in (0.05, 1.0, 20.0) for shift in (-2.0, 0.0, 2.0)], dim=1)
+    scores = torch.cat(
+        [torch.randn(2, 50, number) * scale + shift for scale in (0.05, 1.0, 20.0) for shift in (-2.0, 0.0, 2.0)], dim=1
+    )
     weights, chosen = modeling.sparse_mixer(scores, jitter)
     assert (weights < 0.99).any()  # some have near rivals
     got_weights, got_chosen = call(run, "SparseMixer", [scores], [ir.DataType.FLOAT, ir.DataType.INT64], jitter=jitter)
@@ -95,7 +104,8 @@ def test_sparse_mixer_takes_the_lower_of_equal_scores(run: Run) -> None:
 def test_experts(tokens: tuple[int, int]) -> None:
     """The weights of experts that no token chose are NaN, so they cannot have been computed.
 
-    Not in onnx's reference evaluator: a Loop without a condition does not run there at all, and no bundle holds this Loop.
+    Not in onnx's reference evaluator: a Loop without a condition does not run there at all, and no bundle holds this
+    Loop.
     """
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(*tokens, 8), torch.randn(7, 2 * 12, 8), torch.randn(7, 8, 12)

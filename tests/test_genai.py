@@ -1,4 +1,6 @@
-"""onnxruntime-genai loads a bundle unchanged, and reads the same token ids and writes the same greedy tokens as `PhiMoE`."""
+"""onnxruntime-genai loads a bundle unchanged, and reads the same token ids and writes the same greedy tokens as
+`PhiMoE`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[("none", "none"), ("int4", "none"), ("int4", "int8")], ids=["none", "int4", "int4-kv-int8"])
+@pytest.fixture(
+    scope="module", params=[("none", "none"), ("int4", "none"), ("int4", "int8")], ids=["none", "int4", "int4-kv-int8"]
+)
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's model as a bundle."""
     quantize, kv_cache = request.param
@@ -76,12 +80,16 @@ def test_a_chat_streams_alike(small: Path) -> None:
             break
     assert generator.is_done()
     (first, ours_first), *rest = pieces
-    assert first.lstrip(" ") == ours_first.lstrip(" ")  # theirs keeps the space that a decoder strips from a text's first word
+    assert first.lstrip(" ") == ours_first.lstrip(
+        " "
+    )  # theirs keeps the space that a decoder strips from a text's first word
     assert all(piece == our_piece for piece, our_piece in rest)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int4"])
-@pytest.mark.parametrize(("shape", "new"), [("plain", 60), ("window", 60), ("longrope", 12), ("no-bias", 60), ("head_dim", 60)])
+@pytest.mark.parametrize(
+    ("shape", "new"), [("plain", 60), ("window", 60), ("longrope", 12), ("no-bias", 60), ("head_dim", 60)]
+)
 def test_random_checkpoints_continue_alike(bundle: Bundle, shape: str, new: int, quantize: str) -> None:
     """`window` goes far past its 9 tokens; `longrope` stays below its boundary of 32."""
     for length in (1, 7, 20):
@@ -103,8 +111,8 @@ def test_longrope_at_the_published_models_boundary(tmp_path: Path, length: int) 
     """Past the boundary both recompute the prefix.
 
     onnxruntime-genai does so for `phimoe` when a single sequence gets its 4097th token, whatever the configuration says
-    (`phi3_rope_threshold_` in its generators.cpp), and never in a batch. So a longrope model agrees past its boundary only if
-    that is 4096, as it is in Phi-3.5-MoE, and only in a batch of one.
+    (`phi3_rope_threshold_` in its generators.cpp), and never in a batch. So a longrope model agrees past its boundary
+    only if that is 4096, as it is in Phi-3.5-MoE, and only in a batch of one.
     """
     config = {"rope_scaling": longrope(16, 4096), "max_position_embeddings": 8192}
     check_alike(export_random(tmp_path, "none", **config), [random_ids(length)], 20)

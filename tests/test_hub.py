@@ -1,4 +1,6 @@
-"""Checkpoints from the Hugging Face hub, against tests/hub.py: what is downloaded, how it resumes, and every way it fails."""
+"""Checkpoints from the Hugging Face hub, against tests/hub.py: what is downloaded, how it resumes, and every way it
+fails.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ NOT_NEEDED = [
     ".gitattributes",
     "LICENSE",
 ]
-AUTO_MAP = {"AutoConfig": "configuration_phimoe.PhiMoEConfig", "AutoModelForCausalLM": "modeling_phimoe.PhiMoEForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_phimoe.PhiMoEConfig",
+    "AutoModelForCausalLM": "modeling_phimoe.PhiMoEForCausalLM",
+}
 
 
 def published() -> Files:
@@ -70,7 +75,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
-def download(revision: str | None = None, token: str | None = None, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+def download(
+    revision: str | None = None, token: str | None = None, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Path:
     """The folder of owner/name with everything in it."""
     folder = source.resolve("owner/name", revision, token)
     source.fetch_weights("owner/name", folder, token, progress)
@@ -86,7 +93,9 @@ def test_a_bundle_from_the_hub_is_that_of_the_local_folder(
         (local / name).write_bytes(hub.commits["a" * 40][name])
     traced: list[ir.Model] = []  # once for both
     trace = pipeline.trace
-    monkeypatch.setattr(pipeline, "trace", lambda *arguments: (traced or traced.append(trace(*arguments)) or traced)[0].clone())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        pipeline, "trace", lambda *arguments: (traced or traced.append(trace(*arguments)) or traced)[0].clone()
+    )  # type: ignore[func-returns-value]
     assert main(["owner/name", "--quantize", "int4"]) == 0
     assert capsys.readouterr().out.startswith("name-cpu-int4: ")
     assert hub.downloaded() == NEEDED
@@ -136,7 +145,9 @@ def test_a_plan_reads_headers_alone(hub: Hub, capsys: pytest.CaptureFixture[str]
     assert all(request.range for request in hub.requests if request.path.startswith("/cdn/"))
 
 
-@pytest.mark.parametrize(("revision", "commit"), [(None, "a"), ("main", "a"), ("v1", "a"), ("other", "b"), ("b" * 40, "b")])
+@pytest.mark.parametrize(
+    ("revision", "commit"), [(None, "a"), ("main", "a"), ("v1", "a"), ("other", "b"), ("b" * 40, "b")]
+)
 def test_a_revision(hub: Hub, revision: str | None, commit: str) -> None:
     folder = download(revision)
     assert folder.name == commit * 40
@@ -191,7 +202,9 @@ def test_a_damaged_download_is_not_used(hub: Hub) -> None:
     blobs = Path("cache/models--owner--name/blobs")
     blobs.mkdir(parents=True)
     (blobs / f"{hashlib.sha256(data).hexdigest()}.incomplete").write_bytes(bytes(1000))
-    with pytest.raises(CheckpointError, match=rf"^owner/name: {SHARDS[0]} was damaged on its way from the hub; run the command again$"):
+    with pytest.raises(
+        CheckpointError, match=rf"^owner/name: {SHARDS[0]} was damaged on its way from the hub; run the command again$"
+    ):
         download()
     assert (download() / SHARDS[0]).read_bytes() == data
 
@@ -251,7 +264,11 @@ def without_safetensors(hub: Hub) -> None:
     ],
 )
 def test_what_goes_wrong_is_one_sentence(
-    hub: Hub, capsys: pytest.CaptureFixture[str], prepare: Callable[[Hub], None] | None, arguments: list[str], message: str
+    hub: Hub,
+    capsys: pytest.CaptureFixture[str],
+    prepare: Callable[[Hub], None] | None,
+    arguments: list[str],
+    message: str,
 ) -> None:
     if prepare:
         prepare(hub)
@@ -268,12 +285,16 @@ def test_a_hub_that_is_down(hub: Hub) -> None:
     folder = download()
     hub.stop()
     assert download() == folder  # from the cache
-    with pytest.raises(CheckpointError, match=r"^owner/name: is no folder, and could not be downloaded from http://127.0.0.1.*refused"):
+    with pytest.raises(
+        CheckpointError, match=r"^owner/name: is no folder, and could not be downloaded from http://127.0.0.1.*refused"
+    ):
         download("v1")
 
 
 def test_without_a_network_by_choice(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"^owner/name: is no folder, and could not be downloaded .*offline mode is enabled"):
+    with pytest.raises(
+        CheckpointError, match=r"^owner/name: is no folder, and could not be downloaded .*offline mode is enabled"
+    ):
         download()
     assert hub.requests == []

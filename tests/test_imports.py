@@ -26,7 +26,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The dotted names that a file of the package imports from it, the names of `from` included, wherever they stand."""
+    """The dotted names that a file of the package imports from it, those of `from` too, wherever they stand."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("phimoe_onnx."))
@@ -52,7 +52,9 @@ def test_the_common_modules_import_no_part() -> None:
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    ).stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -71,11 +73,11 @@ def test_these_imports_are_light(statement: str) -> None:
 
 
 def test_export_is_the_function_whatever_was_imported_before() -> None:
-    code = "import phimoe_onnx\nbefore = phimoe_onnx.export\nimport phimoe_onnx.exporter.pipeline\nprint(before is phimoe_onnx.export)"
+    code = "import phimoe_onnx\nbefore = phimoe_onnx.export\nimport phimoe_onnx.exporter.pipeline\n"
+    code += "print(before is phimoe_onnx.export)"
     assert python(code) == "True"
-    code = (
-        "import phimoe_onnx.exporter.pipeline as p\nimport phimoe_onnx\nprint(callable(phimoe_onnx.export), phimoe_onnx.export is p.export)"
-    )
+    code = "import phimoe_onnx.exporter.pipeline as p\nimport phimoe_onnx\n"
+    code += "print(callable(phimoe_onnx.export), phimoe_onnx.export is p.export)"
     assert python(code) == "True True"
 
 

@@ -18,7 +18,10 @@ SIZE = 8 << 20
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(("name", "resident"), [("model.scales.data", 0), ("model.data", SIZE)])
 def test_only_scales_are_let_go_and_come_back_unchanged(tmp_path: Path, name: str, resident: int) -> None:
-    if subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True, check=True).stdout.strip() == "tmpfs":
+    if (
+        subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True, check=True).stdout.strip()
+        == "tmpfs"
+    ):
         pytest.skip("files of a tmpfs have no other place than memory")
     content = os.urandom(SIZE)
     path = tmp_path / name

@@ -13,7 +13,9 @@ from phimoe_onnx.runtime.model import PhiMoE
 
 # As ONNX Runtime 1.31 words them: its arena, the same under gpu_mem_limit, and CUDA.
 TEXTS = {
-    "bfc_arena.cc:360 AllocateRawInternal Failed to allocate memory for requested buffer of size 2500000000": "2.50 GB of it were not",
+    "bfc_arena.cc:360 AllocateRawInternal Failed to allocate memory for requested buffer of size 2500000000": (
+        "2.50 GB of it were not"
+    ),
     "Available memory of 1024 is smaller than requested bytes of 4096000": "4.10 MB of it were not",
     "CUDA failure 2: out of memory ; GPU=0": "needs 5.00 GB; free some",
 }
@@ -35,7 +37,9 @@ def test_other_errors_stay_as_they_are() -> None:
 
 def test_a_cache_larger_than_any_memory(bundle: Callable[..., Path]) -> None:
     model = PhiMoE.load(bundle("plain", "cpu", "none"))
-    with pytest.raises(OutOfMemoryError, match=r"a cache of 1000000000000 x 64 tokens: out of memory; it needs \d+\.\d\d GB"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"a cache of 1000000000000 x 64 tokens: out of memory; it needs \d+\.\d\d GB"
+    ):
         model.decoder(10**12, 64)
 
 

@@ -136,7 +136,9 @@ def test_experts_that_no_token_chose_are_not_computed() -> None:
 
 
 @torch.inference_mode()
-def forward(model: PhiMoEForCausalLM, rows: list[list[int]], chunks: list[int], pad: str = "right", rope_length: int = 0) -> list[Tensor]:
+def forward(
+    model: PhiMoEForCausalLM, rows: list[list[int]], chunks: list[int], pad: str = "right", rope_length: int = 0
+) -> list[Tensor]:
     """Each row's logits, its padding cut off, the batch having run in chunks of the given lengths."""
     longest = max(map(len, rows))
     assert sum(chunks) == longest
@@ -183,7 +185,9 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(shape: str, pad: str) 
 def test_a_row_that_is_padding_alone_is_finite() -> None:
     model = make_model(BASE | SHAPES["window"])
     mask = torch.tensor([[0, 0, 0], [1, 1, 1]])
-    logits, _ = model(torch.zeros(2, 3, dtype=torch.int64), mask, torch.zeros(1, dtype=torch.int64), model.empty_cache(2))
+    logits, _ = model(
+        torch.zeros(2, 3, dtype=torch.int64), mask, torch.zeros(1, dtype=torch.int64), model.empty_cache(2)
+    )
     assert logits.isfinite().all()
 
 
@@ -195,7 +199,9 @@ def test_the_sliding_window_is_exactly_i_minus_j_below_it() -> None:
     expected = reference.logits(model, row)
     for j in (0, 5, 20):
         changed = reference.logits(model, [*row[:j], 2001, *row[j + 1 :]])
-        moved = np.abs(changed - expected).max(axis=1) > 1e-4 * expected.std()  # sums may run in another order elsewhere
+        moved = (
+            np.abs(changed - expected).max(axis=1) > 1e-4 * expected.std()
+        )  # sums may run in another order elsewhere
         assert moved.nonzero()[0].tolist() == list(range(j, min(j + 9, 30)))
 
 
@@ -228,7 +234,9 @@ def test_rope_length_forces_the_long_factors() -> None:
     assert (short - forced).abs().max() > 0.1 * short.std()
     assert_close(forward(model, [row], [20], rope_length=32)[0], short)
     always = PhiMoEForCausalLM(
-        dataclasses.replace(model.config, longrope=dataclasses.replace(model.config.longrope, original_max_position_embeddings=1))
+        dataclasses.replace(
+            model.config, longrope=dataclasses.replace(model.config.longrope, original_max_position_embeddings=1)
+        )
     )
     always.load_state_dict(model.state_dict())
     assert_close(forward(always.eval(), [row], [20])[0], forced)

@@ -1,4 +1,6 @@
-"""Bundles of the small model on whichever ONNX Runtime is installed; noxfile.py runs this with the oldest one that is supported."""
+"""Bundles of the small model on whichever ONNX Runtime is installed; noxfile.py runs this with the oldest one that is
+supported.
+"""
 
 from __future__ import annotations
 

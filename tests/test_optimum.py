@@ -1,4 +1,4 @@
-"""optimum-onnx and transformers' pipeline run a portable bundle unchanged, token for token; and optimum-cli writes one."""
+"""optimum-onnx and transformers' pipeline run a portable bundle unchanged, token for token; optimum-cli writes one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def check_alike(bundle: Path, rows: Sequence[Sequence[int]], new: int, **options: Any) -> None:
-    """Asserts that `ORTModelForCausalLM.generate` continues every row as `PhiMoE.generate` does, and ends it where it does."""
+    """Asserts that `ORTModelForCausalLM.generate` continues every row as `PhiMoE.generate` does, and ends it where it
+    does.
+    """
     ours = PhiMoE.load(bundle, threads=1)
     theirs = optimum.ORTModelForCausalLM.from_pretrained(bundle)
     longest = max(map(len, rows))
@@ -42,7 +44,9 @@ def check_alike(bundle: Path, rows: Sequence[Sequence[int]], new: int, **options
     ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)])
     output = theirs.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
-    for result, tokens in zip(ours.generate([list(row) for row in rows], max_new_tokens=new), output[:, longest:].tolist(), strict=True):
+    for result, tokens in zip(
+        ours.generate([list(row) for row in rows], max_new_tokens=new), output[:, longest:].tolist(), strict=True
+    ):
         assert tokens[: len(result.token_ids)] == result.token_ids
         assert set(tokens[len(result.token_ids) :]) <= {0}
 
@@ -68,7 +72,9 @@ def test_sequences_that_begin_beyond_the_rope_boundary_continue_alike(small: Pat
 
 
 def test_a_sequence_that_passes_the_rope_boundary_wants_no_cache(small: Path) -> None:
-    """ORTModelForCausalLM keeps the keys that were rotated by the short factors; without a cache it computes all of them anew."""
+    """ORTModelForCausalLM keeps the keys that were rotated by the short factors; without a cache it computes all of
+    them anew.
+    """
     prompt = random_ids(BOUNDARY - 5)
     check_alike(small, [prompt], 40, use_cache=False)
     with pytest.raises(AssertionError):
@@ -77,7 +83,10 @@ def test_a_sequence_that_passes_the_rope_boundary_wants_no_cache(small: Path) ->
 
 def test_the_pipeline_answers_chat_messages_alike(small: Path) -> None:
     ours = PhiMoE.load(small, threads=1)
-    model, tokenizer = optimum.ORTModelForCausalLM.from_pretrained(small), transformers.AutoTokenizer.from_pretrained(small)
+    model, tokenizer = (
+        optimum.ORTModelForCausalLM.from_pretrained(small),
+        transformers.AutoTokenizer.from_pretrained(small),
+    )
     answer = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Anne?"}]
     expected = ours.generate(messages, max_new_tokens=60)
@@ -86,7 +95,10 @@ def test_the_pipeline_answers_chat_messages_alike(small: Path) -> None:
     assert tokens[expected.prompt_tokens :] == expected.token_ids
     *asked, said = answer(messages, **options)[0]["generated_text"]
     assert asked == messages
-    assert (said["role"], said["content"].lstrip(" ")) == ("assistant", expected.text)  # it cuts the text behind the prompt
+    assert (said["role"], said["content"].lstrip(" ")) == (
+        "assistant",
+        expected.text,
+    )  # it cuts the text behind the prompt
     # a batch of texts is padded by the tokenizer, on the left
     answers = answer(TEXTS, return_full_text=False, batch_size=3, **options)
     for text, (generated,) in zip(TEXTS, answers, strict=True):
@@ -100,7 +112,10 @@ def test_texts_are_classified_and_embedded_alike(bundle: Bundle, task: str, side
     rows = [random_ids(length) for length in (45, 20, 33, 1)]  # on both sides of the rope boundary of 32
     pads = [45 - len(row) for row in rows]
     ids = [[0] * pad + row if side == "left" else row + [0] * pad for pad, row in zip(pads, rows, strict=True)]
-    mask = [[0] * pad + [1] * len(row) if side == "left" else [1] * len(row) + [0] * pad for pad, row in zip(pads, rows, strict=True)]
+    mask = [
+        [0] * pad + [1] * len(row) if side == "left" else [1] * len(row) + [0] * pad
+        for pad, row in zip(pads, rows, strict=True)
+    ]
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
     ours = PhiMoE.load(folder, threads=1)
     if task == "text-classification":
@@ -131,7 +146,9 @@ def test_optimum_cli_writes_the_portable_bundle(tmp_path: Path, monkeypatch: pyt
 def test_optimum_clis_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert optimum_cli(monkeypatch, "--model", checkpoint("plain"), "--task", "feature-extraction", tmp_path / "out") == 0
+    assert (
+        optimum_cli(monkeypatch, "--model", checkpoint("plain"), "--task", "feature-extraction", tmp_path / "out") == 0
+    )
     assert read_manifest(tmp_path / "out").task == "feature-extraction"
     classifier = checkpoint("plain", "text-classification")
     assert optimum_cli(monkeypatch, "--model", classifier, tmp_path / "classifier") == 0
@@ -151,7 +168,11 @@ def test_optimum_clis_tasks(
     ],
 )
 def test_optimum_cli_says_what_it_cannot_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    words: str,
 ) -> None:
     assert optimum_cli(monkeypatch, "--model", MODEL, *options, tmp_path / "out") == 1
     assert capsys.readouterr().err.startswith(f"error: {words}")
@@ -160,14 +181,30 @@ def test_optimum_cli_says_what_it_cannot_do(
 
 def test_optimum_cli_leaves_other_models_to_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gpt2").mkdir()
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    monkeypatch.setattr(sys, "argv", ["optimum-cli", "export", "onnx", "-m", str(tmp_path / "gpt2"), "--task", "fill-mask", "out"])
+    (tmp_path / "gpt2" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["optimum-cli", "export", "onnx", "-m", str(tmp_path / "gpt2"), "--task", "fill-mask", "out"]
+    )
     with pytest.raises(ValueError, match="fill-mask"):  # optimum's own error
         commands.main()
 
 
 def test_an_installed_optimum_cli_finds_the_plug_in(tmp_path: Path) -> None:
     """Away from the repository, as a user runs it."""
-    command = [Path(sys.executable).with_name("optimum-cli"), "export", "onnx", "--model", MODEL, "--dtype", "bf16", "out"]
+    command = [
+        Path(sys.executable).with_name("optimum-cli"),
+        "export",
+        "onnx",
+        "--model",
+        MODEL,
+        "--dtype",
+        "bf16",
+        "out",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()[-1].partition(";")[0]) == (1, "error: dtype is bf16, expected fp32 or fp16")
+    assert (done.returncode, done.stderr.splitlines()[-1].partition(";")[0]) == (
+        1,
+        "error: dtype is bf16, expected fp32 or fp16",
+    )

@@ -56,13 +56,17 @@ def traced(checkpoint: Checkpoint) -> Traced:
         if shape not in models:
             folder = checkpoint(shape)
             config = read_config(folder)
-            models[shape] = trace(config, checkpoints.parameters(config, checkpoints.read_headers(folder)), ir.DataType.FLOAT)
+            models[shape] = trace(
+                config, checkpoints.parameters(config, checkpoints.read_headers(folder)), ir.DataType.FLOAT
+            )
         return models[shape].clone()
 
     return copy
 
 
-def run(model: ir.Model, config: PhiMoEConfig, length: int = 45, rope_length: bool = True, **optional: int) -> list[Any]:
+def run(
+    model: ir.Model, config: PhiMoEConfig, length: int = 45, rope_length: bool = True, **optional: int
+) -> list[Any]:
     """Logits and presents of one row, computed by ONNX Runtime from a copy of the graph with its functions inlined."""
     model = model.clone()
     common.InlinePass()(model)
@@ -201,7 +205,9 @@ def test_the_rope_tables_are_the_models_rope(checkpoint: Checkpoint) -> None:
     short = Rope(config)(torch.arange(32)[None], torch.tensor([[32]]))
     long = Rope(config)(torch.arange(128)[None], torch.tensor([[33]]))
     for table, part in ((cos, 0), (sin, 1)):
-        np.testing.assert_allclose(table, torch.cat((short[part][0], long[part][0])), rtol=3e-7, atol=1e-7)  # the last bit
+        np.testing.assert_allclose(
+            table, torch.cat((short[part][0], long[part][0])), rtol=3e-7, atol=1e-7
+        )  # the last bit
     plain, _ = rope_tables(read_config(checkpoint("plain")), ir.DataType.FLOAT)
     assert plain.shape == (128, 8)
 
@@ -254,7 +260,9 @@ def test_fuse_experts_quantized(traced: Traced, checkpoint: Checkpoint, shape: s
         (experts, 64, 48),
         (experts, 64, 3),
     ]
-    assert not [name for name in model.graph.initializers if "gate_up_proj" in name and model.graph.initializers[name].uses()]
+    assert not [
+        name for name in model.graph.initializers if "gate_up_proj" in name and model.graph.initializers[name].uses()
+    ]
     level_0(model)
     branched = model.clone()
     BranchExperts(layers, INT4)(branched)
@@ -279,7 +287,10 @@ def test_fc1_has_gate_and_up_in_turns(traced: Traced) -> None:
     fc1 = exact.graph.initializers[f"{prefix}.weight"].const_value.numpy()
     np.testing.assert_array_equal(fc1[:, 0::2], gate_up[:, :96])
     np.testing.assert_array_equal(fc1[:, 1::2], gate_up[:, 96:])
-    codes, scales = (torch.from_numpy(quantized.graph.initializers[f"{prefix}.{kind}"].const_value.numpy()) for kind in ("codes", "scales"))
+    codes, scales = (
+        torch.from_numpy(quantized.graph.initializers[f"{prefix}.{kind}"].const_value.numpy())
+        for kind in ("codes", "scales")
+    )
     np.testing.assert_allclose(INT8.dequantize(codes, scales), fc1, atol=np.abs(fc1).max() / 200)
 
 
@@ -318,7 +329,9 @@ def test_branches_share_the_operators_bytes(traced: Traced, format: Format) -> N
     assert layout.nbytes == before > 0
 
 
-@pytest.mark.parametrize("how", [FuseExperts(LAYERS + 1, None), BranchExperts(LAYERS + 1, None), BranchExperts(LAYERS, INT4)])
+@pytest.mark.parametrize(
+    "how", [FuseExperts(LAYERS + 1, None), BranchExperts(LAYERS + 1, None), BranchExperts(LAYERS, INT4)]
+)
 def test_the_experts_passes_want_every_layer(traced: Traced, how: ir.passes.InPlacePass) -> None:
     model = traced("plain")
     if isinstance(how, BranchExperts):
@@ -389,7 +402,11 @@ def test_quantize_embedding(traced: Traced, checkpoint: Checkpoint, shape: str) 
     model, config = traced(shape), read_config(checkpoint(shape))
     assert change(model, QuantizeEmbedding(INT8)) == {f"{MICROSOFT}::GatherBlockQuantized": 1, "Gather": -1}
     dequantized = traced(shape)
-    gather = next(node for node in dequantized.graph if node.op_type == "Gather" and isinstance(node.inputs[0].const_value, Weight))
+    gather = next(
+        node
+        for node in dequantized.graph
+        if node.op_type == "Gather" and isinstance(node.inputs[0].const_value, Weight)
+    )
     table = torch.from_numpy(gather.inputs[0].const_value.numpy().copy())
     rounded = ir.tensor(INT8.dequantize(*INT8.quantize(table)).numpy(), name="rounded")
     value = ir.Value(name="rounded", type=gather.inputs[0].type, shape=gather.inputs[0].shape, const_value=rounded)
@@ -406,9 +423,15 @@ def test_store_half(traced: Traced, checkpoint: Checkpoint) -> None:
     StoreProjections({})(model)
     common.RemoveUnusedNodesPass()(model)
     original = model.clone()
-    before = {name: value.const_value for name, value in model.graph.initializers.items() if isinstance(value.const_value, Weight)}
+    before = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, Weight)
+    }
     changed = change(model, StoreHalf())
-    halves = {name for name, value in model.graph.initializers.items() if value.const_value.dtype == ir.DataType.FLOAT16}
+    halves = {
+        name for name, value in model.graph.initializers.items() if value.const_value.dtype == ir.DataType.FLOAT16
+    }
     kept = {name for name in before if name in model.graph.initializers}
     assert changed == {"Cast": len(halves)}
     assert halves == {f"{name}.half" for name in before.keys() - kept}

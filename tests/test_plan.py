@@ -30,7 +30,9 @@ FORMS = [
 
 @pytest.mark.parametrize(("target", "quantize"), FORMS)
 @pytest.mark.parametrize("shape", ["model", "tied", "tiles"])
-def test_bundle_is_as_large_as_planned(tmp_path: Path, checkpoint: Callable[[str], Path], shape: str, target: str, quantize: str) -> None:
+def test_bundle_is_as_large_as_planned(
+    tmp_path: Path, checkpoint: Callable[[str], Path], shape: str, target: str, quantize: str
+) -> None:
     if (target == "cuda" and quantize != "none") != (shape == "tiles"):
         pytest.skip("QMoE on CUDA takes the last shape alone, which serves only for that")
     source = MODEL if shape == "model" else checkpoint(shape)
@@ -39,7 +41,9 @@ def test_bundle_is_as_large_as_planned(tmp_path: Path, checkpoint: Callable[[str
     bundle = export(source, tmp_path / "bundle", target=target, quantize=quantize)
     weights = sum(path.stat().st_size for path in bundle.glob("*.data"))
     graphs = sum(path.stat().st_size for path in bundle.glob("*.onnx"))
-    assert need.bundle == pytest.approx(weights + graphs, rel=0.02 if shape == "model" else 0.2)  # tiny shapes are all graph
+    assert need.bundle == pytest.approx(
+        weights + graphs, rel=0.02 if shape == "model" else 0.2
+    )  # tiny shapes are all graph
     assert sum(stored_sizes(bundle).values()) == pytest.approx(weights, rel=1e-3)
 
 
@@ -68,7 +72,9 @@ def test_parameters_are_counted_by_kind() -> None:
     assert list(counts.values()) == sorted(counts.values(), reverse=True)
 
 
-def test_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(MODEL), "--plan"]) == 0
     printed = capsys.readouterr().out

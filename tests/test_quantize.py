@@ -18,7 +18,9 @@ from phimoe_onnx.exporter.quantize.rtn import Format
 
 FORMATS = [Format(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
-value = st.floats(-1e4, 1e4, width=32).map(lambda v: 0.0 if abs(v) < 1e-30 else v)  # far from where a scale is subnormal
+value = st.floats(-1e4, 1e4, width=32).map(
+    lambda v: 0.0 if abs(v) < 1e-30 else v
+)  # far from where a scale is subnormal
 
 
 @st.composite
@@ -109,7 +111,13 @@ def run(op_type: str, inputs: list[Tensor | None], **attributes: Any) -> np.ndar
             values[name].const_value = ir.tensor(arrays.pop(name), name=name)
             initializers.append(values[name])
     output = ir.val("output", ir.DataType.FLOAT)
-    node = ir.node(op_type, [values.get(f"input_{n}") for n in range(len(inputs))], attributes, domain="com.microsoft", outputs=[output])
+    node = ir.node(
+        op_type,
+        [values.get(f"input_{n}") for n in range(len(inputs))],
+        attributes,
+        domain="com.microsoft",
+        outputs=[output],
+    )
     graph = ir.Graph(
         [values[name] for name in arrays],
         [output],
@@ -145,13 +153,21 @@ def test_gather_block_quantized_reads_it(format: Format) -> None:
 
 def run_gather(codes: Tensor, ids: Tensor, scales: Tensor, attributes: dict[str, int]) -> np.ndarray:
     """GatherBlockQuantized, whose first input is a weight and whose second is not."""
-    values = [ir.val(name, ir.DataType.from_numpy(t.numpy().dtype), t.shape) for name, t in zip("abc", (codes, ids, scales), strict=True)]
+    values = [
+        ir.val(name, ir.DataType.from_numpy(t.numpy().dtype), t.shape)
+        for name, t in zip("abc", (codes, ids, scales), strict=True)
+    ]
     for index, tensor in ((0, codes), (2, scales)):
         values[index].const_value = ir.tensor(tensor.numpy(), name=values[index].name)
     output = ir.val("output", ir.DataType.FLOAT)
     node = ir.node("GatherBlockQuantized", values, attributes, domain="com.microsoft", outputs=[output])
     graph = ir.Graph(
-        [values[1]], [output], nodes=[node], initializers=[values[0], values[2]], name="one", opset_imports={"": 18, "com.microsoft": 1}
+        [values[1]],
+        [output],
+        nodes=[node],
+        initializers=[values[0], values[2]],
+        name="one",
+        opset_imports={"": 18, "com.microsoft": 1},
     )
     proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     return ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, {"b": ids.numpy()})[0]
@@ -162,7 +178,11 @@ def test_qmoe_reads_it(format: Format) -> None:
     """4 bits; with 8 QMoE rounds activations to int8 whatever accuracy_level says."""
     torch.manual_seed(0)
     number, hidden, intermediate, tokens = 5, 64, 128, 9
-    x, gate_up, down = torch.randn(tokens, hidden), torch.randn(number, 2 * intermediate, hidden), torch.randn(number, hidden, intermediate)
+    x, gate_up, down = (
+        torch.randn(tokens, hidden),
+        torch.randn(number, 2 * intermediate, hidden),
+        torch.randn(number, hidden, intermediate),
+    )
     weights, chosen = torch.rand(tokens, 2) + 0.1, torch.rand(tokens, number).topk(2).indices
     stored = [format.quantize(stack) for stack in (gate_up, down)]
     gate_up, down = (format.dequantize(*parts) for parts in stored)

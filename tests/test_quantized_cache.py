@@ -46,7 +46,9 @@ def test_logits_are_those_of_rounded_keys_and_values(
         expected = reference.logits(exact, ids)
     got = PhiMoE.load(bundle).logits(ids)
     close = np.isclose(got, expected, rtol=0, atol=1e-4 * expected.std()).all(axis=-1)
-    assert close.mean() > 0.9  # a value halfway between two codes may round the other way, and that token and its successors move
+    assert (
+        close.mean() > 0.9
+    )  # a value halfway between two codes may round the other way, and that token and its successors move
     assert close[:8].all()
     assert not np.allclose(got, reference.logits(exact, ids), rtol=0, atol=1e-4 * expected.std())
 
@@ -62,8 +64,12 @@ def test_steps_batches_and_chunks_agree_with_one_pass(quantized: Callable[..., P
         assert logits.argmax(axis=-1).tolist() == new[-7:]
 
 
-@pytest.mark.parametrize(("kv_cache", "dtype", "width"), [("none", "float32", 16), ("int8", "int8", 16), ("int4", "uint8", 8)])
-def test_the_manifest_says_how_the_cache_is_stored(quantized: Callable[..., Path], kv_cache: str, dtype: str, width: int) -> None:
+@pytest.mark.parametrize(
+    ("kv_cache", "dtype", "width"), [("none", "float32", 16), ("int8", "int8", 16), ("int4", "uint8", 8)]
+)
+def test_the_manifest_says_how_the_cache_is_stored(
+    quantized: Callable[..., Path], kv_cache: str, dtype: str, width: int
+) -> None:
     cache = read_manifest(quantized("plain", kv_cache)).decoding.cache
     assert (cache.dtype, cache.head_dim) == (dtype, width)
 

@@ -48,7 +48,9 @@ def test_generate_reads_standard_input_and_answers_messages(
         (["BUNDLE", "a", "--top-p", "2"], "top_p is 2"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_1(bundle: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_errors_are_one_line_and_exit_code_1(
+    bundle: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert generate.main([bundle if argument == "BUNDLE" else argument for argument in arguments]) == 1
     output, errors = capsys.readouterr()
     assert output == ""
@@ -77,7 +79,9 @@ def test_chat(bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "error: the conversation has" in errors
 
 
-def test_chat_ends_with_its_input(bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_ends_with_its_input(
+    bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert chat.main([bundle]) == 0
     assert capsys.readouterr() == ("> \n", "")

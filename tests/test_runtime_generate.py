@@ -46,7 +46,9 @@ def test_logits(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, chunk: int, len
 
 
 @pytest.mark.parametrize("length", [1, 5, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 50])
-def test_greedy_generation_on_both_sides_of_the_boundary(endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_greedy_generation_on_both_sides_of_the_boundary(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     model, toy = endless
     monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=9))
     ids = prompt(length, model.decoding.vocab_size)
@@ -61,7 +63,13 @@ def test_a_batch_gives_each_row_what_it_gets_alone(endless: Loaded) -> None:
     prompts = [prompt(length, model.decoding.vocab_size) for length in (BOUNDARY - 4, 3, BOUNDARY, 40, BOUNDARY - 4)]
     prompts.append(prompts[0])
     assert tokens(model.generate(prompts, max_new_tokens=30)) == [toy.greedy(ids, 30) for ids in prompts]
-    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}
+    options: dict[str, Any] = {
+        "max_new_tokens": 30,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "repetition_penalty": 1.2,
+        "seed": 5,
+    }
     sampled = tokens(model.generate(prompts, **options))
     assert sampled == [model.generate(ids, **options).token_ids for ids in prompts]
     assert sampled[0] == sampled[-1] != sampled[1]
@@ -90,12 +98,17 @@ def test_a_stream_is_the_generation_piece_by_piece(endless: Loaded) -> None:
         assert "".join(piece.text for piece in mine) == generation.text
         assert all(piece.result is None for piece in mine[:-1])
         assert mine[-1].result is not None
-        assert replace(mine[-1].result, first_token_seconds=0, seconds=0) == replace(generation, first_token_seconds=0, seconds=0)
+        assert replace(mine[-1].result, first_token_seconds=0, seconds=0) == replace(
+            generation, first_token_seconds=0, seconds=0
+        )
 
 
 def test_the_seed_fixes_the_text(endless: Loaded) -> None:
     model, _ = endless
-    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 100.0}  # so hot that two draws never agree by chance
+    options: dict[str, Any] = {
+        "max_new_tokens": 16,
+        "temperature": 100.0,
+    }  # so hot that two draws never agree by chance
     first = model.generate("a", seed=1, **options)
     assert model.generate("a", seed=1, **options).token_ids == first.token_ids
     assert model.generate("a", seed=2, **options).token_ids != first.token_ids
@@ -120,7 +133,9 @@ def script(monkeypatch: pytest.MonkeyPatch, model: PhiMoE, text: str, end: str =
         ("the. and", "stop, a\n😀 the.", "eos"),
     ],
 )
-def test_stop_strings(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, stop: str | list[str], text: str, reason: str) -> None:
+def test_stop_strings(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, stop: str | list[str], text: str, reason: str
+) -> None:
     model, _ = loaded
     script(monkeypatch, model, "stop, a\n😀 the.")
     generation = model.generate([{"role": "user", "content": "a"}], stop=stop)
@@ -187,7 +202,11 @@ def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         ([1, -1], {}, "holds -1"),
         ([1, "a"], {}, "holds 'a'"),
         ([5] * CONTEXT, {}, f"has {CONTEXT} tokens, which leaves no room in the context of {CONTEXT}"),
-        ([5] * 10, {"max_new_tokens": CONTEXT - 9}, f"has 10 tokens and max_new_tokens is {CONTEXT - 9}.*at most {CONTEXT - 10}"),
+        (
+            [5] * 10,
+            {"max_new_tokens": CONTEXT - 9},
+            f"has 10 tokens and max_new_tokens is {CONTEXT - 9}.*at most {CONTEXT - 10}",
+        ),
         ([[5], [5] * CONTEXT], {}, "prompt 1 has"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ("a", {"stop": ["a", ""]}, "empty string"),
@@ -197,7 +216,9 @@ def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_prompts_and_options_are_named_at_once(loaded: Loaded, given: Any, options: dict[str, Any], message: str, stream: bool) -> None:
+def test_bad_prompts_and_options_are_named_at_once(
+    loaded: Loaded, given: Any, options: dict[str, Any], message: str, stream: bool
+) -> None:
     with pytest.raises(GenerationError, match=message):
         loaded[0].generate(given, stream=stream, **options)
 

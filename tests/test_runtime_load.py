@@ -27,23 +27,37 @@ def bundle(tmp_path: Path) -> Path:
 def test_the_runtime_imports_neither_torch_nor_transformers_nor_the_exporter() -> None:
     code = (
         "import sys, phimoe_onnx.runtime, phimoe_onnx.cli.generate, phimoe_onnx.cli.chat\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'onnx') or m == 'phimoe_onnx.export'])"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'onnx') or m == "
+        "'phimoe_onnx.export'])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_the_first_graph_that_the_installed_release_loads_is_taken(bundle: Path) -> None:
     graphs = (Graph("new.onnx", "1.31"), Graph("old.onnx", "1.29.1"))
     manifest = replace(read_manifest(bundle), graphs=graphs)
-    taken = {release: choose_graph(manifest, release).file for release in ("1.32.0", "1.31.1+cu13", "1.31", "1.30.9", "1.29.1")}
-    assert taken == {"1.32.0": "new.onnx", "1.31.1+cu13": "new.onnx", "1.31": "new.onnx", "1.30.9": "old.onnx", "1.29.1": "old.onnx"}
+    taken = {
+        release: choose_graph(manifest, release).file
+        for release in ("1.32.0", "1.31.1+cu13", "1.31", "1.30.9", "1.29.1")
+    }
+    assert taken == {
+        "1.32.0": "new.onnx",
+        "1.31.1+cu13": "new.onnx",
+        "1.31": "new.onnx",
+        "1.30.9": "old.onnx",
+        "1.29.1": "old.onnx",
+    }
     with pytest.raises(DeviceError, match=r"needs ONNX Runtime 1\.29\.1 or newer, installed is 1\.29\.0.*upgrade"):
         choose_graph(manifest, "1.29.0")
 
 
 def test_a_bundle_for_a_newer_onnxruntime_is_refused(tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle", minimum_onnxruntime="99.1")
-    with pytest.raises(DeviceError, match=rf"needs ONNX Runtime 99\.1 or newer, installed is {onnxruntime.__version__}"):
+    with pytest.raises(
+        DeviceError, match=rf"needs ONNX Runtime 99\.1 or newer, installed is {onnxruntime.__version__}"
+    ):
         PhiMoE.load(tmp_path / "bundle")
 
 
@@ -66,7 +80,9 @@ def test_devices(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match=r"runs a bundle for cuda from ONNX Runtime 1\.32 on, installed is 1\.31\.9"):
         check_device("cpu", "cuda")
     monkeypatch.undo()
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     with pytest.raises(DeviceError, match="was exported for cpu, not for cuda"):
         PhiMoE.load(bundle, device="cuda")
     with pytest.raises(DeviceError, match="threads is 0"):
@@ -76,7 +92,9 @@ def test_devices(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_device_that_does_not_start_is_no_silent_fall_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bundle(tmp_path / "bundle", "portable")
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     with pytest.raises(DeviceError, match=r"could not start its CUDAExecutionProvider|cannot load it on cuda"):
         PhiMoE.load(tmp_path / "bundle", device="cuda")
 
@@ -99,7 +117,8 @@ def test_a_bundle_for_another_task_is_refused(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"task": "summarization"}))
     with pytest.raises(
-        BundleError, match="is a bundle for summarization, expected one for text-generation, text-classification, feature-extraction"
+        BundleError,
+        match="for summarization, expected one for text-generation, text-classification, feature-extraction",
     ):
         PhiMoE.load(bundle)
 
@@ -140,7 +159,12 @@ USER = [{"role": "user", "content": "a"}]
 
 
 def test_where_a_chat_template_comes_from(tmp_path: Path) -> None:
-    assert template(tmp_path, {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": "<s>"}).render(USER) == "<s>a"
+    assert (
+        template(tmp_path, {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": "<s>"}).render(
+            USER
+        )
+        == "<s>a"
+    )
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ eos_token }}"}]
     assert template(tmp_path, {"chat_template": named, "eos_token": {"content": "</s>"}}).render(USER) == "</s>"
     assert template(tmp_path, {"chat_template": "no"}, jinja="yes").render(USER) == "yes"

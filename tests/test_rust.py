@@ -1,4 +1,4 @@
-"""embed/rust, a reader of the manifest and the graph alone, writes `PhiMoE`'s tokens and text; `nox -s rust` builds it."""
+"""embed/rust, a reader of manifest and graph alone, writes `PhiMoE`'s tokens and text; `nox -s rust` builds it."""
 
 from __future__ import annotations
 

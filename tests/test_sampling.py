@@ -17,7 +17,13 @@ def logits_of(*probabilities: float) -> np.ndarray:
 
 
 def test_uniform_is_splitmix64() -> None:
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert [uniform(1234567, step) for step in range(5)] == [(z >> 11) / 2**53 for z in expected]
     assert uniform(1234567 + 2**64, 0) == uniform(1234567, 0)
     assert uniform(-1, 3) == uniform(2**64 - 1, 3)
@@ -34,7 +40,10 @@ def test_penalty_divides_positive_and_multiplies_other_logits() -> None:
     assert sample(np.array([3, 2.5], np.float32), Sampling(repetition_penalty=1.5), 0, seen={0}) == 1
 
 
-@given(st.lists(st.sampled_from([-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-30, 3.0, 7.25]), min_size=1, max_size=40), st.integers(1, 50))
+@given(
+    st.lists(st.sampled_from([-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-30, 3.0, 7.25]), min_size=1, max_size=40),
+    st.integers(1, 50),
+)
 @settings(max_examples=200, deadline=None)
 def test_most_likely_is_a_stable_sort(values: list[float], count: int) -> None:
     expected = sorted(range(len(values)), key=lambda id: -values[id])[:count]
@@ -90,7 +99,9 @@ def plain(logits: list[float], sampling: Sampling, step: int) -> int:
     return next((id for id, c in zip(order[:n], sums, strict=False) if c > u * sums[n - 1]), order[n - 1])
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.9, "min_p": 0.05}])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.9, "min_p": 0.05}]
+)
 def test_the_specification_in_plain_python_agrees(options: dict) -> None:
     random = np.random.default_rng(3)
     for step in range(200):
@@ -108,7 +119,15 @@ def test_fixed_tokens_for_a_fixed_seed() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}],
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_options_out_of_range_are_named(options: dict) -> None:
     with pytest.raises(GenerationError, match=next(iter(options))):

@@ -1,4 +1,4 @@
-"""The sampling graph draws what runtime/sampling.py draws, and moves the mask and the seen tokens on by what it drew."""
+"""The sampling graph draws what runtime/sampling.py draws, and moves mask and seen tokens on by what it drew."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def session() -> ort.InferenceSession:
     return ort.InferenceSession(ir.to_proto(sampling_graph()).SerializeToString())
 
 
-def run(session: ort.InferenceSession, logits: np.ndarray, seen: np.ndarray, sampling: Sampling, steps: list[int]) -> list[np.ndarray]:
+def run(
+    session: ort.InferenceSession, logits: np.ndarray, seen: np.ndarray, sampling: Sampling, steps: list[int]
+) -> list[np.ndarray]:
     def column(value: float, dtype: type) -> np.ndarray:
         return np.full((len(logits), 1), value, dtype)
 
@@ -44,13 +46,17 @@ def run(session: ort.InferenceSession, logits: np.ndarray, seen: np.ndarray, sam
 def test_the_graph_draws_as_numpy_does(session: ort.InferenceSession, temperature: float, top_k: int) -> None:
     random = np.random.default_rng(top_k)
     for top_p, min_p, penalty in itertools.product((1, 0.9, 0.3), (0, 0.1, 1), (1, 1.3)):
-        logits = random.normal(size=(ROWS, VOCAB_SIZE), scale=3).round(1).astype(np.float32)  # rounded, so that there are ties
+        logits = (
+            random.normal(size=(ROWS, VOCAB_SIZE), scale=3).round(1).astype(np.float32)
+        )  # rounded, so that there are ties
         seen = random.random((ROWS, VOCAB_SIZE)) < 0.1
         sampling = Sampling(temperature, top_k, top_p, min_p, penalty, seed=top_k)
         steps = random.integers(100, size=ROWS).tolist()
         ids, mask, now_seen = run(session, logits, seen, sampling, steps)
         rows = zip(logits, steps, seen, strict=True)
-        assert ids[:, 0].tolist() == [sample(row, sampling, step, set(np.flatnonzero(before).tolist())) for row, step, before in rows]
+        assert ids[:, 0].tolist() == [
+            sample(row, sampling, step, set(np.flatnonzero(before).tolist())) for row, step, before in rows
+        ]
         assert mask.tolist() == (np.arange(16) < np.array([[4], [6], [16]])).astype(int).tolist()
         seen[np.arange(ROWS), ids[:, 0]] = True
         assert (now_seen == seen).all()

@@ -44,7 +44,7 @@ def whole(output: Path) -> str:
 
 
 def killed_at(step: int, call: Callable[[], object]) -> bool:
-    """Runs `call` in a process that is killed before its n-th operation on the file system; False if it ended before."""
+    """Runs `call` in a process that is killed before its n-th operation on files; False if it ended before."""
     child = os.fork()
     if child == 0:
         steps = 0
@@ -101,7 +101,9 @@ def test_kill_after_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_kill_between_the_renames_is_made_good_before_anything_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_kill_between_the_renames_is_made_good_before_anything_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     output, step = tmp_path / "bundle", 1
     write_bundle(output, OLD)
     while output.exists():
@@ -163,7 +165,9 @@ def test_a_journal_whose_last_line_was_cut_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["plan", "boot"])
-def test_a_journal_of_another_plan_or_boot_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+def test_a_journal_of_another_plan_or_boot_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
     journal = Journal(tmp_path, "plan")
     journal.add(3)
     journal.close()

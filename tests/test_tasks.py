@@ -35,7 +35,9 @@ from tests.checkpoints import BASE, SHAPES, TASKS, assert_close, make_model, ope
 
 Make = Callable[..., Path]
 CLASSIFY, EMBED = "text-classification", "feature-extraction"
-ROWS = [random_ids(length) for length in (45, 3, 32, 33, 1, 60)]  # on both sides of the rope boundary of 32, past both windows
+ROWS = [
+    random_ids(length) for length in (45, 3, 32, 33, 1, 60)
+]  # on both sides of the rope boundary of 32, past both windows
 TEXTS = ["Emma", "It was a fine morning, and Elizabeth", "And the LORD said unto Moses,", "a"]
 
 
@@ -58,7 +60,10 @@ def assert_rows_close(got: NDArray[np.float32], model: Any, rows: Sequence[list[
     assert got.dtype == np.float32
     with torch.inference_mode():
         alone = [model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64))[0].numpy() for row in rows]
-    assert_close(np.vstack([row[: len(part)] if part.ndim == 2 else row for row, part in zip(got, alone, strict=True)]), np.vstack(alone))
+    assert_close(
+        np.vstack([row[: len(part)] if part.ndim == 2 else row for row, part in zip(got, alone, strict=True)]),
+        np.vstack(alone),
+    )
 
 
 @pytest.mark.parametrize("shape", ["longrope", "window"])
@@ -92,20 +97,26 @@ def test_float32_is_pytorch(bundle: Make, shape: str, task: str, target: str) ->
     assert_rows_close(session.run(None, padded(ROWS))[0], make_model(BASE | SHAPES[shape] | TASKS[task]))
 
 
-@pytest.mark.parametrize(("quantize", "graph"), [("int4", "model.onnx"), ("int4", "model.branches.onnx"), ("int8", "model.branches.onnx")])
+@pytest.mark.parametrize(
+    ("quantize", "graph"), [("int4", "model.onnx"), ("int4", "model.branches.onnx"), ("int8", "model.branches.onnx")]
+)
 @pytest.mark.parametrize("task", [CLASSIFY, EMBED])
 def test_quantized_graphs_are_pytorch_over_the_stored_weights(
     checkpoint: Make, bundle: Make, bundle_at_level_0: Make, task: str, quantize: str, graph: str
 ) -> None:
     original = bundle("longrope-window", "cpu", quantize, task)
-    model = stored_model(reference.load_reference(checkpoint("longrope-window", task)), original, read_manifest(original))
+    model = stored_model(
+        reference.load_reference(checkpoint("longrope-window", task)), original, read_manifest(original)
+    )
     session = open_graph(bundle_at_level_0("longrope-window", quantize, graph, task) / graph)
     assert_rows_close(session.run(None, padded(ROWS))[0], model)
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("task", [CLASSIFY, EMBED])
-def test_fp16_weights_are_pytorch_over_the_rounded_weights(checkpoint: Make, bundle: Make, task: str, target: str) -> None:
+def test_fp16_weights_are_pytorch_over_the_rounded_weights(
+    checkpoint: Make, bundle: Make, task: str, target: str
+) -> None:
     folder = bundle("longrope", target, "fp16", task)
     model = stored_model(reference.load_reference(checkpoint("longrope", task)), folder, read_manifest(folder))
     assert_rows_close(open_graph(folder / "model.onnx").run(None, padded(ROWS))[0], model)
@@ -114,14 +125,19 @@ def test_fp16_weights_are_pytorch_over_the_rounded_weights(checkpoint: Make, bun
 @pytest.mark.parametrize(("quantize", "bound"), [("none", 1e-2), ("int8", 0.1), ("int4", 0.1)])
 @pytest.mark.parametrize("shape", ["tiles", "tiles-xqa"])
 def test_cuda_graphs_on_the_cpu(checkpoint: Make, bundle: Make, shape: str, quantize: str, bound: float) -> None:
-    """As near as float16 is, and for int8 and int4 activations rounded to int8; but where that moved a choice of experts."""
+    """As near as float16 is, and for int8 and int4 activations rounded to int8; but where that moved a choice of
+    experts.
+    """
     folder = bundle(shape, "cuda", quantize, EMBED)
     model = stored_model(reference.load_reference(checkpoint(shape, EMBED)), folder, read_manifest(folder))
     hidden = open_graph(folder / "model.onnx").run(None, padded(ROWS))[0]
     assert hidden.dtype == np.float32
     with torch.inference_mode():
         expected = [model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64))[0].numpy() for row in ROWS]
-    difference = np.vstack([row[: len(part)] - part for row, part in zip(hidden, expected, strict=True)]) / np.vstack(expected).std()
+    difference = (
+        np.vstack([row[: len(part)] - part for row, part in zip(hidden, expected, strict=True)])
+        / np.vstack(expected).std()
+    )
     assert np.median(np.abs(difference).max(axis=1)) <= bound
 
 
@@ -132,7 +148,10 @@ def test_the_graph_and_the_manifest_keep_the_contract(bundle: Make, task: str, t
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     kinds = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
     values = {
-        value.name: (kinds[value.type.tensor_type.elem_type], [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
+        value.name: (
+            kinds[value.type.tensor_type.elem_type],
+            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        )
         for value in (*model.graph.input, *model.graph.output)
     }
     output = {"logits": ["batch", 3]} if task == CLASSIFY else {"last_hidden_state": ["batch", "sequence", 64]}
@@ -148,7 +167,9 @@ def test_the_graph_and_the_manifest_keep_the_contract(bundle: Make, task: str, t
 
 @pytest.mark.parametrize("shape", ["longrope", "window"])
 def test_attention_without_a_cache(bundle: Make, shape: str) -> None:
-    """The presents, which nothing reads, keep the operator's memory linear in the length; rows turn by positions of their own."""
+    """The presents, which nothing reads, keep the operator's memory linear in the length; rows turn by positions of
+    their own.
+    """
     operators = list(ir.load(bundle(shape, "cpu", "none", CLASSIFY) / "model.onnx").graph)
     attention = [node for node in operators if node.op_type == "GroupQueryAttention"]
     assert len(attention) == 2
@@ -183,10 +204,22 @@ def test_what_a_checkpoint_cannot_serve(tmp_path: Path, checkpoint: Make, monkey
     monkeypatch.chdir(tmp_path)
     cases = [
         ("text-generation", CLASSIFY, "was made for text-generation and has no head for text-classification"),
-        (CLASSIFY, "text-generation", "has no head for text-generation; use --task text-classification or feature-extraction"),
-        (EMBED, "text-generation", "was made for feature-extraction and has no head for text-generation; use --task feature-extraction"),
+        (
+            CLASSIFY,
+            "text-generation",
+            "has no head for text-generation; use --task text-classification or feature-extraction",
+        ),
+        (
+            EMBED,
+            "text-generation",
+            "was made for feature-extraction and has no head for text-generation; use --task feature-extraction",
+        ),
         (EMBED, CLASSIFY, "has no head for text-classification; use --task feature-extraction"),
-        (EMBED, "summarization", "task is 'summarization', expected one of text-generation, text-classification, feature-extraction"),
+        (
+            EMBED,
+            "summarization",
+            "task is 'summarization', expected one of text-generation, text-classification, feature-extraction",
+        ),
     ]
     for made_for, task, message in cases:
         with pytest.raises(ExportError) as error:
@@ -201,7 +234,9 @@ def test_what_a_checkpoint_cannot_serve(tmp_path: Path, checkpoint: Make, monkey
     config = json.loads((checkpoint("plain", CLASSIFY) / "config.json").read_text()) | labels
     (nameless / "config.json").write_text(json.dumps(config))
     (nameless / "model.safetensors").write_bytes((checkpoint("plain", CLASSIFY) / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"score\.weight has the shape \[3, 64\], config\.json makes it \[2, 64\]"):
+    with pytest.raises(
+        CheckpointError, match=r"score\.weight has the shape \[3, 64\], config\.json makes it \[2, 64\]"
+    ):
         export(nameless)
     assert [path.name for path in tmp_path.iterdir()] == ["nameless"]
 
@@ -267,11 +302,16 @@ def test_methods_of_another_task_are_refused(bundle: Make, capsys: pytest.Captur
         model = PhiMoE.load(bundle("longrope-window", "cpu", "none", task), threads=1)
         for other in methods.keys() - {task}:
             for name in methods[other]:
-                with pytest.raises(BundleError, match=rf"^{name}\(\) needs a bundle for {other}, this one is for {task}$"):
+                with pytest.raises(
+                    BundleError, match=rf"^{name}\(\) needs a bundle for {other}, this one is for {task}$"
+                ):
                     getattr(model, name)("Emma")
     for command, arguments in ((cli_generate, [str(classifier), "Emma"]), (cli_chat, [str(classifier)])):
         assert command.main(arguments) == 1
-        assert capsys.readouterr().err.count("needs a bundle for text-generation, this one is for text-classification\n") == 1
+        assert (
+            capsys.readouterr().err.count("needs a bundle for text-generation, this one is for text-classification\n")
+            == 1
+        )
 
 
 @pytest.mark.parametrize("damage", [{"classes": None}, {"classes": {"labels": ["a"]}}, {"task": "summarization"}])
@@ -303,7 +343,9 @@ def test_the_texts_of_verify(length: int) -> None:
     assert {len(text) for text in texts[:-2]} <= {8, 16, 32, 64, 128}
 
 
-@pytest.mark.parametrize(("task", "quantize"), [(CLASSIFY, "none"), (EMBED, "none"), (EMBED, "fp16"), (CLASSIFY, "int4")])
+@pytest.mark.parametrize(
+    ("task", "quantize"), [(CLASSIFY, "none"), (EMBED, "none"), (EMBED, "fp16"), (CLASSIFY, "int4")]
+)
 def test_verify(checkpoint: Make, bundle: Make, task: str, quantize: str) -> None:
     folder = bundle("longrope-window", "cpu", quantize, task)
     report = verify(folder, checkpoint("longrope-window", task), tokens=300)
@@ -336,7 +378,9 @@ def test_the_commands(tmp_path: Path, checkpoint: Make, capsys: pytest.CaptureFi
     assert parity is not None
     assert parity["passed"] is True
     capsys.readouterr()
-    assert cli_verify.main([str(folder), "--reference", str(checkpoint("plain")), "--tokens", "60", "--max-kl", "1"]) == 1
+    assert (
+        cli_verify.main([str(folder), "--reference", str(checkpoint("plain")), "--tokens", "60", "--max-kl", "1"]) == 1
+    )
     assert "there is no kl to check of a bundle for feature-extraction" in capsys.readouterr().err
     assert cli_export.main([str(checkpoint("plain", CLASSIFY)), "--plan"]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Text to ids and back: whole characters in a stream, the first space, special tokens, and stop strings across pieces."""
+"""Text to ids and back: whole characters in a stream, first space, special tokens, and stop strings across pieces."""
 
 from pathlib import Path
 

@@ -82,7 +82,8 @@ def test_rounded_weights_are_told_apart_from_kernels(bundle: Bundle, checkpoint:
 
 def test_the_perplexity_is_the_runtimes_score(bundle: Bundle, checkpoint: Checkpoint) -> None:
     folder = bundle(SHAPE, "cpu", "none")
-    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want of a wife."
+    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune "
+    text += "must be in want of a wife."
     report = verify(folder, checkpoint(SHAPE), text=text, new_tokens=1)
     assert len(report.windows) == 1
     assert report.perplexity["bundle"] == pytest.approx(PhiMoE.load(folder).score(text).perplexity, rel=1e-5)
@@ -93,8 +94,15 @@ def test_a_doctored_bundle_fails_by_name(tmp_path: Path, bundle: Bundle, checkpo
     folder = doctored(bundle(SHAPE, "cpu", "none"), tmp_path / "bundle")
     everything = Thresholds(mean_difference=1e-4, max_difference=1e-3, kl=1e-6, kernel_kl=1e-6, perplexity_ratio=1.0001)
     report = verify(folder, checkpoint(SHAPE), tokens=80, new_tokens=4, thresholds=everything)
-    assert [failure.split()[0] for failure in report.failures] == ["mean_difference", "max_difference", "kl", "perplexity_ratio"]
-    assert report.failures[0] == f"mean_difference is {report.bundle_to_reference.mean_difference:.3g}, allowed is 0.0001"
+    assert [failure.split()[0] for failure in report.failures] == [
+        "mean_difference",
+        "max_difference",
+        "kl",
+        "perplexity_ratio",
+    ]
+    assert (
+        report.failures[0] == f"mean_difference is {report.bundle_to_reference.mean_difference:.3g}, allowed is 0.0001"
+    )
     cases = list(ElementTree.fromstring(junit(report)))
     assert [case.get("name") for case in cases if case.find("failure") is not None] == [
         "mean_difference <= 0.0001",
@@ -170,7 +178,9 @@ def test_the_defaults_cover_every_precision() -> None:
 
 def test_a_comparison_is_the_formulas_over_all_windows() -> None:
     random = np.random.default_rng(0)
-    pairs = [(random.normal(size=(n, 50)).astype(np.float32), random.normal(size=(n, 50)).astype(np.float32)) for n in (3, 8)]
+    pairs = [
+        (random.normal(size=(n, 50)).astype(np.float32), random.normal(size=(n, 50)).astype(np.float32)) for n in (3, 8)
+    ]
     comparison = Comparison()
     for logits, expected in pairs:
         comparison.add(logits, expected)
@@ -189,7 +199,9 @@ def test_a_comparison_is_the_formulas_over_all_windows() -> None:
 
 
 def test_markdown_has_a_row_a_comparison_and_escapes_the_texts(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    report = verify(bundle(SHAPE, "cpu", "int4"), checkpoint(SHAPE), tokens=60, new_tokens=4, thresholds=Thresholds(kl=0.0))
+    report = verify(
+        bundle(SHAPE, "cpu", "int4"), checkpoint(SHAPE), tokens=60, new_tokens=4, thresholds=Thresholds(kl=0.0)
+    )
     report.greedy["bundle"] = "<b> & `"
     lines = markdown(report).splitlines()
     assert lines[0] == f"### phimoe-verify: `{report.bundle}` (cpu, int4) failed"
@@ -203,11 +215,22 @@ def test_markdown_has_a_row_a_comparison_and_escapes_the_texts(bundle: Bundle, c
 
 
 def run(bundle: Path, checkpoint: Path, folder: Path, *arguments: str) -> int:
-    options = ["--tokens", "60", "--new-tokens", "5", "--json", str(folder / "r.json"), "--junit", str(folder / "r.xml")]
+    options = [
+        "--tokens",
+        "60",
+        "--new-tokens",
+        "5",
+        "--json",
+        str(folder / "r.json"),
+        "--junit",
+        str(folder / "r.xml"),
+    ]
     return main([str(bundle), "--reference", str(checkpoint), *options, *arguments])
 
 
-def test_the_command_writes_its_reports(tmp_path: Path, bundle: Bundle, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_its_reports(
+    tmp_path: Path, bundle: Bundle, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(bundle(SHAPE, "cpu", "none"), tmp_path / "bundle"))
     assert run(folder, checkpoint(SHAPE), tmp_path) == 0
     output, errors = capsys.readouterr()
@@ -251,7 +274,12 @@ def test_the_commands_thresholds_replace_the_defaults(tmp_path: Path, bundle: Bu
     assert run(folder, checkpoint(SHAPE), tmp_path, *loose, "--max-kl", "1e-9") == 1
     failed = json.loads((tmp_path / "r.json").read_text())
     assert [failure.split()[0] for failure in failed["failures"]] == ["kl"]
-    assert run(folder, checkpoint(SHAPE), tmp_path, *loose, "--max-mean-difference", "1e-9", "--max-max-difference", "1e-9") == 1
+    assert (
+        run(
+            folder, checkpoint(SHAPE), tmp_path, *loose, "--max-mean-difference", "1e-9", "--max-max-difference", "1e-9"
+        )
+        == 1
+    )
     failed = json.loads((tmp_path / "r.json").read_text())
     assert [failure.split()[0] for failure in failed["failures"]] == ["mean_difference", "max_difference"]
 
@@ -264,7 +292,10 @@ def test_the_commands_thresholds_replace_the_defaults(tmp_path: Path, bundle: Bu
         (["BUNDLE", "--reference", "CHECKPOINT", "--text", "nowhere.txt"], "--text nowhere.txt: cannot be read"),
         (["BUNDLE", "--reference", "CHECKPOINT", "--device", "tpu"], "device is 'tpu'"),
         (["BUNDLE", "--reference", "CHECKPOINT", "--tokens", "1"], "the text has 1 tokens"),
-        (["BUNDLE", "--reference", "CHECKPOINT", "--tokens", "9", "--json", "no/where.json"], "no/where.json: cannot be written"),
+        (
+            ["BUNDLE", "--reference", "CHECKPOINT", "--tokens", "9", "--json", "no/where.json"],
+            "no/where.json: cannot be written",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(

@@ -1,7 +1,8 @@
-"""A bundle small enough to build in a test, with the exact answer in numpy: two attention layers with longrope and no experts.
+"""A bundle small enough to build in a test, with the exact answer in numpy: two attention layers with longrope and no
+experts.
 
-Its graph keeps the whole contract of bundle.py for both kinds of target; its tokenizer is Phi's in small (byte fallback,
-special tokens that eat the white space after them, byte tokens marked as special).
+Its graph keeps the whole contract of bundle.py for both kinds of target; its tokenizer is Phi's in small (byte
+fallback, special tokens that eat the white space after them, byte tokens marked as special).
 """
 
 from __future__ import annotations
@@ -33,13 +34,23 @@ TEMPLATE = (
 def make_tokenizer() -> Tokenizer:
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyz.,!"]
     merges = [("▁", "a"), ("▁", "t"), ("h", "e"), ("▁t", "he"), ("s", "t"), ("o", "p"), ("st", "op")]
-    tokens = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *(a + b for a, b in merges), *SPECIAL[3:]]
+    tokens = [
+        *SPECIAL[:3],
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *letters,
+        *(a + b for a, b in merges),
+        *SPECIAL[3:],
+    ]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     bytes_too = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True, rstrip=t in SPECIAL[4:]) for t in [*SPECIAL, *bytes_too]])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True, rstrip=t in SPECIAL[4:]) for t in [*SPECIAL, *bytes_too]]
+    )
     return tokenizer
 
 
@@ -85,7 +96,9 @@ class ToyModel:
         rope = config.longrope
         assert isinstance(rope, LongRope)
         base = config.rope_theta ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angles = [np.arange(CONTEXT)[:, None] / (np.array(factor) * base) for factor in (rope.short_factor, rope.long_factor)]
+        angles = [
+            np.arange(CONTEXT)[:, None] / (np.array(factor) * base) for factor in (rope.short_factor, rope.long_factor)
+        ]
         scale = np.array([rope.short_mscale, rope.long_mscale])[:, None, None]
         self.cos = (np.cos(angles) * scale).astype(np.float32)  # [short or long, CONTEXT, HEAD_DIM / 2]
         self.sin = (np.sin(angles) * scale).astype(np.float32)
@@ -115,7 +128,9 @@ class ToyModel:
         return ids[len(prompt) :]
 
     def graph(self, target: str) -> onnx.ModelProto:
-        """The graph for a target; positions are each row's own, long factors lie below the short ones in the rope table."""
+        """The graph for a target; positions are each row's own, long factors lie below the short ones in the rope
+        table.
+        """
         g = _Graph()
         mask, tokens = "attention_mask", "input_ids"
         length = g.op("Max", g.op("ReduceSum", mask, g.ints([1]), keepdims=1), "rope_length")  # [B, 1]
@@ -136,7 +151,9 @@ class ToyModel:
             if target == "portable":
                 y = self._standard_attention(g, qkv, rope_rows, cos, sin, total, cache)
             else:
-                lengths = g.op("Cast", g.op("Sub", g.op("Squeeze", own, g.ints([1])), g.ints([1])), to=TensorProto.INT32)
+                lengths = g.op(
+                    "Cast", g.op("Sub", g.op("Squeeze", own, g.ints([1])), g.ints([1])), to=TensorProto.INT32
+                )
                 width = g.op("Cast", g.op("Squeeze", total), to=TensorProto.INT32)
                 inputs = [qkv, "", "", cache[0], cache[1], lengths, width, cos, sin, rope_rows]
                 y = g.multi(
@@ -156,7 +173,9 @@ class ToyModel:
         return g.model(self.config.vocab_size, past, present)
 
     @staticmethod
-    def _standard_attention(g: _Graph, qkv: str, rope_rows: str, cos: str, sin: str, total: str, cache: tuple[str, ...]) -> str:
+    def _standard_attention(
+        g: _Graph, qkv: str, rope_rows: str, cos: str, sin: str, total: str, cache: tuple[str, ...]
+    ) -> str:
         heads = g.op("Transpose", g.op("Reshape", qkv, g.ints([0, 0, -1, HEAD_DIM])), perm=[0, 2, 1, 3])
         turned, value = g.split(heads, [HEADS + KV_HEADS, KV_HEADS], axis=1)
         first, second = g.split(turned, [HEAD_DIM // 2] * 2, axis=3)
@@ -242,13 +261,24 @@ def write_bundle(folder: Path, target: str = "cpu", *, minimum_onnxruntime: str 
         "config": json.dumps(config),
         "generation_config": json.dumps({"eos_token_id": eos}),
         "tokenizer": tokenizer.to_str(),
-        "tokenizer_config": json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": {"content": "<|end|>"}}),
+        "tokenizer_config": json.dumps(
+            {"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": {"content": "<|end|>"}}
+        ),
     }
     for name, text in (texts | files).items():
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     graphs = (Graph("model.onnx", minimum_onnxruntime),)
     files_now = describe_files(folder)
     Manifest(
-        "0", "toy", "text-generation", target, "none", "float32", {}, graphs, read_decoding(model.config, folder, target, "none"), files_now
+        "0",
+        "toy",
+        "text-generation",
+        target,
+        "none",
+        "float32",
+        {},
+        graphs,
+        read_decoding(model.config, folder, target, "none"),
+        files_now,
     ).write(folder)
     return model

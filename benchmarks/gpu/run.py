@@ -1,8 +1,9 @@
 """Everything that is to be measured on an NVIDIA card, in one run: speed beside the peers, parity, memory, errors.
 
     benchmarks/gpu/setup.sh [WHEELS]
-    .venv-gpu/bin/python benchmarks/gpu/run.py                        # some 20 minutes; writes docs/gpu/CARD-DATE.json and .md
-    python benchmarks/gpu/run.py --dry-run --output FOLDER            # tiny shapes on the CPU: shows that the script itself works
+    .venv-gpu/bin/python benchmarks/gpu/run.py                        # some 20 minutes; writes docs/gpu/CARD-DATE.json
+    and .md python benchmarks/gpu/run.py --dry-run --output FOLDER            # tiny shapes on the CPU: shows that the
+    script itself works
 
 A step that fails is written down with its error, and the others go on.
 """
@@ -30,12 +31,29 @@ from shapes import BASE, LONGROPE, SHAPES, write_checkpoint  # noqa: E402
 import phimoe_onnx  # noqa: E402
 
 MODEL = ROOT / "models/phimoe-austen"
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+}
 FACTORS = {"short_factor": LONGROPE["short_factor"][:32], "long_factor": LONGROPE["long_factor"][:32]}
 SHAPES["tiny"] = BASE | TINY | {"max_position_embeddings": 4096}
-SHAPES["tiny, longrope"] = SHAPES["tiny"] | {"rope_scaling": LONGROPE | FACTORS | {"original_max_position_embeddings": 128}}
+SHAPES["tiny, longrope"] = SHAPES["tiny"] | {
+    "rope_scaling": LONGROPE | FACTORS | {"original_max_position_embeddings": 128}
+}
 SHAPES["tiny, window"] = SHAPES["tiny"] | {"sliding_window": 50}
-PACKAGES = ("phimoe-onnx", "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "torch", "transformers")
+PACKAGES = (
+    "phimoe-onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "onnxruntime-genai-cuda",
+    "onnxruntime-genai",
+    "torch",
+    "transformers",
+)
 
 
 def main() -> None:
@@ -43,8 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/gpu", metavar="FOLDER", help="default: docs/gpu")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for checkpoints and bundles, 60 GB (default: a temporary one)")
-    parser.add_argument("--large", action="store_true", help="also Phi-3.5-MoE's full shape in int4: 24 GB of disk and of the card")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for checkpoints and bundles, 60 GB (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="also Phi-3.5-MoE's full shape in int4: 24 GB of disk and of the card"
+    )
     arguments = parser.parse_args()
     device = "cpu" if arguments.dry_run else "cuda"
     shape, layers = ("tiny", 2) if arguments.dry_run else ("Phi-mini-MoE", 32)
@@ -105,7 +127,7 @@ def export(checkpoint: Path, bundle: Path, form: str) -> dict[str, float]:
 
 
 def parity(work: Path, device: str) -> dict[str, Any]:
-    """phimoe-verify's figures past rope boundary and window, and a batch of uneven prompts against each of them alone."""
+    """phimoe-verify's figures past rope boundary and window, and a batch of uneven prompts against each one alone."""
     cases = {"phimoe-austen none": (MODEL, "none")}
     for shape in ("tiny, longrope", "tiny, window"):
         write_checkpoint(work / shape, shape, 2, 2)
@@ -118,7 +140,10 @@ def parity(work: Path, device: str) -> dict[str, Any]:
         prompts = [[3 + (17 * n + 5 * row) % 1000 for n in range(length)] for row, length in enumerate((3, 140, 60))]
         together = [row.token_ids for row in model.generate(prompts, max_new_tokens=20)]
         alone = [model.generate(prompt, max_new_tokens=20).token_ids for prompt in prompts]
-        seeded = [model.generate(prompts[0], max_new_tokens=20, temperature=0.8, top_p=0.9, seed=1).token_ids for _ in range(2)]
+        seeded = [
+            model.generate(prompts[0], max_new_tokens=20, temperature=0.8, top_p=0.9, seed=1).token_ids
+            for _ in range(2)
+        ]
         kernels = report.bundle_to_stored or report.bundle_to_reference
         found[name] = {
             "failures": report.failures,
@@ -134,8 +159,25 @@ def parity(work: Path, device: str) -> dict[str, Any]:
 def bench(bundle: Path, device: str, batches: list[str], lengths: tuple[str, str], more: list[str]) -> Any:
     """phimoe-bench's rows."""
     file = bundle.with_suffix(".json")
-    command = [sys.executable, "-c", "import sys; from phimoe_onnx.cli.bench import main; sys.exit(main())", str(bundle)]
-    command += ["--device", device, "--batch", *batches, "--prompt", lengths[0], "--new-tokens", lengths[1], "--json", str(file), *more]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from phimoe_onnx.cli.bench import main; sys.exit(main())",
+        str(bundle),
+    ]
+    command += [
+        "--device",
+        device,
+        "--batch",
+        *batches,
+        "--prompt",
+        lengths[0],
+        "--new-tokens",
+        lengths[1],
+        "--json",
+        str(file),
+        *more,
+    ]
     file.unlink(missing_ok=True)
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if not file.exists():  # it is there although a batch did not run; its row says why
@@ -191,7 +233,10 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
     """phimoe-bench's rows as Markdown."""
-    lines = ["| candidate | batch | load, s | prefill, tokens/s | decode, tokens/s | of the limit | memory, GB | same tokens |"]
+    lines = [
+        "| candidate | batch | load, s | prefill, tokens/s | decode, tokens/s | of the limit | memory, GB | same "
+        "tokens |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         speed = row["speed"]
@@ -199,7 +244,8 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(f"| {row['candidate']} | {row['batch']} | {row['problem']} | | | | | |")
             continue
         share, same = (("" if row[key] is None else f"{row[key]:.0%}") for key in ("share", "same"))
-        figures = f"{speed['load']:.1f} | {speed['prefill']:.0f} | {speed['decode']:.1f} | {share} | {speed['memory'] / 1e9:.2f} | {same}"
+        speeds = f"{speed['load']:.1f} | {speed['prefill']:.0f} | {speed['decode']:.1f}"
+        figures = f"{speeds} | {share} | {speed['memory'] / 1e9:.2f} | {same}"
         lines.append(f"| {row['candidate']} | {row['batch']} | {figures} |")
     return lines
 

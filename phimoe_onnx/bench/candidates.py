@@ -22,7 +22,9 @@ from phimoe_onnx.errors import PhiMoEError
 
 @dataclass(frozen=True)
 class Work:
-    """Greedy generation: `batch` prompts of `prompt` tokens each, then `new_tokens` more, on `device` with so many threads."""
+    """Greedy generation: `batch` prompts of `prompt` tokens each, then `new_tokens` more, on `device` with so many
+    threads.
+    """
 
     batch: int
     prompt: int
@@ -32,7 +34,10 @@ class Work:
 
     def rows(self, vocab_size: int) -> list[list[int]]:
         """The prompts: the same for every candidate, and all different."""
-        return [[3 + (7919 * row + 31 * n * n + 17 * n) % (vocab_size - 3) for n in range(self.prompt)] for row in range(self.batch)]
+        return [
+            [3 + (7919 * row + 31 * n * n + 17 * n) % (vocab_size - 3) for n in range(self.prompt)]
+            for row in range(self.batch)
+        ]
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,9 @@ def _time(work: Work, run: Callable[[int], Iterator[list[int]]], load: float) ->
     end = time.perf_counter()
     tokens = work.batch * (work.new_tokens - 1)
     rows = [[step[row] for step in steps] for row in range(work.batch)]
-    return Speed(load, work.batch * work.prompt / (first - start), tokens / max(end - first, 1e-9), _memory(work.device), rows)
+    return Speed(
+        load, work.batch * work.prompt / (first - start), tokens / max(end - first, 1e-9), _memory(work.device), rows
+    )
 
 
 def _memory(device: str) -> int:
@@ -161,7 +168,9 @@ def _memory(device: str) -> int:
     if device == "cpu":
         status = Path("/proc/self/status")
         if status.exists():  # getrusage's peak is at least that of the process that started this one
-            return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            return next(
+                int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM")
+            )
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20

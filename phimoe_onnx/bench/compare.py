@@ -34,8 +34,9 @@ class Candidate:
 class Measured:
     """A candidate's row; `speed` is None where it did not run, and `problem` says why.
 
-    `share` is the part of the time of a decode step that reading its bytes would take at the device's full speed, for this
-    runtime's own rows. `same` is the part of the new tokens, up to the first that differs, that are this runtime's.
+    `share` is the part of the time of a decode step that reading its bytes would take at the device's full speed, for
+    this runtime's own rows. `same` is the part of the new tokens, up to the first that differs, that are this
+    runtime's.
     """
 
     candidate: str

@@ -21,8 +21,8 @@ _SHARE = 256 << 20  # bytes that a thread reads in turn: more than any cache
 def step_bytes(bundle: Path, manifest: Manifest, batch: int, length: int) -> int:
     """Bytes of weights and cache that a decode step of a bundle for text-generation reads.
 
-    Of the experts those count that some row chose: with each row choosing 2 of E at random, E (1 - (1 - 2 / E) ** batch) of a
-    layer. An embedding's row, norms and activations are left out.
+    Of the experts those count that some row chose: with each row choosing 2 of E at random, E (1 - (1 - 2 / E) **
+    batch) of a layer. An embedding's row, norms and activations are left out.
 
     Args:
         bundle: the bundle's folder, for its config.json.
@@ -67,4 +67,6 @@ def _bits(stored: str, scale: float) -> float:
         return _BITS[stored]
     if match := re.fullmatch(r"int(\d+), block (\d+)", stored):
         return int(match[1]) + scale / int(match[2])
-    raise PhiMoEError(f"the manifest stores weights as {stored!r}, expected float32, float16, bfloat16 or intN, block M")
+    raise PhiMoEError(
+        f"the manifest stores weights as {stored!r}, expected float32, float16, bfloat16 or intN, block M"
+    )

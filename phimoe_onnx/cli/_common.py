@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from phimoe_onnx.runtime.generate import Options, Piece
 
 
-def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parses, runs and returns the exit code: 1 with the error's text on stderr if the package raised it, 130 on Ctrl-C."""
+def run(
+    command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> int:
+    """Parses, runs and returns the exit code: 1 with the error's text on stderr if the package raised it, 130 on
+    Ctrl-C.
+    """
     arguments = parser.parse_args(argv)
     try:
         command(arguments)
@@ -39,9 +43,27 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="end after N tokens (default: 1024, or where the context ends)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the most likely token")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens; 0, the default, is off")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens that reach P; 1, the default, is off")
-    add("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens at least P times as likely as the first; 0 is off")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="divide the logits of seen tokens; 1, the default, is off")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most likely tokens that reach P; 1, the default, is off",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw from tokens at least P times as likely as the first; 0 is off",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="divide the logits of seen tokens; 1, the default, is off",
+    )
     add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a fresh one)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the text before TEXT; may be repeated")
     add("--device", default="cpu", metavar="DEVICE", help="cpu (default) or cuda")

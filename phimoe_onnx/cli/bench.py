@@ -1,4 +1,6 @@
-"""phimoe-bench: how fast a bundle prefills and decodes, how near to the memory's limit, and how its peers do on the same work."""
+"""phimoe-bench: how fast a bundle prefills and decodes, how near to the memory's limit, and how its peers do on the
+same work.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote, for text generation")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where everything runs (default: cpu)")
     add("--threads", type=int, metavar="N", help="threads for one operator (default: each library's own choice)")
-    add("--batch", type=int, nargs="+", default=[1], metavar="B", help="prompts at once, one row of the table each (default: 1)")
+    add(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="B",
+        help="prompts at once, one row of the table each (default: 1)",
+    )
     add("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
     add("--new-tokens", type=int, default=64, metavar="N", help="tokens that follow (default: 64)")
-    add("--peers", action="store_true", help="also onnxruntime-genai over the bundle, and transformers over --reference, if installed")
+    add(
+        "--peers",
+        action="store_true",
+        help="also onnxruntime-genai over the bundle, and transformers over --reference, if installed",
+    )
     add("--reference", metavar="CHECKPOINT", help="the folder of the checkpoint, for transformers")
-    add("--bandwidth", type=float, metavar="GB/S", help="what the device reads a second (default: measured; on CUDA this takes PyTorch)")
+    add(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="what the device reads a second (default: measured; on CUDA this takes PyTorch)",
+    )
     add("--json", metavar="FILE", help="write everything as JSON")
     return run(_bench, parser, argv)
 
@@ -41,7 +59,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     if min(*arguments.batch, arguments.prompt, arguments.new_tokens - 1) < 1:
         raise PhiMoEError("--batch and --prompt must be 1 or more, --new-tokens 2 or more")
     console = Console(width=140)
-    works = [Work(batch, arguments.prompt, arguments.new_tokens, arguments.device, arguments.threads) for batch in arguments.batch]
+    works = [
+        Work(batch, arguments.prompt, arguments.new_tokens, arguments.device, arguments.threads)
+        for batch in arguments.batch
+    ]
     limit = arguments.bandwidth * 1e9 if arguments.bandwidth else bandwidth(arguments.device, arguments.threads)
     chosen = candidates(arguments.bundle, arguments.reference, arguments.peers, arguments.device)
     rows: list[Measured] = []
@@ -54,9 +75,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     reads = f"reads {limit / 1e9:.1f} GB/s" if limit else "bandwidth unknown, give --bandwidth"
     today = datetime.date.today().isoformat()
     threads = f"{arguments.threads} threads" if arguments.threads else "default threads"
-    title = (
-        f"{today}, {platform.machine()}, {arguments.device}, {threads}, {reads}; prompts of {arguments.prompt}, {arguments.new_tokens} new"
-    )
+    title = f"{today}, {platform.machine()}, {arguments.device}, {threads}, {reads}; "
+    title += f"prompts of {arguments.prompt}, {arguments.new_tokens} new"
     console.print(title, soft_wrap=True)
     console.print(_table(rows), soft_wrap=True, markup=False)
     if arguments.json:
@@ -67,7 +87,16 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _table(rows: Sequence[Any]) -> str:
     """The rows as a Markdown table."""
-    columns = ("candidate", "batch", "load, s", "prefill, tokens/s", "decode, tokens/s", "of the limit", "peak memory, GB", "same tokens")
+    columns = (
+        "candidate",
+        "batch",
+        "load, s",
+        "prefill, tokens/s",
+        "decode, tokens/s",
+        "of the limit",
+        "peak memory, GB",
+        "same tokens",
+    )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         if row.speed is None:

@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         "phimoe-chat",
-        description="Talk to a PhiMoE bundle. /reset forgets the conversation, /quit or the end of input leaves, Ctrl-C stops an answer.",
+        description="Talk to a PhiMoE bundle. /reset forgets the conversation, /quit or the end of input leaves, "
+        "Ctrl-C stops an answer.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
     add_generation_options(parser)

@@ -12,7 +12,9 @@ from phimoe_onnx.cli._common import run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser("phimoe-classify", description="Print the label of each text, its score and the text, tabs between.")
+    parser = argparse.ArgumentParser(
+        "phimoe-classify", description="Print the label of each text, its score and the text, tabs between."
+    )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote from a classifier")
     add("texts", metavar="TEXT", nargs="*", help="the texts (default: the lines of standard input)")

@@ -21,14 +21,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
     parser = argparse.ArgumentParser(prog="phimoe-export", description=__doc__)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="the folder of a checkpoint, or a hub id such as microsoft/Phi-tiny-MoE-instruct")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="the folder of a checkpoint, or a hub id such as microsoft/Phi-tiny-MoE-instruct",
+    )
     add("-o", "--output", metavar="DIR", help="the bundle's folder (default: NAME-TARGET-QUANTIZE)")
-    add("--plan", action="store_true", help="write nothing; say what each form would take on disk and in memory, and whether it is here")
-    add("--task", metavar="TASK", help="text-generation, text-classification or feature-extraction (default: as config.json says)")
+    add(
+        "--plan",
+        action="store_true",
+        help="write nothing; say what each form would take on disk and in memory, and whether it is here",
+    )
+    add(
+        "--task",
+        metavar="TASK",
+        help="text-generation, text-classification or feature-extraction (default: as config.json says)",
+    )
     add("--quantize", default="none", metavar="FORM", help="none (default), fp16, int8 or int4")
-    add("--target", default="cpu", metavar="TARGET", help="cpu (default), cuda or portable (standard ONNX operators only)")
-    add("--block-size", type=int, metavar="N", help="how many weights share a scale (default: the largest up to 64 that fits)")
-    add("--kv-cache", default="none", metavar="FORM", help="keep keys and values as int8 or int4 (default: none, as computed)")
+    add(
+        "--target",
+        default="cpu",
+        metavar="TARGET",
+        help="cpu (default), cuda or portable (standard ONNX operators only)",
+    )
+    add(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="how many weights share a scale (default: the largest up to 64 that fits)",
+    )
+    add(
+        "--kv-cache",
+        default="none",
+        metavar="FORM",
+        help="keep keys and values as int8 or int4 (default: none, as computed)",
+    )
     add("--dtype", metavar="DTYPE", help="of activations on CUDA: float16 (default) or bfloat16")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--token", metavar="TOKEN", help="access token for the hub (default: the one that huggingface_hub finds)")
@@ -40,12 +67,25 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         from phimoe_onnx.cli.plan import show_plan
 
-        show_plan(arguments.source, arguments.output, arguments.task, arguments.block_size, arguments.revision, arguments.token)
+        show_plan(
+            arguments.source,
+            arguments.output,
+            arguments.task,
+            arguments.block_size,
+            arguments.revision,
+            arguments.token,
+        )
         return
     start = time.monotonic()
     seconds: dict[str, float] = {}
     phase_start, phase = start, ""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(file=sys.stderr)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)

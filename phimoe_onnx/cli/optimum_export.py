@@ -1,9 +1,10 @@
-"""`optimum-cli export onnx --model CHECKPOINT --task text-generation-with-past OUT` for a PhiMoE: writes its portable bundle.
+"""`optimum-cli export onnx --model CHECKPOINT --task text-generation-with-past OUT` for a PhiMoE: writes its portable
+bundle.
 
-optimum's own way is to trace transformers' model. It has none for PhiMoE, and its trace would fix one choice of rope factors
-and of experts. So its command is asked first whether the model is a PhiMoE, and is left as it is for every other. The bundle's
-files are those that optimum expects of a model, and its graph is one that ORTModelForCausalLM runs, or
-ORTModelForSequenceClassification or ORTModelForFeatureExtraction.
+optimum's own way is to trace transformers' model. It has none for PhiMoE, and its trace would fix one choice of rope
+factors and of experts. So its command is asked first whether the model is a PhiMoE, and is left as it is for every
+other. The bundle's files are those that optimum expects of a model, and its graph is one that ORTModelForCausalLM runs,
+or ORTModelForSequenceClassification or ORTModelForFeatureExtraction.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ TASKS = {
     "feature-extraction": "feature-extraction",
 }
 
-# optimum-cli's options that would change what is written, with the values that can be had here; the first is the default
+# optimum-cli's options that would change what is written, with the values that can be had here; the first is the
+# default
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "task": tuple(TASKS),
     "dtype": (None, "fp32", "fp16"),
@@ -43,7 +45,10 @@ def register() -> None:
         otherwise = ONNXExportCommand.run
     except (ImportError, AttributeError) as error:
         if "onnx" in sys.argv:
-            print(f"note: this release of optimum cannot export a PhiMoE ({error}); use phimoe-export --target portable", file=sys.stderr)
+            print(
+                f"note: this release of optimum cannot export a PhiMoE ({error}); use phimoe-export --target portable",
+                file=sys.stderr,
+            )
         return
 
     def run(command: Any) -> None:
@@ -55,7 +60,9 @@ def register() -> None:
 
 
 def _model_type(arguments: argparse.Namespace) -> str | None:
-    """As config.json says, in a folder or on the hub; None where it cannot be read, which optimum then reports in its own way."""
+    """As config.json says, in a folder or on the hub; None where it cannot be read, which optimum then reports in its
+    own way.
+    """
     try:
         from transformers import PretrainedConfig
 
@@ -75,7 +82,10 @@ def _export(arguments: argparse.Namespace) -> int:
     for name, values in (OPTIONS | {"cache_dir": (HF_HUB_CACHE,)}).items():
         if (given := getattr(arguments, name, values[0])) not in values:
             expected = " or ".join(str(value) for value in values if value is not None)
-            print(f"error: {name} is {given}, expected {expected or 'none'}; phimoe-onnx exports this model", file=sys.stderr)
+            print(
+                f"error: {name} is {given}, expected {expected or 'none'}; phimoe-onnx exports this model",
+                file=sys.stderr,
+            )
             return 1
     quantize = "fp16" if getattr(arguments, "dtype", None) == "fp16" else "none"
     options = ["--target", "portable", "--quantize", quantize, "--overwrite"]

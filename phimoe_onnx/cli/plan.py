@@ -28,7 +28,9 @@ FORMS = (
 )
 
 
-def show_plan(source: str, output: str | None, task: str | None, block_size: int | None, revision: str | None, token: str | None) -> None:
+def show_plan(
+    source: str, output: str | None, task: str | None, block_size: int | None, revision: str | None, token: str | None
+) -> None:
     """Prints the checkpoint's parameters by kind, and a row for each target and form."""
     folder, stored = headers(source, revision, token)
     config = read_config(folder)
@@ -40,7 +42,16 @@ def show_plan(source: str, output: str | None, task: str | None, block_size: int
     console.print(", ".join(f"{kind} {count / 1e6:.1f} M" for kind, count in counts.items()))
 
     machine = this_machine(Path(output or ".").resolve().parent)
-    table = Table("target", "quantize", "bundle", "memory to export", "memory to run", "cache a 1,000 tokens", box=None, header_style="")
+    table = Table(
+        "target",
+        "quantize",
+        "bundle",
+        "memory to export",
+        "memory to run",
+        "cache a 1,000 tokens",
+        box=None,
+        header_style="",
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     table.add_column("exports here")
@@ -60,7 +71,11 @@ def show_plan(source: str, output: str | None, task: str | None, block_size: int
 
 def _verdicts(need: Requirements, machine: Machine) -> tuple[str, str]:
     """Whether this machine can export a form, and run it."""
-    lacking = [name for name, lacks in (("disk", need.bundle > machine.disk), ("memory", need.export_memory > machine.memory)) if lacks]
+    lacking = [
+        name
+        for name, lacks in (("disk", need.bundle > machine.disk), ("memory", need.export_memory > machine.memory))
+        if lacks
+    ]
     exports = f"no, too little {' and '.join(lacking)}" if lacking else "yes"
     if need.target == "cuda" and machine.gpu is None:
         return exports, "no, no GPU"

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--markdown", metavar="FILE", help="write the tables as Markdown")
     add("--json", metavar="FILE", help="write the whole report as JSON")
     for name in LIMITS:
-        add(f"--max-{name.replace('_', '-')}", type=float, metavar="X", help="override the precision's default threshold")
+        add(
+            f"--max-{name.replace('_', '-')}",
+            type=float,
+            metavar="X",
+            help="override the precision's default threshold",
+        )
     return run(_verify, parser, argv)
 
 
@@ -69,7 +74,10 @@ def _verify(arguments: argparse.Namespace) -> None:
     try:
         reports.record(report, bundle)
     except OSError as error:
-        print(f"note: the summary is not in {bundle}/manifest.json, which cannot be written ({error.strerror})", file=sys.stderr)
+        print(
+            f"note: the summary is not in {bundle}/manifest.json, which cannot be written ({error.strerror})",
+            file=sys.stderr,
+        )
     if report.failures:
         raise PhiMoEError(f"{bundle}: " + "; ".join(report.failures))
 

@@ -11,14 +11,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from phimoe_onnx.bundle import ChatFormat
 from phimoe_onnx.config import read_json
 
-MARK = " \N{WHITE LARGE SQUARE}\n"  # stands for the content; no template has it, and one that trims its contents loses it
+MARK = (
+    " \N{WHITE LARGE SQUARE}\n"  # stands for the content; no template has it, and one that trims its contents loses it
+)
 
 
 def chat_format(folder: Path) -> ChatFormat | None:
     """The format of the template in `folder`, or None where there is no template or plain strings cannot say it.
 
-    Each role's turn is rendered alone and split at its content; the strings are kept only if putting them together again
-    gives what the template gives for a conversation of every role, with and without contents.
+    Each role's turn is rendered alone and split at its content; the strings are kept only if putting them together
+    again gives what the template gives for a conversation of every role, with and without contents.
     """
     template = _template(folder)
     if template is None:
@@ -45,7 +47,10 @@ def chat_format(folder: Path) -> ChatFormat | None:
         skipped = tuple(role for role in turns if render([role], True, "") == generation)
         format = ChatFormat(turns, generation, skipped)
         # the end token that some templates put behind a text without a generation prompt is none of the turn's
-        same = (render(conversation, True, content, token=MARK) == _join(format, conversation, content) for content in (MARK, ""))
+        same = (
+            render(conversation, True, content, token=MARK) == _join(format, conversation, content)
+            for content in (MARK, "")
+        )
         return format if all(same) else None
     except TemplateError:
         return None

@@ -35,12 +35,14 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint in `folder` by its stored name, from the shards' headers alone.
 
     Raises:
-        CheckpointError: no safetensors, a shard is missing, truncated, a Git LFS pointer or not safetensors, or the index
-            names a tensor that its shard lacks.
+        CheckpointError: no safetensors, a shard is missing, truncated, a Git LFS pointer or not safetensors, or the
+            index names a tensor that its shard lacks.
     """
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
-            raise CheckpointError(f"{folder}: holds neither {INDEX} nor {SINGLE}; only safetensors checkpoints are read")
+            raise CheckpointError(
+                f"{folder}: holds neither {INDEX} nor {SINGLE}; only safetensors checkpoints are read"
+            )
         return _read_header(folder / SINGLE)
     shards = {file: _read_header(folder / file) for file in shard_files(folder)}
     weight_map = _weight_map(folder)
@@ -69,7 +71,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def parameters(config: PhiMoEConfig, stored: dict[str, Stored], task: str = "text-generation") -> dict[str, tuple[Rows, ...]]:
+def parameters(
+    config: PhiMoEConfig, stored: dict[str, Stored], task: str = "text-generation"
+) -> dict[str, tuple[Rows, ...]]:
     """Each parameter of the task's model in modeling.py, by its name there, as the stored rows that make it up.
 
     Raises:
@@ -84,7 +88,8 @@ def parameters(config: PhiMoEConfig, stored: dict[str, Stored], task: str = "tex
     used = {part.tensor for parts in rows.values() for part in parts}
     if extra := sorted(set(stored) - used - known):
         raise CheckpointError(
-            f"{stored[extra[0]].file}: {extra[0]} ({len(extra)} such) has no place in the model that config.json describes; "
+            f"{stored[extra[0]].file}: {extra[0]} ({len(extra)} such) has no place in the model that config.json "
+            f"describes; "
             "compare attention_bias, lm_head_bias, num_hidden_layers and num_local_experts with the checkpoint"
         )
     return {name: tuple(part.rows(stored) for part in parts) for name, parts in rows.items()}
@@ -121,11 +126,17 @@ class _Names:
         for name in names:
             if where := self.stored.get(name):
                 if where.shape != shape:
-                    raise CheckpointError(f"{where.file}: {name} has the shape {list(where.shape)}, config.json makes it {list(shape)}")
+                    raise CheckpointError(
+                        f"{where.file}: {name} has the shape {list(where.shape)}, config.json makes it {list(shape)}"
+                    )
                 if where.dtype not in DTYPES:
-                    raise CheckpointError(f"{where.file}: {name} is stored as {where.dtype}, expected one of {', '.join(DTYPES)}")
+                    raise CheckpointError(
+                        f"{where.file}: {name} is stored as {where.dtype}, expected one of {', '.join(DTYPES)}"
+                    )
                 return _Part(name)
-        raise CheckpointError(f"the checkpoint lacks the tensor {names[0]}" + "".join(f" (or {name})" for name in names[1:]))
+        raise CheckpointError(
+            f"the checkpoint lacks the tensor {names[0]}" + "".join(f" (or {name})" for name in names[1:])
+        )
 
 
 def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tuple[str, list[_Part]]]:
@@ -183,12 +194,14 @@ def _read(file: Path, tensor: str, index: tuple[int, int, int] | None) -> torch.
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
-    """The header of one safetensors file: 8 bytes of its length, little endian, then JSON; offsets count from its end."""
+    """The header of one safetensors file: 8 bytes of length, little endian, then JSON; offsets count from its end."""
     try:
         with file.open("rb") as shard:
             start = shard.read(8)
             if start.startswith(b"version "):
-                raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in that folder")
+                raise CheckpointError(
+                    f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in that folder"
+                )
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             size = file.stat().st_size
             header = json.loads(shard.read(length)) if 0 < length <= size - 8 else None
@@ -210,7 +223,11 @@ def _stored(file: Path, name: str, entry: Any, data_bytes: int) -> Stored:
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: the header's entry for {name} is damaged; download the shard again") from None
     if not inside:
-        raise CheckpointError(f"{file}: is truncated, {name} ends {end - data_bytes} bytes past its end; download it again")
+        raise CheckpointError(
+            f"{file}: is truncated, {name} ends {end - data_bytes} bytes past its end; download it again"
+        )
     if not whole:
-        raise CheckpointError(f"{file}: {name} has {end - begin} bytes, which do not fit {dtype} {list(shape)}; download the shard again")
+        raise CheckpointError(
+            f"{file}: {name} has {end - begin} bytes, which do not fit {dtype} {list(shape)}; download the shard again"
+        )
     return Stored(file, dtype, shape)

@@ -1,4 +1,6 @@
-"""What the manifest tells a generation loop: gathered here once, so that no language reads the checkpoint's files for it."""
+"""What the manifest tells a generation loop: gathered here once, so that no language reads the checkpoint's files for
+it.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +59,12 @@ def hidden_tokens(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     added = read_json(path).get("added_tokens", []) if path.is_file() else []
     try:
-        return {token["content"]: token["id"] for token in added if token["special"] and not _BYTE_TOKEN.fullmatch(token["content"])}
+        return {
+            token["content"]: token["id"]
+            for token in added
+            if token["special"] and not _BYTE_TOKEN.fullmatch(token["content"])
+        }
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: its added_tokens are damaged ({error!r}); download the checkpoint's file again") from None
+        raise ConfigError(
+            f"{path}: its added_tokens are damaged ({error!r}); download the checkpoint's file again"
+        ) from None

@@ -46,16 +46,20 @@ def check_names(target: str, quantize: str, kv_cache: str = "none", task: str | 
     if kv_cache not in KV_CACHE:
         raise ExportError(f"kv_cache is {kv_cache!r}, expected one of {', '.join(KV_CACHE)}")
     if target == "portable" and kv_cache != "none":
-        raise ExportError(f"--target portable has no --kv-cache {kv_cache}: the standard operators keep keys and values as they are")
+        raise ExportError(
+            f"--target portable has no --kv-cache {kv_cache}: the standard operators keep keys and values as they are"
+        )
     if task not in (None, *TASKS):
         raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
 
 
 def task_for(config: PhiMoEConfig, task: str | None, source: object, kv_cache: str = "none") -> str:
-    """The task that a bundle of the checkpoint `source` serves: the one that is asked for, else the one it was made for.
+    """The task that a bundle of the checkpoint `source` serves: the one that is asked for, else the one it was made
+    for.
 
     Raises:
-        ExportError: the checkpoint lacks the head that the task needs, or the task has no cache of the form that is asked for.
+        ExportError: the checkpoint lacks the head that the task needs, or the task has no cache of the form that is
+            asked for.
     """
     made_for = config.task or task or "text-generation"
     if task not in (None, made_for, "feature-extraction"):
@@ -67,7 +71,9 @@ def task_for(config: PhiMoEConfig, task: str | None, source: object, kv_cache: s
     return task
 
 
-def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int | None, dtype: str | None = None) -> Format | None:
+def format_for(
+    config: PhiMoEConfig, target: str, quantize: str, block_size: int | None, dtype: str | None = None
+) -> Format | None:
     """How the experts and projections are stored, None where they are not quantised.
 
     Args:
@@ -82,7 +88,8 @@ def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int
     """
     if target == "portable" and quantize.startswith("int"):
         raise ExportError(
-            f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; use none or fp16"
+            f"--target portable has no {quantize}: the standard operators it is made of know no block-wise weights; "
+            f"use none or fp16"
         )
     if target != "portable":
         attention.check(config)
@@ -90,7 +97,8 @@ def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int
         return None
     if target == "cuda" and (config.hidden_size % CUDA_TILE or config.intermediate_size % CUDA_TILE):
         raise ExportError(
-            f"--target cuda has no {quantize} for hidden_size {config.hidden_size} and intermediate_size {config.intermediate_size}: "
+            f"--target cuda has no {quantize} for hidden_size {config.hidden_size} and intermediate_size "
+            f"{config.intermediate_size}: "
             f"ONNX Runtime's QMoE needs multiples of {CUDA_TILE} there; use --quantize none"
         )
     widths = {
@@ -103,5 +111,7 @@ def format_for(config: PhiMoEConfig, target: str, quantize: str, block_size: int
         block_size = max((size for size in fitting if size <= LARGEST_DEFAULT_BLOCK), default=LARGEST_DEFAULT_BLOCK)
     if block_size not in fitting:
         shapes = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise ExportError(f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}")
+        raise ExportError(
+            f"--block-size is {block_size}, but it must divide {shapes}; choose from {fitting or 'none: use fp16'}"
+        )
     return Format(int(quantize[3:]), block_size, activation_dtype(target, dtype))

@@ -1,8 +1,9 @@
 """The three seams of modeling.py as ONNX functions in standard operators, with which the traced graph is a whole model.
 
-Each computes exactly what the function of the same name in modeling.py does, in the same order; the letters of the shapes
-are those of that file. The bodies are onnxscript: Python syntax that becomes a graph, `for` a Loop and `if` an If. The portable
-target inlines Attention and SparseMixer; the experts become branches, which read their weights in place and not through Gather.
+Each computes exactly what the function of the same name in modeling.py does, in the same order; the letters of the
+shapes are those of that file. The bodies are onnxscript: Python syntax that becomes a graph, `for` a Loop and `if` an
+If. The portable target inlines Attention and SparseMixer; the experts become branches, which read their weights in
+place and not through Gather.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def Attention(query, key, value, cos, sin, past_key, past_value, visible, kv_hea
     grouped = op.Concat(op.Constant(value_ints=[0]), heads, op.Constant(value_ints=[-1]), sequence, dim, axis=0)
     two = op.Constant(value_ints=[2])
     scale = op.Sqrt(op.CastLike(dim, query))
-    scores = op.MatMul(op.Reshape(query, grouped) / scale, op.Transpose(op.Unsqueeze(present_key, two), perm=[0, 1, 2, 4, 3]))
+    scores = op.MatMul(
+        op.Reshape(query, grouped) / scale, op.Transpose(op.Unsqueeze(present_key, two), perm=[0, 1, 2, 4, 3])
+    )
     hidden = op.CastLike(op.Constant(value_float=-3.4028234663852886e38), scores)
     scores = op.Where(op.Unsqueeze(visible, two), scores, hidden)
     heads_out = op.MatMul(op.Softmax(scores, axis=-1), op.Unsqueeze(present_value, two))
@@ -86,8 +89,12 @@ def Experts(x, weights, chosen, gate_up_proj, down_proj):  # type: ignore[no-unt
         here = op.Equal(choice, expert)
         share = op.ReduceSum(op.Where(here, weight, zero), second, keepdims=1)
         if op.Cast(op.ReduceMax(op.Cast(here, to=6), keepdims=0), to=9):
-            token = op.Squeeze(op.NonZero(op.ReduceMax(op.Cast(here, to=6), second, keepdims=0)), op.Constant(value_ints=[0]))
-            gate, up = op.Split(op.Gemm(op.Gather(tokens, token), op.Gather(gate_up_proj, expert), transB=1), axis=-1, num_outputs=2)
+            token = op.Squeeze(
+                op.NonZero(op.ReduceMax(op.Cast(here, to=6), second, keepdims=0)), op.Constant(value_ints=[0])
+            )
+            gate, up = op.Split(
+                op.Gemm(op.Gather(tokens, token), op.Gather(gate_up_proj, expert), transB=1), axis=-1, num_outputs=2
+            )
             y = op.Gemm(gate * op.Sigmoid(gate) * up, op.Gather(down_proj, expert), transB=1)
             y = y * op.CastLike(op.Gather(share, token), y)
             added = op.ScatterND(output, op.Unsqueeze(token, second), y, reduction="add")

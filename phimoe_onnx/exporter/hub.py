@@ -1,7 +1,7 @@
 """A checkpoint on the Hugging Face hub: first its small files, then, when these are known to fit, its weights.
 
-Everything lies in the hub's own cache and is shared with other programs. huggingface_hub is imported where it is needed: a local
-folder does not need it.
+Everything lies in the hub's own cache and is shared with other programs. huggingface_hub is imported where it is
+needed: a local folder does not need it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def headers(model: str, shards: Sequence[str], folder: Path, token: str | None) 
 def fetch(model: str, shards: Sequence[str], folder: Path, token: str | None, report: Progress) -> None:
     """Downloads shards into `folder`, several at once. Arguments and errors are those of `headers`.
 
-    huggingface_hub itself begins an interrupted file anew (from 1.18 on); this goes on where it was, with the bytes checked by
-    the SHA-256 that the hub gives.
+    huggingface_hub itself begins an interrupted file anew (from 1.18 on); this goes on where it was, with the bytes
+    checked by the SHA-256 that the hub gives.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -90,9 +90,18 @@ def fetch(model: str, shards: Sequence[str], folder: Path, token: str | None, re
 
 
 def _fetch(
-    model: str, shard: str, url: str, metadata: HfFileMetadata, folder: Path, token: str | None, advance: Callable[[int], None], stop: Event
+    model: str,
+    shard: str,
+    url: str,
+    metadata: HfFileMetadata,
+    folder: Path,
+    token: str | None,
+    advance: Callable[[int], None],
+    stop: Event,
 ) -> None:
-    """Downloads one file to where the hub's cache keeps its content, under its lock, and lets the hub link it into `folder`."""
+    """Downloads one file to where the hub's cache keeps its content, under its lock, and lets the hub link it into
+    `folder`.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -106,7 +115,13 @@ def _fetch(
         if not blob.exists():
             part = blob.with_name(f"{etag}.incomplete")
             with _Part(part, size, advance, stop) as file:
-                http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(token=token), expected_size=metadata.size)
+                http_get(
+                    url,
+                    file,
+                    resume_size=file.tell(),
+                    headers=build_hf_headers(token=token),
+                    expected_size=metadata.size,
+                )
             if len(etag) == 64 and sha256(part) != etag:
                 part.unlink()
                 raise CheckpointError(f"{model}: {shard} was damaged on its way from the hub; run the command again")
@@ -157,20 +172,28 @@ def _one_sentence(model: str, revision: str | None = None) -> Iterator[None]:
     except errors.HFValidationError:
         message = "no such folder, and no hub id of the form owner/name either"
     except errors.GatedRepoError:
-        message = f"is gated; ask for access on {constants.ENDPOINT}/{model}, then pass --token of the account that has it"
+        message = (
+            f"is gated; ask for access on {constants.ENDPOINT}/{model}, then pass --token of the account that has it"
+        )
     except errors.RepositoryNotFoundError:
-        message = "no such folder, and the hub has no such model; compare the spelling, or pass --token if the model is private"
+        message = (
+            "no such folder, and the hub has no such model; compare the spelling, or pass --token for a private one"
+        )
     except errors.RevisionNotFoundError:
         message = f"the hub has no revision {revision!r} of it; --revision takes a branch, a tag or a whole commit hash"
     except Exception as error:  # its HTTP client, whose errors it lets through, changes from release to release
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            message = f"the hub lacks one of its shards, and only whole safetensors checkpoints are read ({_reason(error)})"
+            message = (
+                f"the hub lacks one of its shards, and only whole safetensors checkpoints are read ({_reason(error)})"
+            )
         elif getattr(getattr(error, "response", None), "status_code", None) == 401:
             message = "the hub refused the token; pass another --token, or log in anew with `hf auth login`"
         elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
-            message = f"cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}); make room there, or set HF_HOME to another disk"
+            message = f"cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}); "
+            message += "make room there, or set HF_HOME to another disk"
         else:
-            message = f"is no folder, and could not be downloaded from {constants.ENDPOINT} ({_reason(error)}); run the command again"
+            message = f"is no folder, and could not be downloaded from {constants.ENDPOINT} ({_reason(error)}); "
+            message += "run the command again"
     else:
         return
     raise CheckpointError(f"{model}: {message}") from None

@@ -61,12 +61,13 @@ def export(
     Args:
         source: a local folder or a hub id.
         output: the bundle's folder; by default `<name>-<target>-<quantize>` in the working directory.
-        task: "text-generation", "text-classification" (`PhimoeForSequenceClassification`) or "feature-extraction" (any PhiMoE,
-            its head left out); by default the one that config.json's architectures name.
+        task: "text-generation", "text-classification" (`PhimoeForSequenceClassification`) or "feature-extraction" (any
+            PhiMoE, its head left out); by default the one that config.json's architectures name.
         quantize: "none" (float32 for the CPU, float16 for CUDA), "fp16" (weights stored as float16), "int8" or "int4"
             (experts, attention and lm_head block-wise in that width, embeddings int8, router float32).
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
-        block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the shape.
+        block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the
+            shape.
         kv_cache: "none" (the dtype of the activations), "int8" or "int4": how keys and values are cached.
         dtype: of the activations, on CUDA "float16" (the default) or "bfloat16"; the other targets have "float32" only.
         revision: branch, tag or commit, for a hub id; `token` likewise.
@@ -151,20 +152,27 @@ def export(
 
 DTYPE_NAMES = {dtype: name for known in DTYPES.values() for name, dtype in known.items()}
 
-# The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is slow, from
-# 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs have it. Theirs need
-# 1.31, too: before, GroupQueryAttention does not rotate at positions beyond the cache's length, where the long factors are.
+# The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is
+# slow, from 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs
+# have it. Theirs need 1.31, too: before, GroupQueryAttention does not rotate at positions beyond the cache's length,
+# where the long factors are.
 MINIMUM_ONNXRUNTIME = {"QMoE": "1.31", "MoE": "1.31"}
 OTHERWISE = "1.29"
 
 
 def _describe_graph(file: str, model: ir.Model) -> bundle.Graph:
-    minimum = next((MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE)
-    return bundle.Graph(file, minimum, tuple(name for name in bundle.OPTIONAL_INPUTS if name in model.graph.initializers))
+    minimum = next(
+        (MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE
+    )
+    return bundle.Graph(
+        file, minimum, tuple(name for name in bundle.OPTIONAL_INPUTS if name in model.graph.initializers)
+    )
 
 
 def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format: Format | None) -> None:
-    """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays standard."""
+    """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays
+    standard.
+    """
     layers = config.num_hidden_layers
     if target != "portable":
         FuseAttention(config, target)(model)
@@ -208,10 +216,14 @@ def _plan(staging: Path, models: Iterable[str], stored: dict[str, Stored]) -> st
 
 
 def _check_room(folder: Path, nbytes: int) -> None:
-    written = sum(path.stat().st_blocks * 512 for path in folder.glob("*.data"))  # by an earlier run; the files may be sparse
+    written = sum(
+        path.stat().st_blocks * 512 for path in folder.glob("*.data")
+    )  # by an earlier run; the files may be sparse
     free = shutil.disk_usage(folder).free
     if nbytes - written > free:
-        raise ExportError(f"{folder.parent}: the weights need {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
+        raise ExportError(
+            f"{folder.parent}: the weights need {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        )
 
 
 def _copy(source: Path, staging: Path) -> None:
@@ -227,5 +239,9 @@ def _describe(task: str, quantize: str, dtype: str, format: Format | None) -> di
     weights = {"experts": matrices, "attention": matrices, "embeddings": embeddings, "router": "float32"}
     if format is not None:
         weights |= {"norms": "float32"}
-    head = {"text-generation": {"lm_head": matrices}, "text-classification": {"score": "float32"}, "feature-extraction": {}}
+    head = {
+        "text-generation": {"lm_head": matrices},
+        "text-classification": {"score": "float32"},
+        "feature-extraction": {},
+    }
     return weights | head[task]

@@ -1,4 +1,6 @@
-"""What an export would write and need, and what its bundle would need to run: from config.json and the shards' headers alone."""
+"""What an export would write and need, and what its bundle would need to run: from config.json and the shards' headers
+alone.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,13 @@ def requirements(
     stored = resident = 0
     for name, parts in rows.items():
         matrix = len(parts[0].shape) > 1 and kind(name) not in ("norms", *EXACT)
-        form = None if not matrix else Format(8, format.block_size, format.dtype) if format and kind(name) == "embeddings" else format
+        form = (
+            None
+            if not matrix
+            else Format(8, format.block_size, format.dtype)
+            if format and kind(name) == "embeddings"
+            else format
+        )
         elements = _elements(parts)
         if form is None:
             plain = 4 if kind(name) in EXACT else 2 if matrix and quantize == "fp16" else width
@@ -115,7 +123,9 @@ def requirements(
         bundle=stored + tables + graphs,
         export_memory=EXPORTER + _largest_jobs(config, format, width),
         run_memory=RUNTIME + resident + (tables if target == "cuda" else 0),
-        cache_per_token=0 if task != "text-generation" else 2 * layers * config.num_key_value_heads * config.head_dim * width,
+        cache_per_token=0
+        if task != "text-generation"
+        else 2 * layers * config.num_key_value_heads * config.head_dim * width,
     )
 
 

@@ -26,10 +26,12 @@ def Sampling(
     min_p: DOUBLE["batch", 1],
     u: DOUBLE["batch", 1],
 ) -> tuple[INT64["batch", 1], INT64["batch", "capacity"], BOOL["batch", "vocab_size"]]:
-    """The next token of every row, -1 where the logits are not finite, with the mask and the seen tokens that it adds to.
+    """The next token of every row, -1 where the logits are not finite, with the mask and the seen tokens that it adds
+    to.
 
-    `seen` says which tokens count for the repetition penalty. `greedy` [1] takes the most likely tokens and ignores what comes
-    after the penalty; it lies on the host. A `top_k` of vocab_size and the others' own neutral values are off. `u` in [0, 1).
+    `seen` says which tokens count for the repetition penalty. `greedy` [1] takes the most likely tokens and ignores
+    what comes after the penalty; it lies on the host. A `top_k` of vocab_size and the others' own neutral values are
+    off. `u` in [0, 1).
     """
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
@@ -67,7 +69,9 @@ def Sampling(
 
 
 def sampling_graph() -> ir.Model:
-    """The graph; its outputs are `input_ids` int64 [batch, 1], and `next_attention_mask` and `next_seen` shaped as the inputs."""
+    """The graph; its outputs are `input_ids` int64 [batch, 1], and `next_attention_mask` and `next_seen` shaped as the
+    inputs.
+    """
     model = ir.from_proto(Sampling.to_model_proto())
     for value, name in zip(model.graph.outputs, ("input_ids", "next_attention_mask", "next_seen"), strict=True):
         value.name = name

@@ -41,7 +41,8 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
 
 
 def fetch_weights(source: str | Path, folder: Path, token: str | None, report: Progress) -> None:
-    """Downloads the safetensors that the model in `folder` needs, if it is one of the hub, going on where a killed run was.
+    """Downloads the safetensors that the model in `folder` needs, if it is one of the hub, going on where a killed run
+    was.
 
     Raises:
         CheckpointError: the hub lacks a file or cannot be reached, or what came from it is damaged.
@@ -50,7 +51,9 @@ def fetch_weights(source: str | Path, folder: Path, token: str | None, report: P
         hub.fetch(str(source), shard_files(folder), folder, token, report)
 
 
-def headers(source: str | Path, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, Stored]]:
+def headers(
+    source: str | Path, revision: str | None = None, token: str | None = None
+) -> tuple[Path, dict[str, Stored]]:
     """The folder with config.json, and every tensor's entry; of a model on the hub no weights are downloaded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The folder in which a bundle grows: locked while it does, resumable after a kill, renamed only when it is complete."""
+"""The folder in which a bundle grows: locked while it does, resumable after a kill, renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder beside `output` that takes its name, and its place if it exists, at the end of the block.
 
     What an earlier, killed export left there of the weights is still in it. An error removes it, an interrupt or a kill
-    leaves it for the next run to go on with. A bundle that is replaced is first moved aside, so for a moment there is none;
-    a kill in that moment is made good by the next run's `check_output`.
+    leaves it for the next run to go on with. A bundle that is replaced is first moved aside, so for a moment there is
+    none; a kill in that moment is made good by the next run's `check_output`.
 
     Raises:
         ExportError: another export is writing the output, it exists by now, or it cannot be written.
@@ -104,7 +104,9 @@ def _locked(output: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ExportError(f"{output}: another export is writing this bundle; wait for it or name another --output") from None
+        raise ExportError(
+            f"{output}: another export is writing this bundle; wait for it or name another --output"
+        ) from None
     except OSError as error:
         raise ExportError(f"{output}: cannot be written ({error.strerror})") from None
     try:
@@ -143,7 +145,7 @@ def _prepare(staging: Path) -> None:
 
 
 def _replace(output: Path, staging: Path, replaced: Path) -> None:
-    """Gives the new folder the name, the old one, if there is one, another; an error leaves the old one where it was."""
+    """Gives the new folder the name and an old one another; an error leaves the old one where it was."""
     old = output.exists()
     if old:
         output.rename(replaced)

@@ -1,7 +1,7 @@
 """Traces modeling.py, for text generation with KV-cache inputs, into an onnx_ir.Model; no weight is allocated.
 
-Attention, SparseMixer and the experts stay one node each, calls of the functions in functions.py, so that a pass matches a
-node and not thirty.
+Attention, SparseMixer and the experts stay one node each, calls of the functions in functions.py, so that a pass
+matches a node and not thirty.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from phimoe_onnx.exporter.weights import FLOATS, Parameter, Rows
 Contract = dict[str, tuple[str | int, ...]]  # names and dimensions
 
 
-def trace(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType, task: str = "text-generation") -> ir.Model:
+def trace(
+    config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], dtype: ir.DataType, task: str = "text-generation"
+) -> ir.Model:
     """The graph of the task's model in modeling.py in `dtype`, with the inputs and outputs that bundle.py names.
 
     Args:
@@ -77,7 +79,12 @@ def _cached(config: PhiMoEConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     )
     dynamic = Dim.DYNAMIC
     cache = {0: dynamic, 2: dynamic}
-    return arguments, ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, None, [(cache, cache)] * config.num_hidden_layers)
+    return arguments, (
+        {0: dynamic, 1: dynamic},
+        {0: dynamic, 1: dynamic},
+        None,
+        [(cache, cache)] * config.num_hidden_layers,
+    )
 
 
 def _whole() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -87,7 +94,14 @@ def _whole() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    visible: Tensor,
 ) -> Sequence[Tensor]:
     batch, kv_heads, _, head_dim = past_key.shape
     present = [batch, kv_heads, visible.shape[-1], head_dim]
@@ -104,7 +118,12 @@ def _attention(
 def _sparse_mixer(scores: Tensor, jitter: float) -> Sequence[Tensor]:
     shape = [*scores.shape[:-1], 2]
     return torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::SparseMixer", [scores], {"jitter": jitter}, dtypes=[scores.dtype, torch.int64], shapes=[shape, shape], version=1
+        f"{DOMAIN}::SparseMixer",
+        [scores],
+        {"jitter": jitter},
+        dtypes=[scores.dtype, torch.int64],
+        shapes=[shape, shape],
+        version=1,
     )
 
 
@@ -129,7 +148,11 @@ def _contract(config: PhiMoEConfig, task: str) -> tuple[Contract, Contract]:
 
     ids: Contract = {bundle.INPUT_IDS: ("batch", "sequence")}
     if task == "text-generation":
-        inputs = ids | {bundle.ATTENTION_MASK: ("batch", "total"), bundle.ROPE_LENGTH: (1,)} | cache("past_key_values", "past")
+        inputs = (
+            ids
+            | {bundle.ATTENTION_MASK: ("batch", "total"), bundle.ROPE_LENGTH: (1,)}
+            | cache("past_key_values", "past")
+        )
         return inputs, {bundle.LOGITS: ("batch", "kept", config.vocab_size)} | cache("present", "total")
     inputs = ids | {bundle.ATTENTION_MASK: ("batch", "sequence")}
     if task == "text-classification":

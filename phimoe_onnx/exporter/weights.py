@@ -1,4 +1,6 @@
-"""Weights that are described now and computed when the bundle is written, piece by piece, so that no model is ever in memory."""
+"""Weights that are described now and computed when the bundle is written, piece by piece, so that no model is ever in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Parameter(Weight):
 
     def __init__(self, name: str, dtype: ir.DataType, shape: Sequence[int], rows: Sequence[Rows]) -> None:
         self.rows = tuple(rows)
-        super().__init__(name, dtype, shape, [job_piece(partial(_cast, part, dtype), part.shape, dtype) for part in rows])
+        super().__init__(
+            name, dtype, shape, [job_piece(partial(_cast, part, dtype), part.shape, dtype) for part in rows]
+        )
 
 
 def _cast(rows: Rows, dtype: ir.DataType) -> torch.Tensor:

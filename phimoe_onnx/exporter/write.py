@@ -21,8 +21,8 @@ FILE_LIMIT = 8 << 30  # bytes after which a new data file begins
 class Layout:
     """Where every piece lies: data file and offset, decided before anything is computed, from sizes alone.
 
-    Graphs laid out by the same Layout share pieces, so a second graph over the same weights adds no data. Scales have files of
-    their own, whose pages the runtime lets go of when a graph is loaded (runtime/mapped.py).
+    Graphs laid out by the same Layout share pieces, so a second graph over the same weights adds no data. Scales have
+    files of their own, whose pages the runtime lets go of when a graph is loaded (runtime/mapped.py).
     """
 
     def __init__(self, stem: str = "model", file_limit: int = FILE_LIMIT) -> None:
@@ -46,7 +46,9 @@ class Layout:
 
     def save(self, model: ir.Model, path: Path) -> None:
         """Writes `model` to `path` with each Weight as external data at its place."""
-        computed = [(value, value.const_value) for value in _initializers(model) if isinstance(value.const_value, Weight)]
+        computed = [
+            (value, value.const_value) for value in _initializers(model) if isinstance(value.const_value, Weight)
+        ]
         for value, weight in computed:
             file, offset = self._place(weight)
             value.const_value = ir.ExternalTensor(
@@ -65,7 +67,10 @@ class Layout:
         offset = first[1]
         for piece in weight.pieces:
             if self.places[piece] != (first[0], offset):
-                raise ExportError(f"{weight.name}: its pieces do not follow each other; this is a bug of phimoe-onnx, please report it")
+                raise ExportError(
+                    f"{weight.name}: its pieces do not follow each other; this is a bug of phimoe-onnx, please "
+                    f"report it"
+                )
             offset += piece.nbytes
         return first
 
@@ -87,8 +92,8 @@ class Layout:
 def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Callable[[int], None]) -> None:
     """Runs every job of `layout` that the journal does not know and writes its outputs at their places in `folder`.
 
-    A worker per core takes one job at a time, so reading, computing and writing overlap, and memory holds as many jobs as
-    there are cores.
+    A worker per core takes one job at a time, so reading, computing and writing overlap, and memory holds as many jobs
+    as there are cores.
 
     Args:
         advance: called with the number of bytes just written, or found written.
@@ -108,7 +113,9 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
         jobs = list(enumerate(layout.jobs().items()))
         advance(sum(sum(job.nbytes) for number, (job, _) in jobs if number in journal.done))
         running = {
-            workers.submit(_write, job, places, files): (number, job) for number, (job, places) in jobs if number not in journal.done
+            workers.submit(_write, job, places, files): (number, job)
+            for number, (job, places) in jobs
+            if number not in journal.done
         }
         for future in as_completed(running):
             future.result()
@@ -116,7 +123,9 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
             journal.add(number)
             advance(sum(job.nbytes))
     except OSError as error:
-        raise ExportError(f"{folder}: writing the weights failed ({error.strerror}); {layout.nbytes} bytes are needed in all") from None
+        raise ExportError(
+            f"{folder}: writing the weights failed ({error.strerror}); {layout.nbytes} bytes are needed in all"
+        ) from None
     finally:
         workers.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -129,7 +138,9 @@ def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, int]) 
     for index, name, offset in places:
         data = tensor_bytes(outputs[index])
         if data.nbytes != job.nbytes[index]:
-            raise ExportError(f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it")
+            raise ExportError(
+                f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it"
+            )
         _write_all(files[name], data.data, offset)
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 class Comparison:
     """How far one model's logits are from another's, over all tokens seen so far.
 
-    Of outputs that are no logits of one distribution, `kl` and `top1_agreement` are None; of a task whose answer is one a text,
-    `tokens` counts texts.
+    Of outputs that are no logits of one distribution, `kl` and `top1_agreement` are None; of a task whose answer is one
+    a text, `tokens` counts texts.
     """
 
     tokens: int = 0

@@ -61,7 +61,7 @@ def last(model: TextModel, token_ids: Sequence[int]) -> NDArray[np.float32]:
 
 @torch.inference_mode()
 def greedy(model: PhiMoEForCausalLM, token_ids: Sequence[int], new: int) -> list[int]:
-    """The `new` most likely tokens one after the other, with the prefix recomputed where longrope changes its factors."""
+    """The `new` most likely tokens one by one, with the prefix recomputed where longrope changes its factors."""
     ids = list(token_ids)
     boundary = model.config.longrope.original_max_position_embeddings if model.config.longrope else None
     cache, cached = model.empty_cache(), 0
@@ -91,7 +91,9 @@ def recorded_routing() -> Iterator[Routing]:
 
 def agreement(routing: Routing, other: Routing) -> float:
     """The share of tokens and layers whose two experts are the same."""
-    same = [torch.equal(a, b) for one, two in zip(routing, other, strict=True) for a, b in zip(one[0], two[0], strict=True)]
+    same = [
+        torch.equal(a, b) for one, two in zip(routing, other, strict=True) for a, b in zip(one[0], two[0], strict=True)
+    ]
     return sum(same) / len(same)
 
 
@@ -108,7 +110,9 @@ def replayed_routing(routing: Routing) -> Iterator[None]:
         yield
 
 
-def _forward(model: PhiMoEForCausalLM, token_ids: Sequence[int], cache: list[modeling.KeyValue]) -> tuple[Tensor, list[modeling.KeyValue]]:
+def _forward(
+    model: PhiMoEForCausalLM, token_ids: Sequence[int], cache: list[modeling.KeyValue]
+) -> tuple[Tensor, list[modeling.KeyValue]]:
     length = cache[0][0].shape[2] + len(token_ids)
     mask, rope_length = torch.ones(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     output: tuple[Tensor, list[modeling.KeyValue]] = model(torch.tensor([token_ids]), mask, rope_length, cache)

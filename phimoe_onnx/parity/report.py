@@ -1,4 +1,4 @@
-"""A parity report for people (tables, in a terminal or in Markdown), for CI (JUnit XML) and for the bundle's manifest."""
+"""A parity report for people (tables, in a terminal or Markdown), for CI (JUnit XML) and for the bundle's manifest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ COLUMNS = ("", "mean |d| / std", "max |d| / std", "KL, nats", "top-1 agreement")
 def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
     title = f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}"
-    table = Table(title=title, caption=f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}")
+    table = Table(
+        title=title, caption=f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}"
+    )
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
     for row in _rows(report):
@@ -48,7 +50,10 @@ def markdown(report: Report) -> str:
     outcome = "failed" if report.failures else "passed"
     parts = [f"### phimoe-verify: `{report.bundle}` ({report.target}, {report.quantize}) {outcome}"]
     parts += [f"**{failure}**" for failure in report.failures]
-    parts.append(f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}, against `{report.reference}`:")
+    parts.append(
+        f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}, against "
+        f"`{report.reference}`:"
+    )
     table = [COLUMNS, ("---", *["--:"] * (len(COLUMNS) - 1)), *_rows(report)]
     parts.append("\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table))
     if lines := list(_lines(report)):
@@ -62,7 +67,9 @@ def markdown(report: Report) -> str:
 def junit(report: Report) -> str:
     """One test case for each threshold that is set, as JUnit XML."""
     limits = {name: limit for name, limit in dataclasses.asdict(report.thresholds).items() if limit is not None}
-    suite = ElementTree.Element("testsuite", name="phimoe-verify", tests=str(len(limits)), failures=str(len(report.failures)))
+    suite = ElementTree.Element(
+        "testsuite", name="phimoe-verify", tests=str(len(limits)), failures=str(len(report.failures))
+    )
     for name, limit in limits.items():
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"phimoe-verify.{report.target}.{report.quantize}", name=f"{name} <= {limit:g}"

@@ -35,7 +35,9 @@ def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyMo
     if manifest.quantize == "none":
         return model
     config = reference.config
-    if isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings:  # the bundle stores the two in formats of their own
+    if (
+        isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings
+    ):  # the bundle stores the two in formats of their own
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     graph = ir.load(bundle / manifest.graphs[0].file).graph
     stored = {name: value.const_value for name, value in graph.initializers.items()}
@@ -52,7 +54,9 @@ def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyMo
 
 
 def _dequantized(name: str, stored: Stored, k: int, sizes: list[int]) -> Tensor:
-    """The parameter `name`, whose rows have k columns, from the codes and scales under the name that the passes gave them."""
+    """The parameter `name`, whose rows have k columns, from the codes and scales under the name that the passes gave
+    them.
+    """
     prefix = name.removesuffix(".weight")
     if name.endswith("experts.gate_up_proj"):
         interleaved = _read(prefix.replace("gate_up_proj", "fc1"), stored, k)  # [E, 2 * I, H], gate and up in turns
@@ -76,20 +80,31 @@ def _read(prefix: str, stored: Stored, k: int) -> Tensor:
 
 @contextmanager
 def stored_cache(bundle: Path, manifest: Manifest) -> Iterator[None]:
-    """Rounds every key and value in PyTorch as the bundle's cache does; does nothing where it keeps them as they are."""
+    """Rounds every key and value in PyTorch as the bundle's cache does; does nothing where they stay as they are."""
     cache = manifest.decoding.cache
     bits = CACHE_BITS.get(cache.dtype)
     if bits is None:
         yield
         return
     graph = ir.load(bundle / manifest.graphs[0].file).graph
-    names = [f"model.layers.{layer}.self_attn.{part}_cache.scale" for layer in range(cache.num_hidden_layers) for part in "kv"]
+    names = [
+        f"model.layers.{layer}.self_attn.{part}_cache.scale"
+        for layer in range(cache.num_hidden_layers)
+        for part in "kv"
+    ]
     scales = [torch.from_numpy(graph.initializers[name].const_value.numpy().copy()) for name in names]
     layers = itertools.cycle(zip(scales[::2], scales[1::2], strict=True))
     exact = modeling.attention
 
     def attention(
-        query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor, visible: Tensor
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        visible: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         key_scale, value_scale = next(layers)
         head_dim = past_key.shape[-1]

@@ -33,7 +33,8 @@ class Thresholds:
     """The most that is allowed; None is not checked.
 
     Attributes:
-        mean_difference: of the outputs from the reference's, absolute, on average, in standard deviations of the latter.
+        mean_difference: of the outputs from the reference's, absolute, on average, in standard deviations of the
+            latter.
         max_difference: the same at worst.
         kernel_difference: as mean_difference, from PyTorch over the weights that the bundle stores.
         kl: mean divergence from the reference, nats a token (of a classifier, a text).
@@ -49,9 +50,10 @@ class Thresholds:
     perplexity_ratio: float | None = None
 
 
-# float32 differs from PyTorch by the order of sums alone, so the worst logit is held too. The others are about twice what the
-# small model shows (README.md): rounding, of weights or of activations, moves a token's choice of experts now and then, and
-# then its logits far, so they are held by means. fp16 rounds nothing in a bf16 checkpoint but weights below 6e-5.
+# float32 differs from PyTorch by the order of sums alone, so the worst logit is held too. The others are about twice
+# what the small model shows (README.md): rounding, of weights or of activations, moves a token's choice of experts now
+# and then, and then its logits far, so they are held by means. fp16 rounds nothing in a bf16 checkpoint but weights
+# below 6e-5.
 DEFAULTS = {
     "none": Thresholds(mean_difference=1e-4, max_difference=1e-3),
     "fp16": Thresholds(kl=1e-3, kernel_kl=1e-6, perplexity_ratio=1.001),
@@ -59,8 +61,8 @@ DEFAULTS = {
     "int4": Thresholds(kl=1e-1, kernel_kl=1e-2, perplexity_ratio=1.05),
 }
 
-# For outputs that are no distribution: hidden states, and logits of labels that do not exclude each other. About twice what the
-# small model shows as a feature extractor, and as a classifier with a random head.
+# For outputs that are no distribution: hidden states, and logits of labels that do not exclude each other. About twice
+# what the small model shows as a feature extractor, and as a classifier with a random head.
 VALUES = {
     "none": DEFAULTS["none"],
     "fp16": Thresholds(mean_difference=1e-3, kernel_difference=1e-4),
@@ -68,8 +70,8 @@ VALUES = {
     "int4": Thresholds(mean_difference=3e-1, kernel_difference=4e-2),
 }
 
-# What a cache of integers may add to the divergence and to the perplexity's ratio, by its dtype: again about twice what the small
-# model shows. One rounding the other way moves single tokens by more than float32's order of sums does.
+# What a cache of integers may add to the divergence and to the perplexity's ratio, by its dtype: again about twice what
+# the small model shows. One rounding the other way moves single tokens by more than float32's order of sums does.
 CACHE_KL = {"int8": 1e-2, "uint8": 2e-1}
 CACHE_PERPLEXITY = {"int8": 5e-3, "uint8": 5e-2}
 CACHE_KERNEL_KL = {"int8": 1e-3, "uint8": 3e-2}
@@ -100,7 +102,8 @@ class Report:
     Attributes:
         tokens: how many tokens were run, in windows of `windows` tokens.
         bundle_to_reference: what a user of the bundle sees.
-        bundle_to_stored: the kernels alone, against PyTorch over the stored weights and cache; None where those are the reference's.
+        bundle_to_stored: the kernels alone, against PyTorch over the stored weights and cache; None where those are the
+            reference's.
         stored_to_reference: the rounding of weights and cache alone, with the reference's choice of experts replayed.
         routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
         perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
@@ -153,7 +156,8 @@ def verify(
         progress: called with the windows done and the windows to do.
 
     Raises:
-        PhiMoEError: as for loading either, the text is too short, or a threshold is given for what the task does not have.
+        PhiMoEError: as for loading either, the text is too short, or a threshold is given for what the task does not
+            have.
     """
     folder, checkpoint = Path(bundle), Path(reference)
     manifest = read_manifest(folder)
@@ -161,7 +165,9 @@ def verify(
     exact = pytorch.load_reference(checkpoint, manifest.task)
     runtime = PhiMoE.load(folder, device=device)
     if read_config(folder) != exact.config:
-        raise PhiMoEError(f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle")
+        raise PhiMoEError(
+            f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle"
+        )
     rounded = manifest.quantize != "none" or manifest.decoding.cache.dtype in CACHE_KL
     limits = thresholds or default_thresholds(manifest)
 
@@ -187,7 +193,9 @@ def verify(
         _compare_tokens(report, runtime, exact, stored, partial(stored_cache, folder, manifest), windows, progress)
         report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
     else:
-        compare_texts(report, runtime, exact, stored_model(exact, folder, manifest) if rounded else None, windows, progress)
+        compare_texts(
+            report, runtime, exact, stored_model(exact, folder, manifest) if rounded else None, windows, progress
+        )
     report.failures = list(_failures(report, limits))
     return report
 
@@ -201,7 +209,9 @@ def _compare_tokens(
     windows: Sequence[list[int]],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Fills in the comparisons of a report on text generation; `cache` makes PyTorch round keys and values as the bundle does."""
+    """Fills in the comparisons of a report on text generation; `cache` makes PyTorch round keys and values as the
+    bundle does.
+    """
     nll: dict[str, list[NDArray[np.float32]]] = {}
     same_routing: list[float] = []
     for done, window in enumerate(windows):
@@ -220,14 +230,19 @@ def _compare_tokens(
             report.bundle_to_stored.add(got, outputs["stored"])
             same_routing.append(pytorch.agreement(routing, stored_routing))
         for name, output in outputs.items():
-            nll.setdefault(name, []).append(-np.take_along_axis(log_softmax(output[:-1]), np.array(window[1:])[:, None], axis=-1))
-    report.perplexity = {name: float(np.exp(np.concatenate(values).mean(dtype=np.float64))) for name, values in nll.items()}
+            nll.setdefault(name, []).append(
+                -np.take_along_axis(log_softmax(output[:-1]), np.array(window[1:])[:, None], axis=-1)
+            )
+    report.perplexity = {
+        name: float(np.exp(np.concatenate(values).mean(dtype=np.float64))) for name, values in nll.items()
+    }
     if same_routing:
         report.routing_agreement = float(np.average(same_routing, weights=report.windows))
 
 
 def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> Iterator[list[int]]:
-    """Windows of a text: up to 256 tokens for its first half, then one up to the context's end, past rope boundary and window.
+    """Windows of a text: up to 256 tokens for its first half, then one up to the context's end, past rope boundary and
+    window.
 
     Raises:
         PhiMoEError: the text has fewer than two tokens.
@@ -254,9 +269,17 @@ def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> 
         while len(got) < new:
             decoder.step(got[-1:])
             got += decoder.choose([GREEDY])
-    agreeing = next((n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    agreeing = next(
+        (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
+    )
     decode = runtime.tokenizer.decode
-    return {"prompt": decode(prompt), "reference": decode(expected), "bundle": decode(got), "agreeing": agreeing, "new_tokens": new}
+    return {
+        "prompt": decode(prompt),
+        "reference": decode(expected),
+        "bundle": decode(got),
+        "agreeing": agreeing,
+        "new_tokens": new,
+    }
 
 
 def _failures(report: Report, limits: Thresholds) -> Iterator[str]:

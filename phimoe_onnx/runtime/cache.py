@@ -1,7 +1,9 @@
-"""The KV cache of a batch on the CPU, and one pass of the graph over it: in one fixed buffer per layer and part, or growing.
+"""The KV cache of a batch on the CPU, and one pass of the graph over it: in one fixed buffer per layer and part, or
+growing.
 
-Dimensions: B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim, V vocab_size. Both classes and
-device.py's answer the same calls; decoder.py says which tokens a row holds, these only where keys, values and logits lie.
+Dimensions: B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim, V vocab_size. Both
+classes and device.py's answer the same calls; decoder.py says which tokens a row holds, these only where keys, values
+and logits lie.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
 
 
 class SharedCache:
-    """One buffer [B, K, capacity, D] per layer and part that is past and present at once; GroupQueryAttention writes in place.
+    """One buffer [B, K, capacity, D] per layer and part that is past and present at once; GroupQueryAttention writes in
+    place.
 
-    The kernel takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of the
-    buffers that is the row's own memory; a step runs all rows together.
+    The kernel takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of
+    the buffers that is the row's own memory; a step runs all rows together.
     """
 
     def __init__(self, session: InferenceSession, decoding: Decoding, rows: int, capacity: int) -> None:
@@ -123,7 +126,9 @@ class SharedCache:
 
 
 class GrowingCache:
-    """Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for graphs of standard operators."""
+    """Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for graphs of standard
+    operators.
+    """
 
     def __init__(self, session: InferenceSession, decoding: Decoding, rows: int) -> None:
         self._session = session
@@ -138,7 +143,9 @@ class GrowingCache:
         """As `SharedCache.run_row`."""
         cached = self._rows[row]
         if cached[0].shape()[2] > past:
-            cached = [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :past])) for value in cached]
+            cached = [
+                OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :past])) for value in cached
+            ]
         inputs = _inputs(np.array([ids], np.int64), np.ones((1, past + len(ids)), np.int64), keep, rope_length)
         inputs.update(zip(self._past, cached, strict=True))
         logits, *self._rows[row] = self._session.run_with_ort_values(self._outputs, inputs)

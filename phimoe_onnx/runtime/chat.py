@@ -31,7 +31,9 @@ class ChatTemplate:
         template = folder / "chat_template.jinja"
         source = template.read_text(encoding="utf-8") if template.is_file() else _default(config.get("chat_template"))
         # trim_blocks, lstrip_blocks, loopcontrols and the names below are what transformers gives a template
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_exception
         self._tokens = {name: _text(config.get(name)) for name in ("bos_token", "eos_token")}
         try:
@@ -50,7 +52,9 @@ class ChatTemplate:
         if self._template is None:
             raise GenerationError("the bundle has no chat template; give the prompt as a string")
         for message in messages:
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(key), str) for key in ("role", "content")
+            ):
                 raise GenerationError(f'message {message!r}: expected {{"role": "...", "content": "..."}}')
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)

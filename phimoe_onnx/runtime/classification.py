@@ -16,9 +16,9 @@ class Classification:
 
     Attributes:
         label: the label with the highest score.
-        scores: every label's score, in the order of config.json's id2label. They are probabilities that sum to one; where
-            its problem_type is "multi_label_classification", or there is one label only, a probability of each label's own;
-            where it is "regression", the logits themselves.
+        scores: every label's score, in the order of config.json's id2label. They are probabilities that sum to one;
+            where its problem_type is "multi_label_classification", or there is one label only, a probability of each
+            label's own; where it is "regression", the logits themselves.
         logits: the head's outputs, in the same order.
 
     """

@@ -28,7 +28,11 @@ def driver_problem() -> str | None:
     error = driver.cuInit(0)
     if error == _NO_DEVICE:
         return "the NVIDIA driver finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use device='cpu'"
-    return f"the NVIDIA driver does not start (cuInit gives error {error}); check nvidia-smi, or use device='cpu'" if error else None
+    return (
+        f"the NVIDIA driver does not start (cuInit gives error {error}); check nvidia-smi, or use device='cpu'"
+        if error
+        else None
+    )
 
 
 def library_problem() -> str:

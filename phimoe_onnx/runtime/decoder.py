@@ -1,4 +1,6 @@
-"""What the rows of a batch hold in their caches, and how they go on: prefill one row, choose tokens, step all rows by them."""
+"""What the rows of a batch hold in their caches, and how they go on: prefill one row, choose tokens, step all rows by
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from phimoe_onnx.runtime.sampling import Choice
 class Decoder:
     """The tokens that each row has in its cache; longrope's change of factors is handled here and nowhere above.
 
-    A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth nothing
-    and the row is prefilled again. V below is vocab_size.
+    A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth
+    nothing and the row is prefilled again. V below is vocab_size.
     """
 
     def __init__(self, cache: SharedCache | GrowingCache | DeviceCache, decoding: Decoding, rows: int) -> None:
@@ -49,7 +51,9 @@ class Decoder:
             if self._is_long(len(held) + 1) != self._long[row]:
                 self._prefill(row, held.copy(), len(held) + 1)
         lengths = [len(held) for held in self.tokens]
-        with memory_errors(f"a step of {len(ids)} rows, {sum(lengths)} tokens cached", sum(lengths) * self._bytes_per_token):
+        with memory_errors(
+            f"a step of {len(ids)} rows, {sum(lengths)} tokens cached", sum(lengths) * self._bytes_per_token
+        ):
             self._cache.run_step(ids, lengths)
         for held, token in zip(self.tokens, ids, strict=True):
             held.append(token)
@@ -83,7 +87,9 @@ class Decoder:
             pass
 
     def _run(self, row: int, ids: Sequence[int], keep: int, rope_length: int) -> Iterator[NDArray[np.float32]]:
-        """Runs the rest of `ids` after what the row holds, chunk by chunk; yields float32 [keep or the chunk's length, V]."""
+        """Runs the rest of `ids` after what the row holds, chunk by chunk; yields float32 [keep or the chunk's length,
+        V].
+        """
         held = self.tokens[row]
         self._long[row] = self._is_long(rope_length)
         for start in range(len(held), len(ids), self._chunk):

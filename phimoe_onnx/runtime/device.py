@@ -1,6 +1,8 @@
-"""The KV cache of a batch on a GPU, with its mask, logits and sampling: between two steps nothing but token ids leaves the card.
+"""The KV cache of a batch on a GPU, with its mask, logits and sampling: between two steps nothing but token ids leaves
+the card.
 
-Dimensions as in cache.py, but T is the capacity: buffers, mask and token ids keep their places and shapes from step to step.
+Dimensions as in cache.py, but T is the capacity: buffers, mask and token ids keep their places and shapes from step to
+step.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ _TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3, "uint8": 2}  #
 class DeviceCache:
     """As `cache.SharedCache`, with everything on the device.
 
-    A row keeps its slot in the buffers to its end; `drop` leaves the slot idle, where it computes along for nothing: moving a
-    row would copy its whole cache, and a change of shapes would cost more than the idle slot does.
+    A row keeps its slot in the buffers to its end; `drop` leaves the slot idle, where it computes along for nothing:
+    moving a row would copy its whole cache, and a change of shapes would cost more than the idle slot does.
 
-    With `capture` a step is recorded as a CUDA graph the first time and replayed afterwards, by the thread that recorded it; the
-    session must have the provider option enable_cuda_graph.
+    With `capture` a step is recorded as a CUDA graph the first time and replayed afterwards, by the thread that
+    recorded it; the session must have the provider option enable_cuda_graph.
 
     Attributes:
         capacity: the tokens that a row has room for.
@@ -153,7 +155,7 @@ class DeviceCache:
         self._chosen = None
 
     def reserve(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens a row, keeping what is cached, which takes a turn through the host's memory."""
+        """Makes room for `capacity` tokens a row, keeping what is cached, by way of the host's memory."""
         if capacity <= self.capacity:
             return
         before, kept = self.capacity, [buffer.numpy() for buffer in self._buffers]
@@ -168,15 +170,20 @@ class DeviceCache:
         needed = self._count * capacity * self._cache.bytes_per_token
         if self._limit is not None and needed > self._limit:
             what = f"a cache of {self._count} x {capacity} tokens"
-            raise OutOfMemoryError(f"{what} takes {gigabytes(needed)}, memory_limit leaves {gigabytes(self._limit)} for it; {REMEDY}")
+            raise OutOfMemoryError(
+                f"{what} takes {gigabytes(needed)}, memory_limit leaves {gigabytes(self._limit)} for it; {REMEDY}"
+            )
         self.capacity = capacity
         shape = [self._count, self._cache.num_key_value_heads, capacity, self._cache.head_dim]
-        # as float16 where it is bfloat16, which numpy cannot read: the bits are bound by their address under their own type
+        # as float16 where it is bfloat16, which numpy cannot read: the bits are bound by their address under their own
+        # type
         element = _TYPES["float16" if self._cache.dtype == "bfloat16" else self._cache.dtype]
         self._buffers = [OrtValue.ortvalue_from_shape_and_type(shape, element, self._device, 0) for _ in self._past]
         self._mask = self._place(np.zeros((self._count, self.capacity), np.int64))
         self._step = self._chosen = None
-        self._step_options = _run_options(next(_graph_ids) if self._capture else _NO_GRAPH)  # new places, so a new graph
+        self._step_options = _run_options(
+            next(_graph_ids) if self._capture else _NO_GRAPH
+        )  # new places, so a new graph
 
     def _bind(self, first: int, slots: int) -> IOBinding:
         """A binding of slots first .. first + slots of every buffer as past and as present."""
@@ -196,10 +203,14 @@ class DeviceCache:
         for slot, choice in zip(self._slots, choices, strict=True):
             slots[slot] = choice
         options = [choice.sampling for choice in slots]
-        columns: dict[str, NDArray[Any]] = {"greedy": np.array([all(choice.sampling.temperature == 0 for choice in choices)])}
+        columns: dict[str, NDArray[Any]] = {
+            "greedy": np.array([all(choice.sampling.temperature == 0 for choice in choices)])
+        }
         columns["repetition_penalty"] = np.array([[each.repetition_penalty] for each in options], np.float32)
         columns["temperature"] = np.array([[each.temperature or 1] for each in options], np.float64)
-        columns["top_k"] = np.array([[1 if each.temperature == 0 else each.top_k or self._vocab_size] for each in options], np.int64)
+        columns["top_k"] = np.array(
+            [[1 if each.temperature == 0 else each.top_k or self._vocab_size] for each in options], np.int64
+        )
         columns["top_p"] = np.array([[each.top_p] for each in options], np.float64)
         columns["min_p"] = np.array([[each.min_p] for each in options], np.float64)
         columns["u"] = np.array([[uniform(choice.sampling.seed, choice.step)] for choice in slots], np.float64)
@@ -212,7 +223,11 @@ class DeviceCache:
     def _upload_seen(self, choices: Sequence[Choice]) -> None:
         """The rows' tokens so far, unless the device has counted them along."""
         rows = [choice.seen for choice in choices]
-        if self._chosen is not None and len(rows) == len(self._counted) and all(map(lambda a, b: a is b, rows, self._counted)):
+        if (
+            self._chosen is not None
+            and len(rows) == len(self._counted)
+            and all(map(lambda a, b: a is b, rows, self._counted))
+        ):
             return
         seen = np.zeros((self._count, self._vocab_size), np.bool_)
         for slot, row in zip(self._slots, rows, strict=True):

@@ -65,7 +65,8 @@ class Piece:
     Attributes:
         row: which prompt of the batch; 0 for a single one.
         token_id: the token.
-        text: the text that became certain with it; empty while a character is incomplete or a stop string may have begun.
+        text: the text that became certain with it; empty while a character is incomplete or a stop string may have
+            begun.
         result: on the row's last piece, all of it; else None.
 
     """
@@ -103,21 +104,25 @@ def make_request(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
 ) -> Request:
-    """A request whose options are in range and whose tokens fit a `context` of so many; `name` is the prompt's in errors.
+    """A request whose options are in range and whose tokens fit a `context` of so many; `name` is the prompt's in
+    errors.
 
     Raises:
         GenerationError: an option is out of range, or the prompt and the new tokens do not fit the context.
 
     """
     if len(prompt) >= context:
-        raise GenerationError(f"{name} has {len(prompt)} tokens, which leaves no room in the context of {context}; shorten it")
+        raise GenerationError(
+            f"{name} has {len(prompt)} tokens, which leaves no room in the context of {context}; shorten it"
+        )
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, context - len(prompt))
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
     if len(prompt) + max_new_tokens > context:
         raise GenerationError(
-            f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context of "
+            f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
+            f"of "
             f"{context}; at most {context - len(prompt)} new tokens fit"
         )
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -128,7 +133,9 @@ def make_request(
 
 
 def generate(decoder: Decoder, tokenizer: Tokenizer, eos: frozenset[int], requests: Sequence[Request]) -> PieceStream:
-    """Yields every new token of every request, the rows in turn; `decoder` has a row for each, with room for all its tokens."""
+    """Yields every new token of every request, the rows in turn; `decoder` has a row for each, with room for all its
+    tokens.
+    """
     start = time.perf_counter()
     active = [_Row(number, request, tokenizer, eos, start) for number, request in enumerate(requests)]
     for place, request in enumerate(requests):

@@ -16,11 +16,12 @@ _INTERVAL = 0.02  # seconds
 
 @contextmanager
 def released(folder: Path) -> Iterator[None]:
-    """Drops, again and again during the block and once after it, the mapped pages of the files that hold `folder`'s scales.
+    """Drops, again and again during the block and once after it, the mapped pages of the files that hold `folder`'s
+    scales.
 
-    ONNX Runtime maps external weights and copies quantised ones into a layout of its own. It unmaps the codes then, but the
-    scales stay mapped and resident although nothing reads them again. A page that is read after all comes back from the file.
-    Without Linux 5.4 this does nothing.
+    ONNX Runtime maps external weights and copies quantised ones into a layout of its own. It unmaps the codes then, but
+    the scales stay mapped and resident although nothing reads them again. A page that is read after all comes back from
+    the file. Without Linux 5.4 this does nothing.
     """
     if sys.platform != "linux":
         yield

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from phimoe_onnx.errors import OutOfMemoryError
 
 _TEXTS = re.compile(
-    r"(?:Failed to allocate memory for requested buffer of size|smaller than requested bytes of) (?P<size>\d+)|out of memory|bad_alloc",
+    r"(?:Failed to allocate memory for requested buffer of size|smaller than requested bytes of) (?P<size>\d+)"
+    r"|out of memory|bad_alloc",
     re.IGNORECASE,
 )
 
 
 @contextmanager
 def memory_errors(what: str, needed: int) -> Iterator[None]:
-    """Turns an error about memory into an OutOfMemoryError that names `what` was done and the bytes `needed` for all of it.
+    """Turns an error about memory into an OutOfMemoryError that names `what` was done and the bytes `needed` for all of
+    it.
 
     Raises:
         OutOfMemoryError: in place of a MemoryError, or of ONNX Runtime's errors whose texts are about memory.
@@ -29,7 +31,11 @@ def memory_errors(what: str, needed: int) -> Iterator[None]:
         found = _TEXTS.search(str(error))
         if not found and not isinstance(error, MemoryError):
             raise
-        last = f", and the last {gigabytes(int(found['size']))} of it were not to be had" if found and found["size"] else ""
+        last = (
+            f", and the last {gigabytes(int(found['size']))} of it were not to be had"
+            if found and found["size"]
+            else ""
+        )
         raise OutOfMemoryError(f"{what}: out of memory; it needs {gigabytes(needed)}{last}; {REMEDY}") from error
 
 

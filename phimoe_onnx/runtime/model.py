@@ -27,7 +27,9 @@ from phimoe_onnx.runtime.texts import run_texts
 from phimoe_onnx.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
-Batch = list[str] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]  # lists, for a string is a sequence of strings
+Batch = (
+    list[str] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]
+)  # lists, for a string is a sequence of strings
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Score:
 
     Attributes:
         token_ids: the text's tokens, n of them.
-        logprobs: float32 [n - 1], the natural logarithm of the probability of each token but the first, given those before it.
+        logprobs: float32 [n - 1], the natural logarithm of the probability of each token but the first, given those
+            before it.
 
     """
 
@@ -83,7 +86,9 @@ class PhiMoE:
         self._device = device
         self._sampling = sampling
         self._cache_limit = cache_limit
-        self._idle: dict[tuple[int, int], DeviceCache] | None = {} if cuda_graphs else None  # recorded steps read fixed places
+        self._idle: dict[tuple[int, int], DeviceCache] | None = (
+            {} if cuda_graphs else None
+        )  # recorded steps read fixed places
 
     @classmethod
     def load(
@@ -101,10 +106,10 @@ class PhiMoE:
             bundle: its folder.
             device: "cpu" or "cuda"; never another than the one asked for.
             threads: threads for one operator; None leaves it to ONNX Runtime.
-            memory_limit: on CUDA, the bytes that weights and passes may take, and that a cache may take beside the weights, so
-                that several models share a card.
-            cuda_graphs: on CUDA, record a decode step once and replay it. A model then serves one thread, and keeps a cache for
-                each number of rows and power of two of tokens that it was asked for.
+            memory_limit: on CUDA, the bytes that weights and passes may take, and that a cache may take beside the
+                weights, so that several models share a card.
+            cuda_graphs: on CUDA, record a decode step once and replay it. A model then serves one thread, and keeps a
+                cache for each number of rows and power of two of tokens that it was asked for.
 
         Raises:
             OutOfMemoryError: the device has too little memory, or the limit leaves too little.
@@ -129,7 +134,9 @@ class PhiMoE:
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
     @overload
-    def generate(self, prompt: Batch, *, stream: Literal[False] = False, **options: Unpack[Options]) -> list[Generation]: ...
+    def generate(
+        self, prompt: Batch, *, stream: Literal[False] = False, **options: Unpack[Options]
+    ) -> list[Generation]: ...
     @overload
     def generate(self, prompt: Prompt | Batch, *, stream: Literal[True], **options: Unpack[Options]) -> PieceStream: ...
     def generate(
@@ -138,24 +145,24 @@ class PhiMoE:
         """Continues one prompt, or each prompt of a batch exactly as if it were alone.
 
         Args:
-            prompt: a string, a list of messages {"role": ..., "content": ...} or a list of token ids; a list of any of these
-                is a batch.
+            prompt: a string, a list of messages {"role": ..., "content": ...} or a list of token ids; a list of any of
+                these is a batch.
             stream: whether to return an iterator that yields a `Piece` a token, as they come.
             options: keywords, each of them optional:
 
                 - max_new_tokens: where to end at the latest; 1024 or the end of the context if not given.
                 - temperature: 0, the default, takes the most likely token; more draws one.
                 - top_k, top_p, min_p, repetition_penalty: see `sampling.Sampling`; all off by default.
-                - seed: the same seed gives the same text; a fresh one for each row if not given. A batch's row has the random
-                  numbers that its prompt would have alone, so equal prompts with one seed have equal texts.
+                - seed: the same seed gives the same text; a fresh one for each row if not given. A batch's row has the
+                  random numbers that its prompt would have alone, so equal prompts with one seed have equal texts.
                 - stop: a string or several at which the text ends, themselves left out.
 
         Returns:
             A `Generation`, or a list of them for a batch, or an iterator of `Piece` for a stream.
 
         Raises:
-            GenerationError: a prompt is empty or does not fit the context, or an option is out of range; before the first
-                piece of a stream.
+            GenerationError: a prompt is empty or does not fit the context, or an option is out of range; before the
+                first piece of a stream.
             BundleError: the bundle serves another task; so do the methods below.
 
         """
@@ -164,7 +171,10 @@ class PhiMoE:
         prompts = cast("Sequence[Prompt]", prompt if batch else [prompt])
         if not prompts:
             raise GenerationError("the batch is empty; give at least one prompt")
-        requests = [self.request(each, f"prompt {row}" if batch else "the prompt", **options) for row, each in enumerate(prompts)]
+        requests = [
+            self.request(each, f"prompt {row}" if batch else "the prompt", **options)
+            for row, each in enumerate(prompts)
+        ]
         room = max(len(request.prompt) + request.max_new_tokens for request in requests)
         pieces = generate(self.decoder(len(requests), room), self.tokenizer, self.eos, requests)
         if stream:
@@ -187,7 +197,9 @@ class PhiMoE:
         self._expect("text-generation", "score")
         ids = self.encode(text)
         if len(ids) < 2:
-            raise GenerationError("the text has one token; a score needs two, since the first one has nothing before it")
+            raise GenerationError(
+                "the text has one token; a score needs two, since the first one has nothing before it"
+            )
         logprobs = np.empty(len(ids) - 1, np.float32)
         start = 0
         for logits in self._logits(ids):
@@ -218,7 +230,8 @@ class PhiMoE:
         Texts of like length run together, up to `texts.BATCH_TOKENS` tokens at once; a longer text runs alone.
 
         Args:
-            text: a string, a list of messages or a list of token ids; a list of any of these is a batch, and may be empty.
+            text: a string, a list of messages or a list of token ids; a list of any of these is a batch, and may be
+                empty.
 
         Raises:
             GenerationError: a text is empty, or has more tokens than the context holds, before any is run.
@@ -231,7 +244,8 @@ class PhiMoE:
         return results if batch else results[0]
 
     def embed(self, text: Prompt | Batch) -> NDArray[np.float32]:
-        """The hidden state of a text's last token, after the final norm: float32 [hidden_size], or [n, hidden_size] for a batch.
+        """The hidden state of a text's last token, after the final norm: float32 [hidden_size], or [n, hidden_size] for
+        a batch.
 
         Arguments, errors and what runs together are as for `classify`.
         """
@@ -256,7 +270,9 @@ class PhiMoE:
         ids = []
         for item in prompt:
             if not isinstance(item, int | np.integer) or not 0 <= item < self.decoding.vocab_size:
-                raise GenerationError(f"{name} holds {item!r}, expected token ids from 0 to {self.decoding.vocab_size - 1}")
+                raise GenerationError(
+                    f"{name} holds {item!r}, expected token ids from 0 to {self.decoding.vocab_size - 1}"
+                )
             ids.append(int(item))
         return ids
 
@@ -272,7 +288,9 @@ class PhiMoE:
     def decoder(self, rows: int, capacity: int) -> Decoder:
         """Empty caches for `rows` rows of up to `capacity` tokens."""
         cache: SharedCache | GrowingCache | DeviceCache
-        with memory_errors(f"a cache of {rows} x {capacity} tokens", rows * capacity * self.decoding.cache.bytes_per_token):
+        with memory_errors(
+            f"a cache of {rows} x {capacity} tokens", rows * capacity * self.decoding.cache.bytes_per_token
+        ):
             if self._sampling:
                 cache = self._device_cache(self._sampling, rows, capacity)
             elif self.decoding.cache.shared:
@@ -292,7 +310,9 @@ class PhiMoE:
                 cache.clear()
                 return cache
         capture = self._idle is not None
-        return DeviceCache(self._session, sampling, self.decoding, self._device, rows, capacity, self._cache_limit, capture)
+        return DeviceCache(
+            self._session, sampling, self.decoding, self._device, rows, capacity, self._cache_limit, capture
+        )
 
     def _expect(self, task: str, method: str) -> None:
         if self.manifest.task != task:
@@ -306,7 +326,9 @@ class PhiMoE:
             name = f"text {number}" if batch else "the text"
             ids.append(self.encode(each, name))
             if not 0 < len(ids[-1]) <= self.decoding.context:
-                raise GenerationError(f"{name} has {len(ids[-1])} tokens, expected 1 to {self.decoding.context} (the context)")
+                raise GenerationError(
+                    f"{name} has {len(ids[-1])} tokens, expected 1 to {self.decoding.context} (the context)"
+                )
         return ids, batch
 
     def _logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:

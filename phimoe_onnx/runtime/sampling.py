@@ -55,7 +55,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Choice:
-    """One row's next token: how it is chosen, how many came before it, and the distinct tokens that a penalty counts."""
+    """One row's next token: how it is chosen, how many came before it, and the tokens that a penalty counts."""
 
     sampling: Sampling
     step: int
@@ -98,7 +98,9 @@ def penalize(logits: NDArray[np.float32], seen: Collection[int], penalty: float)
 
 
 def draw(logits: NDArray[np.float32], sampling: Sampling, u: float) -> int:
-    """The token at `u` in [0, 1) of the cumulative probabilities of the kept tokens, most likely first; logits float32 [V]."""
+    """The token at `u` in [0, 1) of the cumulative probabilities of the kept tokens, most likely first; logits float32
+    [V].
+    """
     order = most_likely(logits, sampling.top_k or len(logits))
     scaled = logits[order].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled[0])
@@ -113,8 +115,9 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, u: float) -> int:
 
 
 def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """The ids of the `count` largest of float32 logits [V] (all, if there are fewer), largest first, ties by lower id."""
-    # one integer a token, its logit's bits made to sort downwards above its id: several times faster than a stable argsort
+    """The ids of the `count` largest of float32 logits [V] (all, if fewer), largest first, ties by lower id."""
+    # one integer a token, its logit's bits made to sort downwards above its id: several times faster than a stable
+    # argsort
     bits = (logits + np.float32(0)).view(np.uint32)  # + 0 makes -0 equal to 0
     falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF))
     keys = (falling.astype(np.uint64) << np.uint64(32)) | np.arange(len(logits), dtype=np.uint64)

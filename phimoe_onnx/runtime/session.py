@@ -15,12 +15,18 @@ from phimoe_onnx.runtime.mapped import released
 from phimoe_onnx.runtime.memory import memory_errors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CUDA_ON_CPU = "1.32"  # the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
+# the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
+CUDA_ON_CPU = "1.32"
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
 def open_session(
-    bundle: Path, manifest: Manifest, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False
+    bundle: Path,
+    manifest: Manifest,
+    device: str,
+    threads: int | None,
+    memory_limit: int | None = None,
+    cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
     """A session over the first graph of the manifest that the installed ONNX Runtime can load.
 
@@ -34,13 +40,16 @@ def open_session(
 
     Raises:
         OutOfMemoryError: the device has too little memory.
-        DeviceError: the device is unknown or not available, the bundle was not exported for it, or ONNX Runtime is too old
-            for the bundle or refuses its graph.
+        DeviceError: the device is unknown or not available, the bundle was not exported for it, or ONNX Runtime is too
+            old for the bundle or refuses its graph.
 
     """
     check_device(device, manifest.target)
     if device == "cpu" and manifest.dtype == "bfloat16":
-        raise DeviceError("the bundle's activations are bfloat16, which ONNX Runtime's CPU provider does not compute; use device='cuda'")
+        raise DeviceError(
+            "the bundle's activations are bfloat16, which ONNX Runtime's CPU provider does not compute; use "
+            "device='cuda'"
+        )
     if threads is not None and threads < 1:
         raise DeviceError(f"threads is {threads}, expected 1 or more, or None for ONNX Runtime's own choice")
     for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": cuda_graphs}.items():
@@ -56,7 +65,9 @@ def open_sampling(bundle: Path, device: str) -> ort.InferenceSession:
     return _open(bundle / SAMPLING, device, None)
 
 
-def _open(path: Path, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False) -> ort.InferenceSession:
+def _open(
+    path: Path, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
@@ -64,7 +75,9 @@ def _open(path: Path, device: str, threads: int | None, memory_limit: int | None
     choices = {}
     if device == "cuda":
         if problem := driver_problem():
-            raise DeviceError(f"device is 'cuda', but ONNX Runtime {ort.__version__} could not start its {provider}: {problem}")
+            raise DeviceError(
+                f"device is 'cuda', but ONNX Runtime {ort.__version__} could not start its {provider}: {problem}"
+            )
         with redirect_stdout(None):  # what it prints about a missing library stands in the error below
             ort.preload_dlls()  # of the nvidia packages that the extra [gpu] brings
         # the arena would keep the raw weights beside those that QMoE has packed into memory of its own
@@ -74,7 +87,9 @@ def _open(path: Path, device: str, threads: int | None, memory_limit: int | None
         if memory_limit is not None:
             choices["gpu_mem_limit"] = str(memory_limit)
     try:
-        with memory_errors(f"loading {path} on {device}", sum(file.stat().st_size for file in path.parent.glob("*.data"))):
+        with memory_errors(
+            f"loading {path} on {device}", sum(file.stat().st_size for file in path.parent.glob("*.data"))
+        ):
             session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
     except OutOfMemoryError:
         raise
@@ -83,7 +98,10 @@ def _open(path: Path, device: str, threads: int | None, memory_limit: int | None
         said = reason[0] if reason else error
         raise DeviceError(f"{path}: ONNX Runtime {ort.__version__} cannot load it on {device}: {said}") from error
     if provider not in session.get_providers():
-        raise DeviceError(f"device is {device!r}, but ONNX Runtime {ort.__version__} could not start its {provider}: {library_problem()}")
+        raise DeviceError(
+            f"device is {device!r}, but ONNX Runtime {ort.__version__} could not start its {provider}: "
+            f"{library_problem()}"
+        )
     return session
 
 
@@ -98,9 +116,13 @@ def check_device(device: str, target: str) -> None:
         )
     if target == "cuda" and device == "cpu":
         if _release(ort.__version__) < _release(CUDA_ON_CPU):
-            raise DeviceError(f"the CPU runs a bundle for cuda from ONNX Runtime {CUDA_ON_CPU} on, installed is {ort.__version__}")
+            raise DeviceError(
+                f"the CPU runs a bundle for cuda from ONNX Runtime {CUDA_ON_CPU} on, installed is {ort.__version__}"
+            )
     elif target not in (device, "portable"):
-        raise DeviceError(f"the bundle was exported for {target}, not for {device}; export it again with --target {device}")
+        raise DeviceError(
+            f"the bundle was exported for {target}, not for {device}; export it again with --target {device}"
+        )
 
 
 def choose_graph(manifest: Manifest, installed: str) -> Graph:
@@ -114,7 +136,9 @@ def choose_graph(manifest: Manifest, installed: str) -> Graph:
         if _release(graph.minimum_onnxruntime) <= _release(installed):
             return graph
     needed = min((graph.minimum_onnxruntime for graph in manifest.graphs), key=_release)
-    raise DeviceError(f"the bundle needs ONNX Runtime {needed} or newer, installed is {installed}; pip install --upgrade onnxruntime")
+    raise DeviceError(
+        f"the bundle needs ONNX Runtime {needed} or newer, installed is {installed}; pip install --upgrade onnxruntime"
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:

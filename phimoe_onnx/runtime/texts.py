@@ -15,7 +15,8 @@ BATCH_TOKENS = 4096  # that run at once, padding included: enough to fill the ma
 
 
 def run_texts(session: InferenceSession, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """What the graph says of each text's last token: a classifier's logits [n, labels], or hidden states [n, hidden_size].
+    """What the graph says of each text's last token: a classifier's logits [n, labels], or hidden states [n,
+    hidden_size].
 
     Raises:
         GenerationError: a number is not finite, so the graph computed nonsense.
@@ -38,8 +39,8 @@ def run_texts(session: InferenceSession, texts: Sequence[Sequence[int]]) -> NDAr
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """The numbers of the texts that run together, from the shortest to the longest.
 
-    A batch has at most BATCH_TOKENS tokens with its padding, and no text is padded to more than twice its length; a text of
-    more than BATCH_TOKENS runs alone.
+    A batch has at most BATCH_TOKENS tokens with its padding, and no text is padded to more than twice its length; a
+    text of more than BATCH_TOKENS runs alone.
     """
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -25,7 +25,9 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise BundleError(f"{path}: cannot be read as a tokenizer ({error}); copy or export the bundle again") from None
+            raise BundleError(
+                f"{path}: cannot be read as a tokenizer ({error}); copy or export the bundle again"
+            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.hidden = frozenset(hidden)
@@ -50,15 +52,15 @@ class Tokenizer:
         return TextStream(self, prompt)
 
     def _continue(self, ids: list[int]) -> str:
-        """The text of the ids where they follow other text: a decoder strips the space before a text's first word only."""
+        """The text of the ids where they follow other text: a decoder strips the space before the first word only."""
         return self.decode([*self._anchor, *ids])[self._anchor_length :]
 
 
 class TextStream:
     """Token ids in, text out: each character once, and only when it is whole.
 
-    A character may be spread over several byte tokens, so ids wait until they decode without a replacement character. Only
-    those that wait are decoded, so a token costs the same however long the text is.
+    A character may be spread over several byte tokens, so ids wait until they decode without a replacement character.
+    Only those that wait are decoded, so a token costs the same however long the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -67,7 +69,9 @@ class TextStream:
         self._follows = bool(prompt) and prompt[-1] not in tokenizer.hidden
         # a prompt may end inside a character: its bytes wait for the rest
         start = len(prompt)
-        while start and prompt[start - 1] not in tokenizer.hidden and tokenizer.decode([prompt[start - 1]]) == _INCOMPLETE:
+        while (
+            start and prompt[start - 1] not in tokenizer.hidden and tokenizer.decode([prompt[start - 1]]) == _INCOMPLETE
+        ):
             start -= 1
         for id in prompt[start:]:
             self.add(id)

@@ -2,10 +2,10 @@
 
     python -m tests.conformance.make_cases
 
-Releases of ONNX Runtime, processors and kernels round differently, and where two tokens, or two experts, are nearly as likely
-that decides. So a case is kept only if every token in it was chosen with a margin, `GAP` and `DISTANCE`, by every witness: both of
-the bundle's graphs, and copies whose float32 numbers are off by `NOISE`, which moves the logits about twice as far as another
-release does. The candidates of a case are tried until one holds.
+Releases of ONNX Runtime, processors and kernels round differently, and where two tokens, or two experts, are nearly as
+likely that decides. So a case is kept only if every token in it was chosen with a margin, `GAP` and `DISTANCE`, by
+every witness: both of the bundle's graphs, and copies whose float32 numbers are off by `NOISE`, which moves the logits
+about twice as far as another release does. The candidates of a case are tried until one holds.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def add_noise(path: Path, random: np.random.Generator) -> None:
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
             array = value.const_value.numpy()
-            value.const_value = ir.tensor((array * random.normal(1, NOISE, array.shape)).astype(np.float32), name=value.name)
+            value.const_value = ir.tensor(
+                (array * random.normal(1, NOISE, array.shape)).astype(np.float32), name=value.name
+            )
     path.unlink()
     ir.save(model, path)
 
@@ -109,7 +111,9 @@ class Maker:
         print(name, json.dumps(fields["expected"], ensure_ascii=False)[:200])
         return fields
 
-    def found(self, candidates: Iterable[Candidate], wanted: Wanted = lambda generation: True) -> Iterator[tuple[Any, Fields, Any]]:
+    def found(
+        self, candidates: Iterable[Candidate], wanted: Wanted = lambda generation: True
+    ) -> Iterator[tuple[Any, Fields, Any]]:
         """The candidates that have the margin, and with each prompt lead to what is `wanted`, with the generations."""
         for prompt, options in itertools.islice(candidates, 50000):
             agreed = self.agreed(prompt, options)
@@ -118,7 +122,7 @@ class Maker:
         raise SystemExit("no candidate has the margin; give more of them, or fewer tokens")
 
     def agreed(self, prompt: Any, options: Fields) -> Generation | list[Generation] | None:
-        """What every witness makes of a prompt or a batch; None where one has no margin or makes something else of it."""
+        """What every witness makes of a prompt or a batch; None where one has no margin or makes another of it."""
         first = None
         for model in self.models:
             try:
@@ -154,7 +158,20 @@ def openings(words: int) -> Iterator[str]:
 
 def questions() -> Iterator[str]:
     """Questions of the kind that the model has seen in its training, and others."""
-    names = ("Elizabeth", "Emma", "Anne", "Mr. Darcy", "Fanny", "Edmund", "Moses", "David", "Catherine", "Elinor", "Marianne", "the king")
+    names = (
+        "Elizabeth",
+        "Emma",
+        "Anne",
+        "Mr. Darcy",
+        "Fanny",
+        "Edmund",
+        "Moses",
+        "David",
+        "Catherine",
+        "Elinor",
+        "Marianne",
+        "the king",
+    )
     for form in ("Tell me about {}.", "Who is {}?", "Where did {} go?", "What did {} say?", "Why was {} angry?"):
         yield from map(form.format, names)
     for opening in openings(9):
@@ -213,7 +230,9 @@ def texts(maker: Maker) -> None:
 
 def stops(maker: Maker) -> None:
     """Texts that end at a stop string, or hold it back in vain."""
-    varied = maker.found(((text, {"max_new_tokens": 24}) for text in openings(6)), lambda generation: len(set(generation.token_ids)) > 19)
+    varied = maker.found(
+        ((text, {"max_new_tokens": 24}) for text in openings(6)), lambda generation: len(set(generation.token_ids)) > 19
+    )
     prompt, _, generation = next(varied)
     text = generation.text
 
@@ -277,7 +296,9 @@ def chats(maker: Maker) -> None:
     maker.add("a chat", ask())
     maker.add("a chat that ends by itself", ask(max_new_tokens=60), ends("eos"))
     maker.add(
-        "a sampled chat that ends by itself", ask(max_new_tokens=60, temperature=0.5, top_p=0.7, seed=3, stop=["<|end|>"]), ends("eos")
+        "a sampled chat that ends by itself",
+        ask(max_new_tokens=60, temperature=0.5, top_p=0.7, seed=3, stop=["<|end|>"]),
+        ends("eos"),
     )
     maker.add("a chat with a system message", ask(system))
     maker.add("a chat of several turns", ask(system, *turns))
@@ -287,14 +308,17 @@ def chats(maker: Maker) -> None:
     )
     maker.add("a sampled chat", ask(*turns, temperature=0.8, top_p=0.8, min_p=0.1, seed=11, max_new_tokens=9))
     near = ask(user(" ".join(TEXT.split()[:88])), {"role": "assistant", "content": "Yes."}, max_new_tokens=12)
-    maker.add("a chat across the boundary", ((chat, options) for chat, options in near if 246 < len(maker.model.encode(chat)) < 256))
+    maker.add(
+        "a chat across the boundary",
+        ((chat, options) for chat, options in near if 246 < len(maker.model.encode(chat)) < 256),
+    )
 
 
 def errors(context: int) -> Iterator[Fields]:
     """What must fail, as which kind of error, and what its message must name.
 
-    `bundle` changes a copy of the bundle: a file is deleted, a text in it replaced, or keys of the manifest set; `load` are
-    options of `load`.
+    `bundle` changes a copy of the bundle: a file is deleted, a text in it replaced, or keys of the manifest set; `load`
+    are options of `load`.
     """
 
     def generation(name: str, *names: str, prompt: Any = "Emma", **options: Any) -> Fields:
@@ -344,18 +368,23 @@ def errors(context: int) -> Iterator[Fields]:
     yield bundle("a file of another size", {"replace": ["config.json", "phimoe", "phimoe "]}, "config.json", "bytes")
     yield bundle("a changed file", {"replace": ["config.json", "phimoe", "phimoE"]}, "config.json", "SHA-256")
     yield bundle("a damaged decoding section", {"manifest": {"decoding": {}}}, "manifest.json", "damaged")
-    yield bundle("for another device", {"manifest": {"target": "cuda", "dtype": "bfloat16"}}, "cuda", error="DeviceError")
+    yield bundle(
+        "for another device", {"manifest": {"target": "cuda", "dtype": "bfloat16"}}, "cuda", error="DeviceError"
+    )
     newer = [{"file": "model.onnx", "minimum_onnxruntime": "99.1", "optional_inputs": []}]
     yield bundle("for a newer ONNX Runtime", {"manifest": {"graphs": newer}}, "99.1", error="DeviceError")
     refused = [{"file": "config.json", "minimum_onnxruntime": "1.29", "optional_inputs": []}]
-    yield bundle("a graph that ONNX Runtime refuses", {"manifest": {"graphs": refused}}, "config.json", error="DeviceError")
+    yield bundle(
+        "a graph that ONNX Runtime refuses", {"manifest": {"graphs": refused}}, "config.json", error="DeviceError"
+    )
     yield bundle("no threads", {}, "threads", "0", error="DeviceError", threads=0)
 
 
 def encodings(model: PhiMoE) -> Iterator[Fields]:
     """Texts and their token ids."""
     for text in (
-        "It was", " leading", "  two  spaces  ", "a\nb\r\n\tc", "\n", " ", "😀👩‍👩‍👧", "日本語。", "e\u0301é", "ΑΒΓ ☃", "\u0000\u007f",
+        "It was", " leading", "  two  spaces  ", "a\nb\r\n\tc", "\n", " ",
+        "😀👩‍👩‍👧", "日本語。", "e\u0301é", "ΑΒΓ ☃", "\u0000\u007f",
         "<|user|>\n hi<|end|>", "<s>", "<|end|> <|end|>\n\n", "don't “quote” — it", "�", "x" * 100, TEXT[:1500],
     ):  # fmt: skip
         yield {"text": text, "token_ids": model.encode(text)}
@@ -415,7 +444,9 @@ def main() -> None:
         "cases": [*maker.cases, *errors(maker.model.decoding.context)],
     }
     # one line each, so that a change is seen where it is
-    lines = {name: ",\n".join(json.dumps(each, ensure_ascii=False) for each in section) for name, section in sections.items()}
+    lines = {
+        name: ",\n".join(json.dumps(each, ensure_ascii=False) for each in section) for name, section in sections.items()
+    }
     text = ",\n".join(f'"{name}": [\n{each}\n]' for name, each in lines.items())
     CASES.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
 

@@ -1,4 +1,6 @@
-"""The Python runtime against cases.json, which other languages' tests read too, and the bundle in the repository against the exporter."""
+"""The Python runtime against cases.json, which other languages' tests read too, and the bundle in the repository
+against the exporter.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_the_bundle_is_what_the_exporter_writes(tmp_path: Path) -> None:
     fresh = export(MODEL, tmp_path / "bundle", quantize="int4")
     names = sorted(path.name for path in fresh.iterdir())
     assert names == sorted(path.name for path in BUNDLE.iterdir())
-    assert filecmp.cmpfiles(fresh, BUNDLE, names, shallow=False) == (names, [], []), "run python -m tests.conformance.make_cases"
+    assert filecmp.cmpfiles(fresh, BUNDLE, names, shallow=False) == (names, [], []), (
+        "run python -m tests.conformance.make_cases"
+    )
 
 
 @pytest.mark.parametrize("case", cases("expected"))

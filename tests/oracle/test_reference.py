@@ -1,4 +1,6 @@
-"""modeling.py and the float32 bundles made from it against transformers: 4.57 for everything but head_dim, 5 for head_dim."""
+"""modeling.py and the float32 bundles made from it against transformers: 4.57 for everything but head_dim, 5 for
+head_dim.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A checkpoint without end tokens, so that everyone generates as many tokens as are asked for."""
     folder = tmp_path_factory.mktemp("checkpoint") / request.param
     if request.param in SHAPES | HEAD_DIM:
-        return write_checkpoint(folder, eos_token_id=None, max_position_embeddings=512, **(SHAPES | HEAD_DIM)[request.param])
+        return write_checkpoint(
+            folder, eos_token_id=None, max_position_embeddings=512, **(SHAPES | HEAD_DIM)[request.param]
+        )
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("generation_config.json"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
@@ -61,7 +65,9 @@ def subject(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: 
     if request.param == "modeling":
         model = reference.load_reference(checkpoint)
         return Subject(partial(reference.logits, model), partial(reference.greedy, model, new=NEW))
-    bundle = PhiMoE.load(export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", target=request.param), threads=1)
+    bundle = PhiMoE.load(
+        export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", target=request.param), threads=1
+    )
     return Subject(bundle.logits, lambda ids: bundle.generate(ids, max_new_tokens=NEW).token_ids)
 
 
@@ -73,7 +79,9 @@ def test_logits(checkpoint: Path, subject: Subject, place: float) -> None:
     assert_close(subject.logits(ids)[: len(expected)], expected)
 
 
-@pytest.mark.parametrize("place", [0.25, 1, 3])  # across the boundary, across it with the first new token, and beyond it
+@pytest.mark.parametrize(
+    "place", [0.25, 1, 3]
+)  # across the boundary, across it with the first new token, and beyond it
 def test_greedy(checkpoint: Path, subject: Subject, place: float) -> None:
     ids = text(checkpoint, place)
     assert subject.greedy(ids) == expected_greedy(checkpoint, tuple(ids))
@@ -101,7 +109,10 @@ def test_padded_batch(checkpoint: Path, places: tuple[float, ...], side: str) ->
     pads = [[0] * (longest - len(row)) for row in rows]
     ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)])
     mask = torch.tensor(
-        [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads, strict=True)]
+        [
+            [0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p)
+            for r, p in zip(rows, pads, strict=True)
+        ]
     )
     model = reference.load_reference(checkpoint)
     with torch.inference_mode():
@@ -121,7 +132,10 @@ SAVE_OPTIONS: list[dict[str, Any]] = (
 def test_reads_what_transformers_saves(checkpoint: Path, options: dict[str, Any], tmp_path: Path) -> None:
     oracle(checkpoint, 1).save_pretrained(tmp_path, **options)
     assert read_config(tmp_path) == read_config(checkpoint)
-    expected, actual = reference.load_reference(checkpoint).state_dict(), reference.load_reference(tmp_path).state_dict()
+    expected, actual = (
+        reference.load_reference(checkpoint).state_dict(),
+        reference.load_reference(tmp_path).state_dict(),
+    )
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
@@ -161,7 +175,8 @@ def oracle(checkpoint: Path, length: int, attention: str = "eager", model: str =
     """transformers' model of a checkpoint, right for sequences of `length` tokens."""
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     if not FOUR and read_config(checkpoint).longrope and length > boundary(checkpoint):
-        # transformers 5.23.0 keeps the short factors beyond the boundary (it calls rope_init_fn without seq_len), so give it the long ones
+        # transformers 5.23.0 keeps the short factors beyond the boundary (it calls rope_init_fn without seq_len), so
+        # give it the long ones
         config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
     kind = getattr(transformers, model)
     return kind.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
@@ -179,7 +194,9 @@ def expected_logits(checkpoint: Path, ids: list[int]) -> NDArray[np.float32]:
 
 
 def first_undecided(scores: torch.Tensor, jitter: float) -> int:
-    """The first token with two of its three best experts, or a rival and the 2 * jitter at which it counts, closer than 1e-6."""
+    """The first token with two of its three best experts, or a rival and the 2 * jitter at which it counts, closer than
+    1e-6.
+    """
     top = scores.topk(3).values
     best = top[:, :2, None]
     gap = (best - scores[:, None]) / torch.maximum(scores[:, None].abs(), best)
@@ -194,8 +211,11 @@ def expected_greedy(checkpoint: Path, prompt: tuple[int, ...], new: int = NEW) -
     if not FOUR and 0 < below < new:  # another oracle is right on each side
         first = expected_greedy(checkpoint, prompt, below)
         return first + expected_greedy(checkpoint, (*prompt, *first), new - below)
-    # transformers 4.57.6 cuts the cached keys to a sliding window at their start but the mask at its end; and where it recomputes the
-    # prefix at the boundary its eager attention lacks the causal mask: so no cache with a window, and sdpa
+    # transformers 4.57.6 cuts the cached keys to a sliding window at their start but the mask at its end; and where it
+    # recomputes the prefix at the boundary its eager attention lacks the causal mask: so no cache with a window, and
+    # sdpa
     cached = not (FOUR and read_config(checkpoint).window)
     model = oracle(checkpoint, len(prompt), "sdpa")
-    return model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=new, use_cache=cached)[0, len(prompt) :].tolist()
+    return model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=new, use_cache=cached)[
+        0, len(prompt) :
+    ].tolist()

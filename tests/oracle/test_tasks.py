@@ -1,4 +1,4 @@
-"""Classifiers and base models, as transformers writes and runs them: 4.57 for everything but head_dim, 5 for head_dim."""
+"""Classifiers and base models, as transformers runs them: 4.57 for everything but head_dim, 5 for head_dim."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ transformers = pytest.importorskip("transformers")
 
 MODELS = {"text-classification": "PhimoeForSequenceClassification", "feature-extraction": "PhimoeModel"}
 PAD = 0  # of no text: transformers takes the last token that is not this one
-LENGTHS = [[5, 32, 20, 1], [45, 33, 60, 100]]  # below and above the rope boundary of 32: transformers has one choice of factors a batch
+LENGTHS = [
+    [5, 32, 20, 1],
+    [45, 33, 60, 100],
+]  # below and above the rope boundary of 32: transformers has one choice of factors a batch
 Outputs = Callable[[list[list[int]]], NDArray[np.float32]]
 
 
@@ -42,12 +45,16 @@ def checkpoint(request: pytest.FixtureRequest, task: str, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="module", params=["modeling", "cpu", "portable"])
-def outputs(request: pytest.FixtureRequest, checkpoint: Path, task: str, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+def outputs(
+    request: pytest.FixtureRequest, checkpoint: Path, task: str, tmp_path_factory: pytest.TempPathFactory
+) -> Outputs:
     """What is held against the oracle: the logits of texts, or the hidden states of their last tokens."""
     if request.param == "modeling":
         model = reference.load_reference(checkpoint)
         return lambda rows: np.stack([reference.last(model, row) for row in rows])
-    bundle = PhiMoE.load(export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", target=request.param), threads=1)
+    bundle = PhiMoE.load(
+        export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", target=request.param), threads=1
+    )
     if task == "feature-extraction":
         return bundle.embed
     return lambda rows: np.array([result.logits for result in bundle.classify(rows)], np.float32)
@@ -60,7 +67,11 @@ def expected(checkpoint: Path, task: str, rows: list[list[int]]) -> NDArray[np.f
     mask = (ids != PAD).long()
     with torch.inference_mode():
         output = oracle(checkpoint, longest, model=MODELS[task])(ids, attention_mask=mask)
-    result = output.logits if task == "text-classification" else output.last_hidden_state[torch.arange(len(rows)), mask.sum(1) - 1]
+    result = (
+        output.logits
+        if task == "text-classification"
+        else output.last_hidden_state[torch.arange(len(rows)), mask.sum(1) - 1]
+    )
     return np.asarray(result)
 
 
@@ -81,7 +92,11 @@ def test_every_hidden_state(checkpoint: Path, task: str, tmp_path: Path) -> None
     ids = torch.tensor([row + [PAD] * (max(LENGTHS[1]) - len(row)) for row in rows])
     mask = (ids != PAD).long()
     with torch.inference_mode():
-        theirs = oracle(checkpoint, ids.shape[1], model=MODELS[task])(ids, attention_mask=mask).last_hidden_state[mask > 0].numpy()
+        theirs = (
+            oracle(checkpoint, ids.shape[1], model=MODELS[task])(ids, attention_mask=mask)
+            .last_hidden_state[mask > 0]
+            .numpy()
+        )
     session = PhiMoE.load(export(checkpoint, tmp_path / "bundle"), threads=1)._session
     (hidden,) = session.run(["last_hidden_state"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
     assert_close(hidden[mask.numpy() > 0], theirs)
@@ -110,7 +125,9 @@ PROBLEMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_scores_are_the_pipelines(tmp_path: Path, problem: dict[str, Any]) -> None:
     architecture = {"architectures": ["PhimoeForSequenceClassification"]}
-    folder = write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1, num_local_experts=2, **architecture | problem)
+    folder = write_checkpoint(
+        tmp_path / "checkpoint", num_hidden_layers=1, num_local_experts=2, **architecture | problem
+    )
     pipeline = transformers.pipeline(
         "text-classification",
         model=transformers.PhimoeForSequenceClassification.from_pretrained(folder, dtype=torch.float32),

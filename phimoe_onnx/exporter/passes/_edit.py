@@ -28,7 +28,9 @@ def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """The initializer of that name, added where the graph lacks it; a second Weight of the same name is an error."""
     assert tensor.name
     if tensor.name not in graph.initializers or isinstance(tensor, Weight):
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        )
         graph.register_initializer(value)
     return graph.initializers[tensor.name]
 
@@ -51,7 +53,9 @@ def op(
     return ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
 
 
-def replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], values: Sequence[tuple[ir.Value, ir.Value]]) -> None:
+def replace(
+    graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], values: Sequence[tuple[ir.Value, ir.Value]]
+) -> None:
     """Puts `new` in the place of `old`; `values` pairs each old value that is used elsewhere with its successor.
 
     A successor keeps its own name unless the old value is an output of the graph.
@@ -68,7 +72,10 @@ def replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], val
 def expect(what: str, found: int, wanted: int) -> None:
     """Raises ExportError where a pass matched fewer or more places than the model has."""
     if found != wanted:
-        raise ExportError(f"the pass for {what} matched {found} places, expected {wanted}; this is a bug of phimoe-onnx, please report it")
+        raise ExportError(
+            f"the pass for {what} matched {found} places, expected {wanted}; this is a bug of phimoe-onnx, please "
+            f"report it"
+        )
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

@@ -21,30 +21,37 @@ def check(config: PhiMoEConfig) -> None:
     """Raises ExportError for a shape that GroupQueryAttention does not take."""
     if config.head_dim % 16:
         raise ExportError(
-            f"head_dim is {config.head_dim}, ONNX Runtime's GroupQueryAttention with rope needs a multiple of 16; use --target portable"
+            f"head_dim is {config.head_dim}, ONNX Runtime's GroupQueryAttention with rope needs a multiple of 16; "
+            f"use --target portable"
         )
 
 
 def has_xqa(config: PhiMoEConfig) -> bool:
     """Whether CUDA's GroupQueryAttention steps with its XQA kernel (ONNX Runtime 1.31 on Ampere and later)."""
-    return config.num_attention_heads // config.num_key_value_heads in (1, 2, 4, 5, 8, 16, 32) and config.head_dim in (64, 128, 256)
+    return config.num_attention_heads // config.num_key_value_heads in (1, 2, 4, 5, 8, 16, 32) and config.head_dim in (
+        64,
+        128,
+        256,
+    )
 
 
 class FuseAttention(ir.passes.InPlacePass):
     """Replaces each `phimoe::Attention` and the three projections before it.
 
-    1. The projections MatMul(x, Transpose(W)), each with or without an Add of a bias, become one with the rows of W_q, W_k
-       and W_v (and the biases) below each other.
-    2. Attention becomes com.microsoft.GroupQueryAttention with rope inside, over tables of cos and sin that hold a row per
-       position. With longrope the rows of the short factors come first and those of the long factors after them, and
-       `position_ids` point into one or the other by the length of each row of the batch. In a first prompt of several rows
-       the operator takes row 0's choice for all (ONNX Runtime 1.32), so rows on both sides of the boundary are to be run alone.
-    3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which reads each
-       row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing reads them:
-       without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
-    4. On CUDA a step with longrope whose shape has no XQA kernel may go to FlashDecoding, which ignores `position_ids` (ONNX
-       Runtime 1.31): there RotaryEmbedding turns Q and K, too.
-    5. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to drop.
+    1. The projections MatMul(x, Transpose(W)), each with or without an Add of a bias, become one with the rows of W_q,
+       W_k and W_v (and the biases) below each other.
+    2. Attention becomes com.microsoft.GroupQueryAttention with rope inside, over tables of cos and sin that hold a row
+       per position. With longrope the rows of the short factors come first and those of the long factors after them,
+       and `position_ids` point into one or the other by the length of each row of the batch. In a first prompt of
+       several rows the operator takes row 0's choice for all (ONNX Runtime 1.32), so rows on both sides of the boundary
+       are to be run alone.
+    3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which
+       reads each row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing
+       reads them: without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
+    4. On CUDA a step with longrope whose shape has no XQA kernel may go to FlashDecoding, which ignores `position_ids`
+       (ONNX Runtime 1.31): there RotaryEmbedding turns Q and K, too.
+    5. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to
+       drop.
 
     Matches exactly `num_hidden_layers` places.
     """
@@ -102,7 +109,13 @@ class FuseAttention(ir.passes.InPlacePass):
         replace(graph, old, [*packed, fused], list(zip(attention.outputs, fused.outputs, strict=True)))
 
     def _rotate(
-        self, graph: ir.Graph, qkv: ir.Value, position_ids: ir.Value, cos: ir.Value | None, sin: ir.Value | None, prefix: str
+        self,
+        graph: ir.Graph,
+        qkv: ir.Value,
+        position_ids: ir.Value,
+        cos: ir.Value | None,
+        sin: ir.Value | None,
+        prefix: str,
     ) -> list[ir.Node]:
         """The nodes that turn Q and K inside the packed projection."""
         kv = self.config.num_key_value_heads * self.config.head_dim
@@ -135,11 +148,15 @@ def _projection(value: ir.Value) -> _Projection:
         weight = parameter(transpose.inputs[0]) if transpose is not None and transpose.op_type == "Transpose" else None
         if weight is not None:
             return _Projection(node.inputs[0], weight, bias, [transpose, node, *matched])
-    raise ExportError(f"{value.name}: expected a projection before attention; this is a bug of phimoe-onnx, please report it")
+    raise ExportError(
+        f"{value.name}: expected a projection before attention; this is a bug of phimoe-onnx, please report it"
+    )
 
 
 def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, first: ir.Node) -> list[ir.Value | None]:
-    """seqlens_k, total_sequence_length, cos_cache, sin_cache and position_ids, if there are any, the same for every layer."""
+    """seqlens_k, total_sequence_length, cos_cache, sin_cache and position_ids, if there are any, the same for every
+    layer.
+    """
     named = {value.name: value for value in graph.inputs}
     mask = named[bundle.ATTENTION_MASK]
     new: list[ir.Node] = []
@@ -158,7 +175,8 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, fi
     if config.longrope:  # otherwise the operator's own positions are right
         new_tokens = add("Shape", named[bundle.INPUT_IDS], name="sequence/Shape", start=1)
         steps = add("Range", zero, add("Squeeze", new_tokens, name="sequence/Squeeze"), one, name="steps")
-        # lengths - new tokens, by way of the last step: on a GPU that is where the lengths are, and a Shape's output is not
+        # lengths - new tokens, by way of the last step: on a GPU that is where the lengths are, and a Shape's output is
+        # not
         last_step = add("Gather", steps, constant(graph, "last_index", [-1]), name="steps/Gather")
         before = add("Sub", add("Sub", lengths, one, name="last"), last_step, name="past/Sub")
         past = add("Max", before, zero, name="past")  # 0 for a padded first prompt
@@ -186,14 +204,17 @@ def _short_rows(config: PhiMoEConfig) -> int:
 
 
 def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weight]:
-    """cos and sin, each [rows, head_dim / 2]: max_position_embeddings rows, with longrope the short factors' rows before."""
+    """cos and sin, each [rows, head_dim / 2]: max_position_embeddings rows, with longrope the short factors' rows
+    before.
+    """
     longest = config.max_position_embeddings
     sections = [(_short_rows(config), 1), (longest, np.iinfo(np.int64).max)] if config.longrope else [(longest, 1)]
     half = config.head_dim // 2
 
     def table(function: np.ufunc, rows: int, length: int) -> torch.Tensor:
         angles, mscale = modeling.Rope(config).angles(torch.arange(rows)[None], torch.tensor([[length]]))
-        # numpy's, in float64: in a new thread PyTorch's, which are MKL's, now and then give but four digits (PyTorch 2.13)
+        # numpy's, in float64: in a new thread PyTorch's, which are MKL's, now and then give but four digits (PyTorch
+        # 2.13)
         values = torch.from_numpy(function(angles[0].double().numpy())).float()
         return (values * mscale.flatten()).to(FLOATS[dtype])
 

@@ -16,9 +16,10 @@ from phimoe_onnx.exporter.weights import Weight
 class BranchExperts(ir.passes.InPlacePass):
     """Replaces each operator that `FuseExperts` made, with the Mul behind it, by a chain of branches.
 
-    Expert e's branch is taken when a token chose e: NonZero finds those tokens, Gather fetches them, two MatMulNBits (Gemm
-    for plain weights) over the expert's own slice of the operator's weights compute them, ScatterND adds them to the sum
-    that the chain carries. The slices are the very bytes of the operator's weights, so both graphs can lie over one data file.
+    Expert e's branch is taken when a token chose e: NonZero finds those tokens, Gather fetches them, two MatMulNBits
+    (Gemm for plain weights) over the expert's own slice of the operator's weights compute them, ScatterND adds them to
+    the sum that the chain carries. The slices are the very bytes of the operator's weights, so both graphs can lie over
+    one data file.
 
     Matches exactly `layers` places; the router's nodes that fed the operator alone are dead then.
     """
@@ -62,7 +63,9 @@ def _branch(graph: ir.Graph, fused: ir.Node, format: Format | None) -> None:
     scatter = router_probs.producer().inputs[0].producer()
     mul = only_user(fused.outputs[0])
     if scatter.op_type != "ScatterElements" or mul is None:
-        raise ExportError(f"{fused.name}: is not as FuseExperts leaves it; this is a bug of phimoe-onnx, please report it")
+        raise ExportError(
+            f"{fused.name}: is not as FuseExperts leaves it; this is a bug of phimoe-onnx, please report it"
+        )
     chosen, weights = scatter.inputs[1], scatter.inputs[2].producer().inputs[0]
     stacks = [value.const_value for value in stored if value is not None]
     number = int(stacks[0].shape[0])
@@ -84,12 +87,27 @@ def _branch(graph: ir.Graph, fused: ir.Node, format: Format | None) -> None:
     matches = add("Cast", matches, suffix="matches/Cast", to=ir.DataType.INT32)
     used = add("ReduceMax", matches, constant(graph, "axes_0_1", [0, 1]), suffix="used", keepdims=0)
     used = add("Cast", used, suffix="used/Cast", to=ir.DataType.BOOL)
-    new.append(op("Split", [used], f"{prefix}used/Split", {"axis": 0, "num_outputs": number}, outputs=[f".{e}" for e in range(number)]))
-    total = add("Expand", constant(graph, "zero_float", 0.0, np.float32), add("Shape", tokens, suffix="tokens/Shape"), suffix="zeros")
+    new.append(
+        op(
+            "Split",
+            [used],
+            f"{prefix}used/Split",
+            {"axis": 0, "num_outputs": number},
+            outputs=[f".{e}" for e in range(number)],
+        )
+    )
+    total = add(
+        "Expand",
+        constant(graph, "zero_float", 0.0, np.float32),
+        add("Shape", tokens, suffix="tokens/Shape"),
+        suffix="zeros",
+    )
     for e, condition in enumerate(new[-3].outputs):
         branch = op("If", [condition], f"{prefix}experts.{e}/If")
         skip = op("Identity", [total], f"{prefix}experts.{e}/skipped")
-        branch.attributes["then_branch"] = ir.AttrGraph("then_branch", _subgraph(_add_expert(experts, e, total), f"expert_{e}"))
+        branch.attributes["then_branch"] = ir.AttrGraph(
+            "then_branch", _subgraph(_add_expert(experts, e, total), f"expert_{e}")
+        )
         branch.attributes["else_branch"] = ir.AttrGraph("else_branch", _subgraph([skip], f"skip_expert_{e}"))
         new.append(branch)
         total = branch.outputs[0]
@@ -115,17 +133,27 @@ def _add_expert(experts: _Experts, e: int, total: ir.Value) -> list[ir.Node]:
             new.append(op("Gemm", inputs, f"{prefix}{suffix}/Gemm", {"transB": 1}))
         else:
             n, blocks = weights[1].shape.numpy()
-            new.append(op("MatMulNBits", inputs, f"{prefix}{suffix}/MatMulNBits", format.attributes(n, blocks), MICROSOFT))
+            new.append(
+                op("MatMulNBits", inputs, f"{prefix}{suffix}/MatMulNBits", format.attributes(n, blocks), MICROSOFT)
+            )
         return new[-1].outputs[0]
 
     here = add("Equal", experts.choice, constant(graph, f"expert_{e}", e), suffix="here")
     kept = add("Where", here, experts.weight, constant(graph, "zero_float", 0.0, np.float32), suffix="here/Where")
     share = add("ReduceSum", kept, axis_1, suffix="share", keepdims=1)
-    here = add("ReduceMax", add("Cast", here, suffix="here/Cast", to=ir.DataType.INT32), axis_1, suffix="here/ReduceMax", keepdims=0)
+    here = add(
+        "ReduceMax",
+        add("Cast", here, suffix="here/Cast", to=ir.DataType.INT32),
+        axis_1,
+        suffix="here/ReduceMax",
+        keepdims=0,
+    )
     token = add("Squeeze", add("NonZero", here, suffix="NonZero"), axis_0, suffix="token")
     middle, intermediate = len(experts.stacks) // 2, experts.intermediate
     gate_up = project(add("Gather", experts.tokens, token, suffix="Gather"), experts.stacks[:middle], "gate_up_proj")
-    pairs = add("Reshape", gate_up, constant(graph, f"tokens_by_{intermediate}_by_2", [-1, intermediate, 2]), suffix="pairs")
+    pairs = add(
+        "Reshape", gate_up, constant(graph, f"tokens_by_{intermediate}_by_2", [-1, intermediate, 2]), suffix="pairs"
+    )
     new.append(op("Split", [pairs], f"{prefix}Split", {"axis": -1, "num_outputs": 2}, outputs=(".gate", ".up")))
     gate, up = new[-1].outputs
     silu = add("Mul", gate, add("Sigmoid", gate, suffix="Sigmoid"), suffix="silu")
@@ -133,12 +161,21 @@ def _add_expert(experts: _Experts, e: int, total: ir.Value) -> list[ir.Node]:
     act = add("Reshape", act, constant(graph, f"tokens_by_{intermediate}", [-1, intermediate]), suffix="act/Reshape")
     y = project(act, experts.stacks[middle:], "down_proj")
     y = add("Mul", y, add("Gather", share, token, suffix="share/Gather"), suffix="weighted")
-    new.append(op("ScatterND", [total, add("Unsqueeze", token, axis_1, suffix="token/Unsqueeze"), y], f"{prefix}sum", {"reduction": "add"}))
+    new.append(
+        op(
+            "ScatterND",
+            [total, add("Unsqueeze", token, axis_1, suffix="token/Unsqueeze"), y],
+            f"{prefix}sum",
+            {"reduction": "add"},
+        )
+    )
     return new
 
 
 def _slice(stack: Weight, e: int, format: Format | None) -> Weight:
-    """Expert e's matrix of a stack [E, N, width]; codes as MatMulNBits wants them, [N, blocks of a row, bytes of a block]."""
+    """Expert e's matrix of a stack [E, N, width]; codes as MatMulNBits wants them, [N, blocks of a row, bytes of a
+    block].
+    """
     number, n, width = stack.shape.numpy()
     count = len(stack.pieces) // number
     shape: tuple[int, ...] = (n, width)

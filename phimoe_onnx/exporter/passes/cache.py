@@ -12,8 +12,9 @@ from phimoe_onnx.exporter.passes._edit import constant, op
 class ReshapeCache(ir.passes.InPlacePass):
     """Puts a Reshape to [B, K, P, D] behind every `past_key_values` input, whose heads and head_dim become symbols.
 
-    optimum's ORTModelForCausalLM begins with an empty cache of num_attention_heads heads of hidden_size / num_attention_heads.
-    A cache that holds something keeps its shape, and ONNX Runtime passes it on without a copy; another width is an error there.
+    optimum's ORTModelForCausalLM begins with an empty cache of num_attention_heads heads of hidden_size /
+    num_attention_heads. A cache that holds something keeps its shape, and ONNX Runtime passes it on without a copy;
+    another width is an error there.
 
     Takes a graph whose cache grows (the portable target's); GroupQueryAttention wants its buffers as they are.
     """

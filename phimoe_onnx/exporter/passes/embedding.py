@@ -29,7 +29,13 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
             "gather_axis": 0,
             "quantize_axis": 1,
         }
-        new = op("GatherBlockQuantized", [codes, gather.inputs[1], scales], f"{name}/GatherBlockQuantized", attributes, MICROSOFT)
+        new = op(
+            "GatherBlockQuantized",
+            [codes, gather.inputs[1], scales],
+            f"{name}/GatherBlockQuantized",
+            attributes,
+            MICROSOFT,
+        )
         replace(model.graph, [gather], [new], [(gather.outputs[0], new.outputs[0])])
         model.opset_imports[MICROSOFT] = 1
         return ir.passes.PassResult(model, modified=True)

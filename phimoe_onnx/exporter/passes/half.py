@@ -15,8 +15,9 @@ KEPT = (".gate.weight.transposed", "score.weight", "cos_cache", "sin_cache", "_c
 class StoreHalf(ir.passes.InPlacePass):
     """Stores every float32 weight of two or more dimensions as float16, with a Cast to float32 behind it.
 
-    ONNX Runtime folds the Cast when it loads the graph, so it computes in float32 with the rounded weights. Vectors, the
-    router, a classifier's head and the rope tables stay float32. One instance serves several graphs over the same pieces.
+    ONNX Runtime folds the Cast when it loads the graph, so it computes in float32 with the rounded weights. Vectors,
+    the router, a classifier's head and the rope tables stay float32. One instance serves several graphs over the same
+    pieces.
     """
 
     def __init__(self) -> None:

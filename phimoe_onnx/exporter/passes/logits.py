@@ -1,4 +1,6 @@
-"""The optional inputs, how many last positions get logits and the rope length; and a form in which they are plain inputs."""
+"""The optional inputs, how many last positions get logits and the rope length; and a form in which they are plain
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from phimoe_onnx.exporter.passes._edit import constant, nodes, op
 class AddOptionalInputs(ir.passes.InPlacePass):
     """Gives the graph the inputs that a plain caller need not know.
 
-    1. `logits_to_keep` int64 [1]: Slice of the last positions [B, S, H] -> [B, kept, H] before the language-model head, so
-       that a prefill does not pay for logits that it throws away. The default 0 keeps all.
+    1. `logits_to_keep` int64 [1]: Slice of the last positions [B, S, H] -> [B, kept, H] before the language-model head,
+       so that a prefill does not pay for logits that it throws away. The default 0 keeps all.
     2. `rope_length`, an input already, gets the default 0; without longrope nothing reads it.
     """
 
@@ -45,8 +47,8 @@ class AddOptionalInputs(ir.passes.InPlacePass):
 class RequireInputs(ir.passes.InPlacePass):
     """Takes the default values of `OPTIONAL_INPUTS` away, so that they are inputs like any other.
 
-    ONNX Runtime's releases for Java, Node and browsers take no values for inputs with a default: Java refuses them, the others
-    ignore them.
+    ONNX Runtime's releases for Java, Node and browsers take no values for inputs with a default: Java refuses them, the
+    others ignore them.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

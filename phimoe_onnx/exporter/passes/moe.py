@@ -18,10 +18,10 @@ from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Rows, Weight, j
 class FuseExperts(ir.passes.InPlacePass):
     """Replaces each `phimoe::Experts` by com.microsoft.MoE, or by QMoE where `format` is given.
 
-    The operators choose the two largest of `router_probs` and weigh them by a softmax that runs over those two. SparseMixer's
-    weights p1 and p2 are not of that form, so the operator is given log(p1) and log(p2) at the chosen experts and -1e4
-    elsewhere, which it turns into p1 / (p1 + p2) and p2 / (p1 + p2), and its output is multiplied by p1 + p2. Exact for any
-    jitter and number of experts, on every provider.
+    The operators choose the two largest of `router_probs` and weigh them by a softmax that runs over those two.
+    SparseMixer's weights p1 and p2 are not of that form, so the operator is given log(p1) and log(p2) at the chosen
+    experts and -1e4 elsewhere, which it turns into p1 / (p1 + p2) and p2 / (p1 + p2), and its output is multiplied by
+    p1 + p2. Exact for any jitter and number of experts, on every provider.
 
     The operators' fused SwiGLU wants row 2i of fc1 to be the gate's row i and row 2i + 1 to be row i of up.
 
@@ -45,7 +45,9 @@ class FuseExperts(ir.passes.InPlacePass):
         x, weights, chosen, gate_up_value, down_value = experts.inputs
         gate_up, down = parameter(gate_up_value), parameter(down_value)
         if gate_up is None or down is None:
-            raise ExportError(f"{experts.name}: its weights are no parameters; this is a bug of phimoe-onnx, please report it")
+            raise ExportError(
+                f"{experts.name}: its weights are no parameters; this is a bug of phimoe-onnx, please report it"
+            )
         name = gate_up.name.removesuffix("experts.gate_up_proj")
         new: list[ir.Node] = []
 
@@ -57,9 +59,19 @@ class FuseExperts(ir.passes.InPlacePass):
         number = int(gate_up.shape[0])
         log_p = add("Log", weights, suffix="Log")
         if x.dtype != ir.DataType.FLOAT:  # the larger becomes 0 and the other small, which rounding then hardly moves
-            new.append(op("Split", [log_p], name + "Split", {"axis": -1, "num_outputs": 2}, outputs=("/first", "/second")))
-            log_p = add("Sub", log_p, add("Max", *new[-1].outputs, suffix="Max"), suffix="Sub")  # CUDA's ReduceMax needs cuDNN
-        shape = add("Concat", add("Shape", chosen, suffix="Shape", end=2), constant(graph, "experts", [number]), suffix="Concat", axis=0)
+            new.append(
+                op("Split", [log_p], name + "Split", {"axis": -1, "num_outputs": 2}, outputs=("/first", "/second"))
+            )
+            log_p = add(
+                "Sub", log_p, add("Max", *new[-1].outputs, suffix="Max"), suffix="Sub"
+            )  # CUDA's ReduceMax needs cuDNN
+        shape = add(
+            "Concat",
+            add("Shape", chosen, suffix="Shape", end=2),
+            constant(graph, "experts", [number]),
+            suffix="Concat",
+            axis=0,
+        )
         nowhere = add("Expand", constant(graph, "not_chosen", -1e4, np.float32), shape, suffix="Expand")
         scattered = add("ScatterElements", nowhere, chosen, log_p, suffix="ScatterElements", axis=-1)
         probs = add("Reshape", scattered, constant(graph, "tokens_by_experts", [-1, number]), suffix="router_probs")
@@ -81,13 +93,19 @@ class FuseExperts(ir.passes.InPlacePass):
             inputs = [x, probs, initializer(graph, fc1), None, down_value]
             new.append(op("MoE", inputs, f"{name}MoE", attributes, MICROSOFT))
         else:
-            attributes |= {"expert_weight_bits": self.format.bits, "block_size": self.format.block_size, "accuracy_level": 4}
+            attributes |= {
+                "expert_weight_bits": self.format.bits,
+                "block_size": self.format.block_size,
+                "accuracy_level": 4,
+            }
             if x.dtype != ir.DataType.FLOAT:  # CUDA then packs at load what is the CPU's layout here
                 attributes["weights_prepacked"] = 0
             fc1_and_scales = _interleaved_codes(gate_up, f"{name}experts.fc1", self.format)
             fc2_and_scales = self.format.codes_and_scales(down, f"{name}experts.fc2")
             fc1, fc1_scales, fc2, fc2_scales = (initializer(graph, w) for w in (*fc1_and_scales, *fc2_and_scales))
-            new.append(op("QMoE", [x, probs, fc1, fc1_scales, None, fc2, fc2_scales], f"{name}QMoE", attributes, MICROSOFT))
+            new.append(
+                op("QMoE", [x, probs, fc1, fc1_scales, None, fc2, fc2_scales], f"{name}QMoE", attributes, MICROSOFT)
+            )
         output = add("Mul", new[-1].outputs[0], total, suffix="Mul")
         replace(graph, [experts], new, [(experts.outputs[0], output)])
 

@@ -6,14 +6,16 @@ import ast
 
 import onnx_ir as ir
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a traced node, and of what was inlined for one: its modules, outermost first
+# metadata of a traced node, and of what was inlined for one: its modules, outermost first
+SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class NameNodes(ir.passes.InPlacePass):
-    """Calls every traced node after its module and operator, `model.layers.0.self_attn/Softmax`, the next such one `..._2`.
+    """Calls every traced node after its module and operator, `model.layers.0.self_attn/Softmax`, the next such one
+    `..._2`.
 
-    Its outputs are called likewise, with `.0`, `.1` where there are several; the graph's own keep their names. Nodes that a
-    pass made carry no scope and are named by that pass.
+    Its outputs are called likewise, with `.0`, `.1` where there are several; the graph's own keep their names. Nodes
+    that a pass made carry no scope and are named by that pass.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -23,7 +25,8 @@ class NameNodes(ir.passes.InPlacePass):
             if SCOPES not in node.metadata_props:
                 continue
             *_, module, _ = ast.literal_eval(node.metadata_props[SCOPES])
-            plain = f"{module if module and not module.startswith('_') else 'model'}/{node.op_type}"  # the outermost has no name
+            # the outermost has no name
+            plain = f"{module if module and not module.startswith('_') else 'model'}/{node.op_type}"
             name, count = plain, 1
             while name in taken:
                 count += 1

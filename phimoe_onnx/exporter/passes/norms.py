@@ -10,8 +10,8 @@ from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, nodes, op, repl
 class FuseSkipLayerNorm(ir.passes.InPlacePass):
     """Replaces Add(a, b) -> LayerNormalization by com.microsoft.SkipLayerNormalization, whose fourth output is the sum.
 
-    The first LayerNorm of the model, which follows the embedding, has no sum before it and stays. Matches exactly twice a
-    layer.
+    The first LayerNorm of the model, which follows the embedding, has no sum before it and stays. Matches exactly twice
+    a layer.
     """
 
     def __init__(self, layers: int) -> None:
@@ -27,7 +27,14 @@ class FuseSkipLayerNorm(ir.passes.InPlacePass):
             name = norm.inputs[1].name.removesuffix(".weight")
             attributes: dict[str, int | float | str] = {"epsilon": norm.attributes["epsilon"].as_float()}
             inputs = [*add.inputs, *norm.inputs[1:]]
-            fused = op("SkipLayerNormalization", inputs, name, attributes, MICROSOFT, outputs=("", "/mean", "/inv_std_var", "/sum"))
+            fused = op(
+                "SkipLayerNormalization",
+                inputs,
+                name,
+                attributes,
+                MICROSOFT,
+                outputs=("", "/mean", "/inv_std_var", "/sum"),
+            )
             values = [(norm.outputs[0], fused.outputs[0]), (add.outputs[0], fused.outputs[3])]
             model.graph.insert_after(norm, fused)
             replace(model.graph, [add, norm], [], values)

@@ -49,7 +49,9 @@ class StoreProjections(ir.passes.InPlacePass):
         new = op("MatMul", [matmul.inputs[0], stored], f"{name}/MatMul")
         replace(graph, [transpose, matmul], [new], [(matmul.outputs[0], new.outputs[0])])
 
-    def _quantize(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, format: Format) -> None:
+    def _quantize(
+        self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, format: Format
+    ) -> None:
         name = weight.name.removesuffix(".weight")
         codes, scales = format.codes_and_scales(weight, name)
         n, blocks = scales.shape.numpy()

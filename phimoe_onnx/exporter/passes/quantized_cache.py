@@ -16,14 +16,15 @@ DEVIATIONS = {8: 8.0, 4: 4.0}
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`, with a fixed scale for each channel.
+    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`, with a fixed scale for each
+    channel.
 
     The cache's inputs and outputs become int8 [B, K, T, D], or uint8 [B, K, T, D / 2] with two channels a byte.
 
-    No data is needed for the scales: a LayerNorm with weight g and bias b hands a projection W numbers of mean square 1, so
-    channel c of W (g x + b) + bias has about the mean W_c b + bias_c and the standard deviation |W_c g|, and its scale is
-    (|mean| + DEVIATIONS standard deviations) / the largest code. Rope turns channels c and c + D / 2 of a key into each other, so
-    both get the larger deviation, and the length of the two means, times the larger mscale.
+    No data is needed for the scales: a LayerNorm with weight g and bias b hands a projection W numbers of mean square
+    1, so channel c of W (g x + b) + bias has about the mean W_c b + bias_c and the standard deviation |W_c g|, and its
+    scale is (|mean| + DEVIATIONS standard deviations) / the largest code. Rope turns channels c and c + D / 2 of a key
+    into each other, so both get the larger deviation, and the length of the two means, times the larger mscale.
 
     Matches exactly `num_hidden_layers` places.
 
@@ -64,7 +65,9 @@ class QuantizeCache(ir.passes.InPlacePass):
         return Weight(name, ir.DataType.FLOAT, shape, [job_piece(run, shape, ir.DataType.FLOAT)])
 
 
-def channel_scales(config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], prefix: str, projection: str, bits: int) -> torch.Tensor:
+def channel_scales(
+    config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], prefix: str, projection: str, bits: int
+) -> torch.Tensor:
     """The scales of one layer's keys ("k_proj") or values ("v_proj"), float32 [1, K, 1, D]."""
     weight = read_rows(rows[f"{prefix}self_attn.{projection}.weight"])
     gain, offset = (read_rows(rows[f"{prefix}input_layernorm.{part}"]) for part in ("weight", "bias"))

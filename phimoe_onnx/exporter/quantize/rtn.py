@@ -9,16 +9,20 @@ import torch
 
 from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Piece, Rows, Weight
 
-SLAB = 1 << 19  # weights that are quantised at once: few enough for a core's cache, enough for threads not to queue for the GIL
-ROUND = 3.0 * (1 << 22)  # added to a float32 it leaves no bits for a fraction, so the low ones are those of the nearest integer
+SLAB = (
+    1 << 19
+)  # weights that are quantised at once: few enough for a core's cache, enough for threads not to queue for the GIL
+ROUND = 3.0 * (
+    1 << 22
+)  # added to a float32 it leaves no bits for a fraction, so the low ones are those of the nearest integer
 
 
 @dataclass(frozen=True)
 class Format:
     """Symmetric integers of `bits` (4 or 8), one scale of `dtype` for each `block_size` neighbours of a row.
 
-    A stored code q stands for (q - 2 ** (bits - 1)) * scale. Of two 4-bit codes in a byte the first is in the low nibble
-    (com.microsoft.MatMulNBits in ONNX Runtime's ContribOperators.md).
+    A stored code q stands for (q - 2 ** (bits - 1)) * scale. Of two 4-bit codes in a byte the first is in the low
+    nibble (com.microsoft.MatMulNBits in ONNX Runtime's ContribOperators.md).
     """
 
     bits: int
@@ -34,15 +38,23 @@ class Format:
         return self.block_size * self.bits // 8
 
     def attributes(self, n: int, blocks: int) -> dict[str, int]:
-        """MatMulNBits' attributes for n rows of so many blocks; activations are rounded to int8 as well (accuracy_level 4)."""
-        return {"N": n, "K": blocks * self.block_size, "bits": self.bits, "block_size": self.block_size, "accuracy_level": 4}
+        """MatMulNBits' attributes for n rows of so many blocks; activations are rounded to int8 as well (accuracy_level
+        4).
+        """
+        return {
+            "N": n,
+            "K": blocks * self.block_size,
+            "bits": self.bits,
+            "block_size": self.block_size,
+            "accuracy_level": 4,
+        }
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [..., N, K] -> codes uint8 [..., N, K * bits / 8] and scales [..., N, K / block_size].
 
         The scale is signed, so that the block's largest magnitude falls on the lowest code, whose magnitude is one step
-        larger than the highest's: all 2 ** bits codes are used. Values are off by half a step at most, but for those within
-        half a step of the largest magnitude with the other sign, which are clipped to one step less.
+        larger than the highest's: all 2 ** bits codes are used. Values are off by half a step at most, but for those
+        within half a step of the largest magnitude with the other sign, which are clipped to one step less.
         """
         *outer, k = weight.shape
         rows = weight.reshape(-1, k)
@@ -77,7 +89,9 @@ class Format:
         return rows
 
     def codes_and_scales(self, parameter: Parameter, name: str) -> tuple[Weight, Weight]:
-        """The parameter [..., N, K] as two weights, [..., N, K * bits / 8] and [..., N, K / block_size], a job for each of its rows."""
+        """The parameter [..., N, K] as two weights, [..., N, K * bits / 8] and [..., N, K / block_size], a job for each
+        of its rows.
+        """
         jobs = [self.job(rows) for rows in parameter.rows]
         return self.weights(name, jobs, parameter.shape.numpy())
 
@@ -92,6 +106,8 @@ class Format:
     def weights(self, name: str, jobs: list[Job], shape: tuple[int, ...]) -> tuple[Weight, Weight]:
         """Codes and scales of a matrix or a stack of matrices of `shape`, from jobs that give both."""
         *outer, k = shape
-        codes = Weight(f"{name}.codes", ir.DataType.UINT8, (*outer, k * self.bits // 8), [Piece(job, 0) for job in jobs])
+        codes = Weight(
+            f"{name}.codes", ir.DataType.UINT8, (*outer, k * self.bits // 8), [Piece(job, 0) for job in jobs]
+        )
         scales = Weight(f"{name}.scales", self.dtype, (*outer, k // self.block_size), [Piece(job, 1) for job in jobs])
         return codes, scales
