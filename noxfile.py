@@ -57,7 +57,7 @@ def onnxruntime_1_29(session: nox.Session) -> None:
         session,
         *sorted(map(str, Path("tests").glob("test_runtime_*.py"))),
         "tests/test_oldest_onnxruntime.py",
-        "tests/conformance",
+        "tests/test_conformance.py",
     )
 
 

@@ -29,12 +29,12 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+from phimoe_onnx import reference
 from phimoe_onnx._version import __version__
 from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, cache_names
 from phimoe_onnx.config import PhiMoEConfig, read_config
-from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.verify import SAMPLE
-from phimoe_onnx.runtime.tokenizer import Tokenizer
+from phimoe_onnx.text.tokenizer import Tokenizer
 from tests.checkpoints import MODEL, longrope, write_checkpoint
 
 PAST = 512  # cached tokens at a decode step, and the tokens of a prefill

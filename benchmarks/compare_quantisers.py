@@ -33,9 +33,9 @@ import torch
 from numpy.typing import NDArray
 
 from phimoe_onnx._version import __version__
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.exporter import pipeline
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.weights import tensor_bytes
 from tests.checkpoints import write_checkpoint

@@ -20,8 +20,8 @@ import psutil
 from process import measure
 from shapes import SHAPES, write_checkpoint
 
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import read_config
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.plan import requirements
 
 EXPORT = "import sys; from phimoe_onnx.cli.export import main; sys.exit(main())"

@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.progress import track
 
 from phimoe_onnx import bundle
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import read_config
 from phimoe_onnx.exporter import pipeline, staging
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.trace import trace
 from tests.checkpoints import MODEL, write_checkpoint
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.config import read_json
 from phimoe_onnx.errors import BundleError, ConfigError
+from phimoe_onnx.files import read_json, sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SAMPLING = "sampling.onnx"  # beside CUDA's graph: docs/sampling.md for the device
-_HASH_BLOCK = 1 << 20  # bytes
+SAMPLING = "sampling.onnx"  # beside CUDA's graph: spec/sampling.md for the device
 PREFILL_CHUNK = {
     "cpu": 512,
     "cuda": 4096,
@@ -108,7 +106,7 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a generation loop must know, in any language; docs/embedding.md says how it is used.
+    """What a generation loop must know, in any language; spec/embedding.md says how it is used.
 
     Attributes:
         vocab_size: the logits' width.
@@ -261,17 +259,6 @@ def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -
         return {
             path.name: {"size": path.stat().st_size, "sha256": hash} for path, hash in zip(paths, hashes, strict=True)
         }
-
-
-def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-            if advance:
-                advance(len(block))
-    return digest.hexdigest()
 
 
 def _files(bundle: Path) -> list[Path]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.files import read_json
 
 ARCHITECTURES = {  # and the task that each was made for; Microsoft spells the name one way, transformers the other
     "PhiMoEForCausalLM": "text-generation",
@@ -85,29 +85,6 @@ class PhiMoEConfig:
         if self.problem_type == "regression":
             return "none"
         return "sigmoid" if self.problem_type == "multi_label_classification" or len(self.labels) == 1 else "softmax"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, a Git LFS pointer, or holds no JSON object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a folder with a {path.name} in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    if text.startswith("version https://git-lfs"):
-        raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def read_config(folder: Path) -> PhiMoEConfig:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from phimoe_onnx.bundle import describe_files, read_manifest
+from phimoe_onnx.checkpoint.tensors import SINGLE
 from phimoe_onnx.cli import optimum_export
 from phimoe_onnx.cli.export import main
-from phimoe_onnx.exporter.checkpoint import SINGLE
 from tests.checkpoints import BASE, write_checkpoint
 
 Bundle = Callable[[str, str, str], Path]

@@ -11,12 +11,12 @@ import onnxruntime
 import pytest
 
 from phimoe_onnx.errors import DeviceError
-from phimoe_onnx.runtime import cuda, session
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.runtime.ort import driver, session
 
 if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
     pytest.skip("needs onnxruntime-gpu", allow_module_level=True)
-if cuda.driver_problem() is None:
+if driver.driver_problem() is None:
     pytest.skip("there is a card here", allow_module_level=True)
 
 Bundle = Callable[..., Path]

@@ -12,7 +12,7 @@ import pytest
 from phimoe_onnx.bundle import CacheShape, Decoding
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import ConfigError
-from phimoe_onnx.exporter.decoding import hidden_tokens, read_decoding
+from phimoe_onnx.exporter.manifest.decoding import hidden_tokens, read_decoding
 from tests.checkpoints import MODEL
 from tests.toy_bundle import SPECIAL, make_tokenizer
 

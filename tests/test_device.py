@@ -12,14 +12,14 @@ import pytest
 
 from phimoe_onnx.bundle import SAMPLING, read_manifest
 from phimoe_onnx.errors import GenerationError, OutOfMemoryError
-from phimoe_onnx.runtime.cache import SharedCache
-from phimoe_onnx.runtime.chat import ChatTemplate
 from phimoe_onnx.runtime.decoder import Decoder
-from phimoe_onnx.runtime.device import DeviceCache
 from phimoe_onnx.runtime.generate import generate, make_request
 from phimoe_onnx.runtime.model import PhiMoE
 from phimoe_onnx.runtime.sampling import Choice, Sampling
-from phimoe_onnx.runtime.tokenizer import Tokenizer
+from phimoe_onnx.runtime.slots.device import DeviceCache
+from phimoe_onnx.runtime.slots.host import SharedCache
+from phimoe_onnx.text.template import ChatTemplate
+from phimoe_onnx.text.tokenizer import Tokenizer
 
 Bundle = Callable[..., Path]
 Make = Callable[[int, int], Decoder]

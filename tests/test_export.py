@@ -21,15 +21,14 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from onnx.reference import ReferenceEvaluator
 
-from phimoe_onnx import export
+from phimoe_onnx import export, reference
 from phimoe_onnx.bundle import Graph, check_files, describe_files, read_manifest
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError, ConfigError, DeviceError, ExportError
 from phimoe_onnx.exporter import pipeline
-from phimoe_onnx.exporter.chat_format import chat_format
+from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.staging import Journal, staged
 from phimoe_onnx.modeling import PhiMoEForCausalLM
-from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import (

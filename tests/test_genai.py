@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from phimoe_onnx.exporter.pipeline import export
-from phimoe_onnx.runtime.chat import ChatTemplate
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.text.template import ChatTemplate
 from tests.checkpoints import MODEL, longrope, write_checkpoint
 
 og = pytest.importorskip("onnxruntime_genai")

@@ -16,10 +16,11 @@ import pytest
 from huggingface_hub import constants
 
 from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.checkpoint import source
+from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, read_headers
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.errors import CheckpointError, ConfigError, ExportError
-from phimoe_onnx.exporter import pipeline, source
-from phimoe_onnx.exporter.checkpoint import INDEX, SINGLE, read_headers
+from phimoe_onnx.exporter import pipeline
 from tests.checkpoints import BASE, MODEL
 from tests.hub import Files, Hub, read_files
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phimoe_onnx.runtime.mapped import released
+from phimoe_onnx.runtime.ort.mapped import released
 
 SIZE = 8 << 20
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError
-from phimoe_onnx.runtime.memory import memory_errors
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.runtime.ort.errors import memory_errors
 
 # As ONNX Runtime 1.31 words them: its arena, the same under gpu_mem_limit, and CUDA.
 TEXTS = {

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from phimoe_onnx import reference
 from phimoe_onnx.config import parse_config
 from phimoe_onnx.modeling import PhiMoEForCausalLM, Rope, experts, mixer_weights, sparse_mixer
-from phimoe_onnx.parity import reference
 from tests.checkpoints import BASE, SHAPES, assert_close, make_model, random_ids
 
 Row = NDArray[np.float32]

@@ -10,16 +10,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from phimoe_onnx import PhiMoE
+from phimoe_onnx import PhiMoE, parity, reference
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.exporter.pipeline import export
-from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.stored import stored_model
-from phimoe_onnx.runtime.session import choose_graph
+from phimoe_onnx.runtime.ort.session import choose_graph
 from tests.checkpoints import MODEL, assert_close, at_level_0
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 31)
-TEXT = Path(reference.__file__).with_name("persuasion.txt").read_text(encoding="utf-8")
+TEXT = Path(parity.__file__).with_name("persuasion.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import pytest
 import torch
 from onnx_ir.passes import common
 
+from phimoe_onnx import reference
+from phimoe_onnx.checkpoint import tensors as checkpoints
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter import checkpoint as checkpoints
 from phimoe_onnx.exporter.functions import DOMAIN
 from phimoe_onnx.exporter.passes import attention
 from phimoe_onnx.exporter.passes._edit import MICROSOFT
@@ -38,7 +39,6 @@ from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.weights import Parameter, Weight
 from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.modeling import Rope
-from phimoe_onnx.parity import reference
 from tests.checkpoints import SHAPES, assert_close, feeds, open_graph, random_ids
 
 Traced = Callable[[str], ir.Model]

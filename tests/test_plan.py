@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from phimoe_onnx import export
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import read_config
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.kinds import stored_sizes
 from phimoe_onnx.exporter.plan import count_parameters, requirements
 from tests.checkpoints import MODEL

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from phimoe_onnx import ExportError, PhiMoE, export
+from phimoe_onnx import ExportError, PhiMoE, export, reference
 from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.cli.verify import main as verify_main
 from phimoe_onnx.config import read_config
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.passes.quantized_cache import DEVIATIONS, channel_scales
-from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.stored import stored_cache
 from tests.checkpoints import MODEL, random_ids
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from phimoe_onnx.errors import GenerationError
-from phimoe_onnx.runtime import Generation, PhiMoE, cache
+from phimoe_onnx.runtime import Generation, PhiMoE
+from phimoe_onnx.runtime.slots import host
 from tests.toy_bundle import BOUNDARY, CONTEXT, ToyModel, write_bundle
 
 Loaded = tuple[PhiMoE, ToyModel]
@@ -236,7 +237,7 @@ def test_the_whole_context_can_be_used(endless: Loaded) -> None:
 
 def test_a_conversation_computes_only_what_is_new(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, toy = endless
-    monkeypatch.setattr(cache, "_round_up", lambda capacity: capacity)  # so that the second turn needs longer buffers
+    monkeypatch.setattr(host, "_round_up", lambda capacity: capacity)  # so that the second turn needs longer buffers
     chat = model.chat(system="a")
     ran: list[int] = []
     run_row = type(chat._decoder._cache).run_row

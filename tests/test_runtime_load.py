@@ -13,8 +13,8 @@ import pytest
 from phimoe_onnx.bundle import Graph, describe_files, read_manifest
 from phimoe_onnx.errors import BundleError, DeviceError, GenerationError
 from phimoe_onnx.runtime import PhiMoE
-from phimoe_onnx.runtime.chat import ChatTemplate
-from phimoe_onnx.runtime.session import check_device, choose_graph
+from phimoe_onnx.runtime.ort.session import check_device, choose_graph
+from phimoe_onnx.text.template import ChatTemplate
 from tests.toy_bundle import write_bundle
 
 

@@ -1,4 +1,4 @@
-"""The order of the steps, their ties and edges, and the random numbers that docs/sampling.md promises."""
+"""The order of the steps, their ties and edges, and the random numbers that spec/sampling.md promises."""
 
 import itertools
 import math
@@ -86,7 +86,7 @@ def test_frequencies_are_the_probabilities() -> None:
 
 
 def plain(logits: list[float], sampling: Sampling, step: int) -> int:
-    """docs/sampling.md step by step, without numpy."""
+    """spec/sampling.md step by step, without numpy."""
     order = sorted(range(len(logits)), key=lambda id: -logits[id])[: sampling.top_k or None]
     weights = [math.exp(logits[id] / sampling.temperature - logits[order[0]] / sampling.temperature) for id in order]
     sums = list(itertools.accumulate(weights))

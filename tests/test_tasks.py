@@ -19,14 +19,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from phimoe_onnx import BundleError, CheckpointError, ExportError, GenerationError, PhiMoE, PhiMoEError, export, verify
+from phimoe_onnx import (
+    BundleError,
+    CheckpointError,
+    ExportError,
+    GenerationError,
+    PhiMoE,
+    PhiMoEError,
+    export,
+    reference,
+    verify,
+)
 from phimoe_onnx.bundle import Classes, read_manifest
 from phimoe_onnx.cli import chat as cli_chat
 from phimoe_onnx.cli import classify as cli_classify
 from phimoe_onnx.cli import export as cli_export
 from phimoe_onnx.cli import generate as cli_generate
 from phimoe_onnx.cli import verify as cli_verify
-from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.parity.texts import cut_texts
 from phimoe_onnx.runtime.classification import classify

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phimoe_onnx.errors import BundleError
-from phimoe_onnx.exporter.decoding import hidden_tokens
+from phimoe_onnx.exporter.manifest.decoding import hidden_tokens
 from phimoe_onnx.runtime.stop import StopStrings
-from phimoe_onnx.runtime.tokenizer import Tokenizer
+from phimoe_onnx.text.tokenizer import Tokenizer
 from tests.toy_bundle import make_tokenizer
 
 

@@ -14,12 +14,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from phimoe_onnx import export, verify
+from phimoe_onnx import export, reference, verify
 from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.cli.verify import main
 from phimoe_onnx.config import parse_config
 from phimoe_onnx.errors import BundleError, PhiMoEError
-from phimoe_onnx.parity import reference
 from phimoe_onnx.parity.report import junit, markdown
 from phimoe_onnx.parity.verify import DEFAULTS, Comparison, Thresholds, cut, log_softmax
 from phimoe_onnx.runtime import PhiMoE

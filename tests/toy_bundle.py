@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 
 from phimoe_onnx.bundle import Graph, Manifest, cache_names, describe_files
 from phimoe_onnx.config import LongRope, PhiMoEConfig, parse_config
-from phimoe_onnx.exporter.decoding import read_decoding
+from phimoe_onnx.exporter.manifest.decoding import read_decoding
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 2, 1, 16, 16
 CONTEXT, BOUNDARY = 96, 24

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from phimoe_onnx.checkpoint.source import headers
+from phimoe_onnx.checkpoint.tensors import parameters
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.checkpoint import parameters
 from phimoe_onnx.exporter.formats import task_for
 from phimoe_onnx.exporter.plan import Machine, Requirements, count_parameters, requirements, this_machine
-from phimoe_onnx.exporter.source import headers
 
 FORMS = (
     ("cpu", "none"),

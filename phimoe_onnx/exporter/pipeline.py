@@ -14,13 +14,14 @@ from onnxscript import optimizer
 
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
+from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve
+from phimoe_onnx.checkpoint.tensors import Stored, parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.chat_format import chat_format
-from phimoe_onnx.exporter.checkpoint import Stored, parameters, read_headers
-from phimoe_onnx.exporter.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.formats import DTYPES, activation_dtype, check_names, format_for, task_for
-from phimoe_onnx.exporter.genai import genai_config
+from phimoe_onnx.exporter.manifest.chat_format import chat_format
+from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
+from phimoe_onnx.exporter.manifest.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
 from phimoe_onnx.exporter.passes.cache import ReshapeCache
@@ -32,13 +33,12 @@ from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
-from phimoe_onnx.exporter.progress import Progress, counter
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.sampling import sampling_graph
-from phimoe_onnx.exporter.source import COPIED, fetch_weights, origin, resolve
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
+from phimoe_onnx.progress import Progress, counter
 
 
 def export(

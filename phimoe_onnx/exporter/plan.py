@@ -14,12 +14,12 @@ from pathlib import Path
 
 import psutil
 
+from phimoe_onnx.checkpoint.tensors import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.formats import format_for
 from phimoe_onnx.exporter.kinds import kind
 from phimoe_onnx.exporter.passes.attention import rope_rows
 from phimoe_onnx.exporter.quantize.rtn import Format
-from phimoe_onnx.exporter.weights import Rows
 
 # Bytes, measured with torch 2.13 and ONNX Runtime 1.32 on Linux.
 EXPORTER = 1000 << 20  # resident beside the weights at hand: torch, the traced graph, what the allocator keeps

@@ -1,4 +1,4 @@
-"""docs/sampling.md as a graph, so that on a GPU neither the logits nor the mask leave the device between two steps."""
+"""spec/sampling.md as a graph, so that on a GPU neither the logits nor the mask leave the device between two steps."""
 
 # mypy: disable-error-code="name-defined"
 from __future__ import annotations

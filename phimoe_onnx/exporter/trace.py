@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from phimoe_onnx import bundle, modeling
+from phimoe_onnx.checkpoint.tensors import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.functions import DOMAIN, FUNCTIONS, OPSET
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Rows
+from phimoe_onnx.exporter.weights import FLOATS, Parameter
 
 Contract = dict[str, tuple[str | int, ...]]  # names and dimensions
 

@@ -13,15 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from phimoe_onnx.checkpoint.tensors import Rows
+
 FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a checkpoint's tensor, [rows, ...]; `read` loads them, in the dtype in which they are stored."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +75,6 @@ def stacked(name: str, parameters: Sequence[Parameter]) -> Parameter:
     first = parameters[0]
     shape = (sum(int(parameter.shape[0]) for parameter in parameters), *first.shape[1:])
     return Parameter(name, first.dtype, shape, [rows for parameter in parameters for rows in parameter.rows])
-
-
-def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
-    """All rows at once, float32."""
-    return torch.cat([part.read().float() for part in rows])
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ class Layout:
     """Where every piece lies: data file and offset, decided before anything is computed, from sizes alone.
 
     Graphs laid out by the same Layout share pieces, so a second graph over the same weights adds no data. Scales have
-    files of their own, whose pages the runtime lets go of when a graph is loaded (runtime/mapped.py).
+    files of their own, whose pages the runtime lets go of when a graph is loaded (runtime/ort/mapped.py).
     """
 
     def __init__(self, stem: str = "model", file_limit: int = FILE_LIMIT) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from phimoe_onnx import reference as pytorch
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import PhiMoEError
-from phimoe_onnx.parity import reference as pytorch
 from phimoe_onnx.runtime.model import PhiMoE
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phimoe_onnx import reference as pytorch
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import GenerationError, PhiMoEError
 from phimoe_onnx.modeling import PhiMoEForCausalLM
-from phimoe_onnx.parity import reference as pytorch
 from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.stored import stored_cache, stored_model
 from phimoe_onnx.parity.texts import compare_texts, cut_texts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from phimoe_onnx.errors import GenerationError
-from phimoe_onnx.runtime.chat import Message
 from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate
+from phimoe_onnx.text.template import Message
 
 if TYPE_CHECKING:
     from phimoe_onnx.runtime.model import PhiMoE

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Decoding
-from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
-from phimoe_onnx.runtime.device import DeviceCache
-from phimoe_onnx.runtime.memory import memory_errors
+from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.sampling import Choice
+from phimoe_onnx.runtime.slots.device import DeviceCache
+from phimoe_onnx.runtime.slots.host import GrowingCache, SharedCache
 
 
 class Decoder:

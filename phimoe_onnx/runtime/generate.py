@@ -12,7 +12,7 @@ from phimoe_onnx.errors import GenerationError
 from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.sampling import Choice, Sampling
 from phimoe_onnx.runtime.stop import StopStrings
-from phimoe_onnx.runtime.tokenizer import Tokenizer
+from phimoe_onnx.text.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
 DEFAULT_NEW_TOKENS = 1024  # where max_new_tokens is not given

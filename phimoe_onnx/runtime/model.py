@@ -14,17 +14,17 @@ from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import TASKS, Manifest, check_files, read_manifest
 from phimoe_onnx.errors import BundleError, GenerationError
-from phimoe_onnx.runtime.cache import GrowingCache, SharedCache
-from phimoe_onnx.runtime.chat import ChatTemplate, Message
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder
-from phimoe_onnx.runtime.device import DeviceCache
 from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate, make_request
-from phimoe_onnx.runtime.memory import memory_errors
-from phimoe_onnx.runtime.session import open_sampling, open_session
+from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.session import open_sampling, open_session
+from phimoe_onnx.runtime.slots.device import DeviceCache
+from phimoe_onnx.runtime.slots.host import GrowingCache, SharedCache
 from phimoe_onnx.runtime.texts import run_texts
-from phimoe_onnx.runtime.tokenizer import Tokenizer
+from phimoe_onnx.text.template import ChatTemplate, Message
+from phimoe_onnx.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Batch = (

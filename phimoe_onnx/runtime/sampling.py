@@ -1,7 +1,7 @@
 """From logits to the next token: penalty, temperature, truncation and a draw that any language can reproduce.
 
 In this order, as transformers does: repetition penalty, then (if temperature is 0) the largest logit, else temperature,
-top-k, top-p, min-p and the draw. Ties go to the lower token id throughout. docs/sampling.md says the same without code.
+top-k, top-p, min-p and the draw. Ties go to the lower token id throughout. spec/sampling.md says the same without code.
 """
 
 from __future__ import annotations

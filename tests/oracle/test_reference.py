@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from phimoe_onnx import PhiMoE
+from phimoe_onnx import PhiMoE, parity, reference
 from phimoe_onnx.config import read_config
 from phimoe_onnx.exporter.pipeline import export
-from phimoe_onnx.parity import reference
 from tests.checkpoints import MODEL, SHAPES, longrope, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -34,7 +33,7 @@ HEAD_DIM: dict[str, dict[str, Any]] = {
     "head_dim-longrope": {"head_dim": 32, "rope_scaling": longrope(32)},
 }
 CASES = SHAPES.keys() - HEAD_DIM.keys() if FOUR else HEAD_DIM.keys()
-TEXT = Path(reference.__file__).with_name("persuasion.txt")
+TEXT = Path(parity.__file__).with_name("persuasion.txt")
 NEW = 256
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from phimoe_onnx import PhiMoE, export
+from phimoe_onnx import PhiMoE, export, reference
 from phimoe_onnx.config import read_config
-from phimoe_onnx.parity import reference
 from tests.checkpoints import SHAPES, TASKS, assert_close, random_ids, write_checkpoint
 from tests.oracle.test_reference import CASES, HEAD_DIM, SAVE_OPTIONS, oracle
 

@@ -31,7 +31,7 @@ export interface CacheShape {
 
 export type CacheType = "float32" | "float16" | "int8" | "uint8";
 
-/** What a generation loop must know; docs/embedding.md of the repository says how it is used. */
+/** What a generation loop must know; spec/embedding.md of the repository says how it is used. */
 export interface Decoding {
   /** The logits' width. */
   vocab_size: number;

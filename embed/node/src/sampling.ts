@@ -1,6 +1,6 @@
 import { GenerationError } from "./errors.js";
 
-/** How the next token is chosen; docs/sampling.md of the repository says the same without code. */
+/** How the next token is chosen; spec/sampling.md of the repository says the same without code. */
 export interface Sampling {
   /** Divides the logits; 0 takes the most likely token. */
   temperature: number;

@@ -1,5 +1,5 @@
 import { join } from "node:path";
 
-/** tests/conformance of the repository. */
-export const SUITE = join(import.meta.dirname, "../../../../tests/conformance");
+/** spec of the repository. */
+export const SUITE = join(import.meta.dirname, "../../../../spec");
 export const BUNDLE = join(SUITE, "bundle");

@@ -1,4 +1,4 @@
-//! Continues a prompt with a bundle of phimoe-export, greedily: ONNX Runtime, a tokenizer and a JSON parser, as docs/embedding.md
+//! Continues a prompt with a bundle of phimoe-export, greedily: ONNX Runtime, a tokenizer and a JSON parser, as spec/embedding.md
 //! says. The letters of the shapes are that page's.
 
 use std::collections::HashMap;

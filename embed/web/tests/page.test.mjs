@@ -10,7 +10,7 @@ import { chromium } from "playwright-core";
 
 import { pageServer } from "../serve.mjs";
 
-const SUITE = new URL("../../../tests/conformance/", import.meta.url);
+const SUITE = new URL("../../../spec/", import.meta.url);
 const { cases } = JSON.parse(readFileSync(new URL("cases.json", SUITE), "utf-8"));
 const executablePath = find(process.env.CHROMIUM ?? "chromium");
 // Chromium's own renderer, on the processor, in the place of a graphics processor

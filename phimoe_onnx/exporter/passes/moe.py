@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from phimoe_onnx.checkpoint.tensors import Rows
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.functions import DOMAIN
 from phimoe_onnx.exporter.passes._edit import MICROSOFT, constant, expect, initializer, nodes, op, parameter, replace
 from phimoe_onnx.exporter.quantize.rtn import Format
-from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Rows, Weight, job_piece
+from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Weight, job_piece
 
 
 class FuseExperts(ir.passes.InPlacePass):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from phimoe_onnx.checkpoint.tensors import read_rows
 from phimoe_onnx.exporter.passes._edit import MICROSOFT, initializer, nodes, only_user, op, parameter, replace
 from phimoe_onnx.exporter.quantize.rtn import Format
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, job_piece, read_rows
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, job_piece
 
 
 class StoreProjections(ir.passes.InPlacePass):

@@ -7,9 +7,10 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
+from phimoe_onnx.checkpoint.tensors import Rows, read_rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, initializer, nodes
-from phimoe_onnx.exporter.weights import Rows, Weight, job_piece, read_rows
+from phimoe_onnx.exporter.weights import Weight, job_piece
 
 # How many standard deviations of a channel the largest code stands for; more costs resolution, fewer clip.
 DEVIATIONS = {8: 8.0, 4: 4.0}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Piece, Rows, Weight
+from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.exporter.weights import FLOATS, Job, Parameter, Piece, Weight
 
 SLAB = (
     1 << 19

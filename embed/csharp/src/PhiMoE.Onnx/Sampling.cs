@@ -3,7 +3,7 @@ using System.Buffers;
 namespace PhiMoEOnnx;
 
 /// <summary>From logits to the next token: penalty, temperature, truncation and a draw that any language can reproduce.</summary>
-/// <remarks>docs/sampling.md says the same without code. Ties go to the lower token id throughout.</remarks>
+/// <remarks>spec/sampling.md says the same without code. Ties go to the lower token id throughout.</remarks>
 internal static class Sampling
 {
     /// <summary>The next token.</summary>

@@ -3,7 +3,7 @@ using System.Text.Json.Nodes;
 
 namespace PhiMoEOnnx.Tests;
 
-/// <summary>tests/conformance of the repository: what a runtime in any language must give, and the bundle that gives it.</summary>
+/// <summary>spec of the repository: what a runtime in any language must give, and the bundle that gives it.</summary>
 public sealed class Conformance : IDisposable
 {
     private static readonly string Folder = Find();
@@ -138,12 +138,12 @@ public sealed class Conformance : IDisposable
     {
         for (DirectoryInfo? folder = new DirectoryInfo(AppContext.BaseDirectory); folder != null; folder = folder.Parent)
         {
-            string found = Path.Combine(folder.FullName, "tests", "conformance");
+            string found = Path.Combine(folder.FullName, "spec");
             if (File.Exists(Path.Combine(found, "cases.json")))
             {
                 return found;
             }
         }
-        throw new DirectoryNotFoundException($"no tests/conformance above {AppContext.BaseDirectory}; run the tests inside the repository");
+        throw new DirectoryNotFoundException($"no spec above {AppContext.BaseDirectory}; run the tests inside the repository");
     }
 }

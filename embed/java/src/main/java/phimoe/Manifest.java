@@ -22,7 +22,7 @@ import java.util.regex.Pattern;
 import java.util.stream.IntStream;
 import java.util.stream.Stream;
 
-/** manifest.json; docs/embedding.md says what each key means. */
+/** manifest.json; spec/embedding.md says what each key means. */
 record Manifest(
         int formatVersion, String task, String target, List<Graph> graphs, Decoding decoding, Map<String, Entry> files, Chat chat) {
     record Graph(String file, String minimumOnnxruntime, List<String> optionalInputs) {}

@@ -4,7 +4,7 @@ import java.util.List;
 
 /**
  * How a text is continued, for example {@code Options.GREEDY.maxNewTokens(60).stop("\n")}. Sampling is specified to the bit in
- * docs/sampling.md: the same seed gives the same tokens in every language.
+ * spec/sampling.md: the same seed gives the same tokens in every language.
  *
  * @param maxNewTokens where to end at the latest; null for 1024, or what the context leaves
  * @param temperature divides the logits; 0 takes the most likely token

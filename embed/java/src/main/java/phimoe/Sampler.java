@@ -3,7 +3,7 @@ package phimoe;
 import java.util.Arrays;
 import java.util.Set;
 
-/** From logits to the next token, as docs/sampling.md says it. */
+/** From logits to the next token, as spec/sampling.md says it. */
 final class Sampler {
     private Sampler() {}
 

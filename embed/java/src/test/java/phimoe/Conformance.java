@@ -12,9 +12,9 @@ import java.util.Map;
 import java.util.stream.Stream;
 import java.util.stream.StreamSupport;
 
-/** tests/conformance/cases.json and its bundle, and JSON values as this library's. */
+/** spec/cases.json and its bundle, and JSON values as this library's. */
 final class Conformance {
-    static final Path FOLDER = Path.of("../../tests/conformance");
+    static final Path FOLDER = Path.of("../../spec");
     static final Path BUNDLE = FOLDER.resolve("bundle");
     private static final JsonObject ALL = read(FOLDER.resolve("cases.json"));
 

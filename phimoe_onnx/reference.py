@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phimoe_onnx import modeling
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers, read_rows
 from phimoe_onnx.config import read_config
-from phimoe_onnx.exporter.checkpoint import parameters, read_headers
 from phimoe_onnx.exporter.formats import task_for
-from phimoe_onnx.exporter.weights import read_rows
 from phimoe_onnx.modeling import PhiMoEForCausalLM, PhiMoEForFeatureExtraction, PhiMoEForSequenceClassification
 
 Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in order

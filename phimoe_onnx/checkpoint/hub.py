@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from phimoe_onnx.bundle import sha256
+from phimoe_onnx.checkpoint.tensors import Stored
 from phimoe_onnx.errors import CheckpointError
-from phimoe_onnx.exporter.checkpoint import Stored
-from phimoe_onnx.exporter.progress import Progress, counter
+from phimoe_onnx.files import sha256
+from phimoe_onnx.progress import Progress, counter
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata

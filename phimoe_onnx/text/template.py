@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phimoe_onnx.config import read_json
 from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
+from phimoe_onnx.files import read_json
 
 Message = Mapping[str, str]
 

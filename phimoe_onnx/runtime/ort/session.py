@@ -10,9 +10,9 @@ import onnxruntime as ort
 
 from phimoe_onnx.bundle import SAMPLING, Graph, Manifest
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError
-from phimoe_onnx.runtime.cuda import driver_problem, library_problem
-from phimoe_onnx.runtime.mapped import released
-from phimoe_onnx.runtime.memory import memory_errors
+from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
+from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.mapped import released
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16

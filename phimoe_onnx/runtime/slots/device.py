@@ -17,7 +17,7 @@ from onnxruntime import OrtValue, RunOptions
 
 from phimoe_onnx.bundle import ATTENTION_MASK, CACHE_WIDTHS, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, ROPE_LENGTH, cache_names
 from phimoe_onnx.errors import GenerationError, OutOfMemoryError
-from phimoe_onnx.runtime.memory import REMEDY, gigabytes
+from phimoe_onnx.runtime.ort.errors import REMEDY, gigabytes
 from phimoe_onnx.runtime.sampling import Choice, Sampling, uniform
 
 if TYPE_CHECKING:

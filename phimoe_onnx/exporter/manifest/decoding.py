@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from phimoe_onnx.bundle import PREFILL_CHUNK, CacheShape, Decoding
-from phimoe_onnx.config import PhiMoEConfig, read_json, read_token_ids
+from phimoe_onnx.config import PhiMoEConfig, read_token_ids
 from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.files import read_json
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 

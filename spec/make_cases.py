@@ -1,6 +1,6 @@
 """Writes bundle/ and cases.json beside this file: what a runtime in any language must give, token for token.
 
-    python -m tests.conformance.make_cases
+    python -m spec.make_cases
 
 Releases of ONNX Runtime, processors and kernels round differently, and where two tokens, or two experts, are nearly as
 likely that decides. So a case is kept only if every token in it was chosen with a margin, `GAP` and `DISTANCE`, by
@@ -25,16 +25,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from phimoe_onnx import PhiMoE, export
+from phimoe_onnx import PhiMoE, export, parity
 from phimoe_onnx.bundle import describe_files, read_manifest
-from phimoe_onnx.parity import reference
 from phimoe_onnx.runtime.generate import Generation
 from phimoe_onnx.runtime.sampling import Sampling, draw, penalize, sample, uniform
 from tests.checkpoints import MODEL
 
 HERE = Path(__file__).parent
 BUNDLE, CASES = HERE / "bundle", HERE / "cases.json"
-TEXT = Path(reference.__file__).with_name("persuasion.txt").read_text(encoding="utf-8")
+TEXT = Path(parity.__file__).with_name("persuasion.txt").read_text(encoding="utf-8")
 
 GAP = 0.1  # between the chosen token's logit and the nearest other one
 DISTANCE = 0.01  # of a draw's random number from where it would choose another token

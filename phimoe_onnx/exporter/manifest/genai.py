@@ -6,7 +6,7 @@ from typing import Any
 
 from phimoe_onnx import bundle
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.exporter.decoding import eos_token_ids
+from phimoe_onnx.exporter.manifest.decoding import eos_token_ids
 
 
 def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: str, target: str) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phimoe_onnx.checkpoint import hub
+from phimoe_onnx.checkpoint.tensors import INDEX, Stored, read_headers, shard_files
 from phimoe_onnx.errors import CheckpointError, ExportError
-from phimoe_onnx.exporter import hub
-from phimoe_onnx.exporter.checkpoint import INDEX, Stored, read_headers, shard_files
-from phimoe_onnx.exporter.progress import Progress
+from phimoe_onnx.progress import Progress
 
 COPIED = (
     "config.json",

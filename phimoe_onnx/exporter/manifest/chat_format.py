@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phimoe_onnx.bundle import ChatFormat
-from phimoe_onnx.config import read_json
+from phimoe_onnx.files import read_json
 
 MARK = (
     " \N{WHITE LARGE SQUARE}\n"  # stands for the content; no template has it, and one that trims its contents loses it

@@ -17,7 +17,7 @@ from phimoe_onnx import PhiMoE, errors, export
 from phimoe_onnx.runtime.sampling import Sampling, sample
 from tests.checkpoints import MODEL
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "spec"
 BUNDLE = HERE / "bundle"
 CASES = json.loads((HERE / "cases.json").read_text(encoding="utf-8"))
 
@@ -35,9 +35,7 @@ def test_the_bundle_is_what_the_exporter_writes(tmp_path: Path) -> None:
     fresh = export(MODEL, tmp_path / "bundle", quantize="int4")
     names = sorted(path.name for path in fresh.iterdir())
     assert names == sorted(path.name for path in BUNDLE.iterdir())
-    assert filecmp.cmpfiles(fresh, BUNDLE, names, shallow=False) == (names, [], []), (
-        "run python -m tests.conformance.make_cases"
-    )
+    assert filecmp.cmpfiles(fresh, BUNDLE, names, shallow=False) == (names, [], []), "run python -m spec.make_cases"
 
 
 @pytest.mark.parametrize("case", cases("expected"))

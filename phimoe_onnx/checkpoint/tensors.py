@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from phimoe_onnx.config import PhiMoEConfig, read_json
+from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ConfigError
-from phimoe_onnx.exporter.weights import Rows
+from phimoe_onnx.files import read_json
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a checkpoint's tensor, [rows, ...]; `read` loads them, in the dtype in which they are stored."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,11 @@ class Stored:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+
+def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
+    """All rows at once, float32."""
+    return torch.cat([part.read().float() for part in rows])
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -1,0 +1,1 @@
+"""What people hand in: a checkpoint's tensors, in a folder or on the hub."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime: sessions, the CUDA driver, errors and mapped files."""

@@ -1,0 +1,1 @@
+"""Where the rows of a batch keep their keys and values: on the host, or on a device."""
