@@ -87,7 +87,7 @@ final class Agreement {
 
     private void check(String name, NodeInfo found, Tensor expected) {
         if (!(found.getInfo() instanceof TensorInfo info) || info.type != expected.dtype) {
-            throw disagree(name + " is " + found.getInfo() + " in the graph, expected " + expected.dtype);
+            throw disagree(name + " is " + found.getInfo() + " in the graph, expected the dtype " + expected.dtype);
         }
         long[] shape = info.getShape();
         boolean agrees = shape.length == expected.shape.length;

@@ -25,11 +25,11 @@ final class Changes {
         this.bundle = bundle;
     }
 
-    /** Makes `bundle` a copy with changes, done one after the other. */
-    static Path copy(Path bundle, JsonElement changes) {
-        Changes copy = new Changes(bundle);
+    /** A copy in a new folder inside `parent`, with changes that are done one after the other. */
+    static Path copy(Path parent, JsonElement changes) {
         try {
-            Files.createDirectories(bundle);
+            Path bundle = Files.createTempDirectory(parent, "bundle");
+            Changes copy = new Changes(bundle);
             try (Stream<Path> files = Files.list(Conformance.BUNDLE)) {
                 for (Path file : files.toList()) {
                     Files.copy(file, bundle.resolve(file.getFileName()));
@@ -38,10 +38,10 @@ final class Changes {
             for (JsonElement change : changes.getAsJsonArray()) {
                 copy.apply(change.getAsJsonArray());
             }
+            return bundle;
         } catch (IOException error) {
             throw new UncheckedIOException(error);
         }
-        return bundle;
     }
 
     private void apply(JsonArray change) throws IOException {

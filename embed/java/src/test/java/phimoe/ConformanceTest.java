@@ -80,7 +80,7 @@ class ConformanceTest {
 
     /** Loads a copy of the bundle with the changes of a case. */
     private static PhiMoE load(Path folder, JsonObject test) {
-        Path bundle = Changes.copy(folder.resolve(test.get("name").getAsString().replaceAll("\\W", "-")), test.get("bundle"));
+        Path bundle = Changes.copy(folder, test.get("bundle"));
         JsonElement threads = test.has("load") ? test.getAsJsonObject("load").get("threads") : null;
         return threads == null ? PhiMoE.load(bundle) : PhiMoE.load(bundle, threads.getAsInt());
     }

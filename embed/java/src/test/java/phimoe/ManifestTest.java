@@ -23,18 +23,18 @@ import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
+import org.junit.jupiter.params.provider.ValueSource;
 
 /** Manifests that no exporter wrote: each is either read rightly or refused with an error of this library. */
 class ManifestTest {
     private static final Prompt PROMPT = new Prompt.Text("It was a fine morning, and");
-    private static final int MUTANTS = 400;
-    @TempDir
+    private static final int MUTANTS = 300;
     private static Path bundle;
     private static String original;
 
     @BeforeAll
-    static void copy() throws IOException {
-        Changes.copy(bundle, new JsonArray());
+    static void copy(@TempDir Path folder) throws IOException {
+        bundle = Changes.copy(folder, new JsonArray());
         original = Files.readString(bundle.resolve(Manifest.FILE));
     }
 
@@ -73,6 +73,22 @@ class ManifestTest {
     void aReleaseOfManyPartsNeedsNoStack() {
         String manifest = original.replaceFirst("\"1\\.29\"", "\"99" + ".1".repeat(1_000_000) + "\"");
         assertThrows(DeviceException.class, () -> load(manifest).close());
+    }
+
+    @Test
+    void aCacheThatIsNotSharedIsForAnotherLanguage() {
+        String manifest = original.replace("\"shared\": true", "\"shared\": false");
+        assertTrue(assertThrows(DeviceException.class, () -> load(manifest)).getMessage().contains("shared"));
+    }
+
+    /** Whether a system allows them or not. */
+    @ParameterizedTest
+    @ValueSource(strings = {"\u00e9", "a*b", "a\tb", "con", "a:b", "ab ", "-"})
+    void aFileOfAnyNameIsAtMostMissing(String name) {
+        String manifest = original.replace("\"config.json\": {", JsonParser.parseString("'" + name + "'") + ": {");
+        assertThrows(BundleException.class, () -> load(manifest));
+        String longer = original.replace("\"config.json\": {", "\"" + "x".repeat(5_000) + "\": {");
+        assertThrows(BundleException.class, () -> load(longer));
     }
 
     /** From Java a graph with optional inputs cannot be run; beside that the choice is as in every language. */
