@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also for a number of too many digits, and for too deep a nesting
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
         raise ConfigError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found a {type(value).__name__}")

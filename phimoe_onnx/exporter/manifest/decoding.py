@@ -7,13 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.bundle import PREFILL_CHUNK, CacheShape, Decoding
+from phimoe_onnx.bundle import PREFILL_CHUNK, CacheDtype, CacheShape, Decoding
 from phimoe_onnx.config import PhiMoEConfig, read_token_ids
 from phimoe_onnx.files import read_json
 from phimoe_onnx.text.tokenizer import hidden_tokens
 
 
-def read_decoding(config: PhiMoEConfig, folder: Path, target: str, kv_cache: str, dtype: str = "float32") -> Decoding:
+def read_decoding(
+    config: PhiMoEConfig, folder: Path, target: str, kv_cache: str, dtype: CacheDtype = "float32"
+) -> Decoding:
     """The manifest's section for a checkpoint in `folder`, with activations of `dtype`.
 
     Raises:
