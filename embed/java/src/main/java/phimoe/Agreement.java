@@ -10,7 +10,7 @@ import java.util.Arrays;
 import java.util.Map;
 import java.util.TreeMap;
 
-/** Whether an opened graph is the one that the manifest describes: what the loop relies on, found before the first run. */
+/** Whether an opened graph is the one that the manifest describes: what the loop relies on, before the first run. */
 final class Agreement {
     private static final long ANY = -1; // as ONNX Runtime says a dimension that is no number
 
@@ -41,7 +41,8 @@ final class Agreement {
     private void checkLayers(long inputs) {
         int layers = decoding.cache().numHiddenLayers();
         if (4 + 2L * layers != inputs) {
-            throw disagree("num_hidden_layers is " + layers + ", but the graph has " + inputs + " inputs, expected " + (4 + 2L * layers));
+            throw disagree("num_hidden_layers is " + layers + ", but the graph has " + inputs + " inputs, expected "
+                    + (4 + 2L * layers));
         }
     }
 
@@ -65,7 +66,9 @@ final class Agreement {
         Map<String, Tensor> tensors = new TreeMap<>();
         for (int layer = 0; layer < cache.numHiddenLayers(); layer++) {
             for (String part : new String[] {".key", ".value"}) {
-                tensors.put(prefix + layer + part, new Tensor(cache.dtype(), ANY, cache.numKeyValueHeads(), ANY, cache.headDim()));
+                tensors.put(
+                        prefix + layer + part,
+                        new Tensor(cache.dtype(), ANY, cache.numKeyValueHeads(), ANY, cache.headDim()));
             }
         }
         return tensors;
@@ -95,14 +98,14 @@ final class Agreement {
             agrees = shape[axis] == ANY || expected.shape[axis] == ANY || shape[axis] == expected.shape[axis];
         }
         if (!agrees) {
+            String keys = name.equals("logits") ? "vocab_size" : "num_key_value_heads and head_dim";
             throw disagree(name + " has the shape " + Arrays.toString(shape) + " in the graph, expected "
-                    + Arrays.toString(expected.shape) + " by " + (name.equals("logits") ? "vocab_size" : "num_key_value_heads and head_dim")
-                    + ", where -1 is any");
+                    + Arrays.toString(expected.shape) + " by " + keys + ", where -1 is any");
         }
     }
 
     private BundleException disagree(String what) {
-        return new BundleException(graph.resolveSibling(Manifest.FILE) + ": does not describe " + graph.getFileName() + ": " + what
-                + "; copy or export the bundle again");
+        return new BundleException(graph.resolveSibling(Manifest.FILE) + ": does not describe " + graph.getFileName() + ": "
+                + what + "; copy or export the bundle again");
     }
 }

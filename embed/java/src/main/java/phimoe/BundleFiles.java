@@ -27,7 +27,8 @@ final class BundleFiles {
             try {
                 check(bundle.resolve(name), expected);
             } catch (InvalidPathException error) { // some systems allow fewer names than others
-                throw new BundleException(bundle + ": cannot hold a file " + name + " (" + error.getReason() + ")", error);
+                String reason = error.getReason();
+                throw new BundleException(bundle + ": cannot hold a file " + name + " (" + reason + ")", error);
             }
         });
     }
@@ -40,7 +41,8 @@ final class BundleFiles {
             long size = Files.size(path);
             if (size != expected.size()) {
                 throw new BundleException(
-                        path + ": has " + size + " bytes, the manifest says " + expected.size() + "; copy or export the bundle again");
+                        path + ": has " + size + " bytes, the manifest says " + expected.size()
+                                + "; copy or export the bundle again");
             }
             if (size <= HASH_LIMIT && !sha256(path).equals(expected.sha256())) {
                 throw new BundleException(

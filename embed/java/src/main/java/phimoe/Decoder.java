@@ -36,7 +36,11 @@ final class Decoder implements AutoCloseable {
     private int boundRows;
     private boolean closed;
 
-    /** Empty caches for `rows` rows of up to `capacity` tokens; throws GenerationException where there is no memory for them. */
+    /**
+     * Empty caches for `rows` rows of up to `capacity` tokens.
+     *
+     * @throws GenerationException there is no memory for them
+     */
     Decoder(Session session, Manifest.Decoding decoding, int rows, int capacity) throws OrtException {
         this.session = session;
         this.decoding = decoding;
@@ -47,7 +51,8 @@ final class Decoder implements AutoCloseable {
         ids = Session.allocate(OnnxJavaType.INT64, Math.max(rows, Math.min(decoding.prefillChunk(), capacity)));
         mask = Session.allocate(OnnxJavaType.INT64, rows, capacity);
         logits = Session.allocate(OnnxJavaType.FLOAT, rows, decoding.vocabSize());
-        memory = session.takeMemory(2 * cache.numHiddenLayers(), dtype, rows, cache.numKeyValueHeads(), capacity, cache.headDim());
+        memory = session.takeMemory(
+                2 * cache.numHiddenLayers(), dtype, rows, cache.numKeyValueHeads(), capacity, cache.headDim());
         options = new RunOptions();
         scores = new float[decoding.vocabSize()];
         for (int row = 0; row < rows; row++) {

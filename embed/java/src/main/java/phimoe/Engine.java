@@ -4,12 +4,13 @@ import ai.onnxruntime.OrtException;
 import java.util.ArrayList;
 import java.util.List;
 
-/** The generation loop: prefills the requests of a batch one by one, then steps all of them until each has reached its end. */
+/** The generation loop: prefills the requests of a batch one by one, then steps all of them until each has ended. */
 final class Engine implements AutoCloseable {
     private final Decoder decoder;
     private final List<Row> active = new ArrayList<>(); // each at its row's number in the decoder
 
-    Engine(Session session, Manifest.Decoding decoding, Tokenizer tokenizer, List<Request> requests) throws OrtException {
+    Engine(Session session, Manifest.Decoding decoding, Tokenizer tokenizer, List<Request> requests)
+            throws OrtException {
         long longest = 0;
         for (Request request : requests) {
             active.add(new Row(active.size(), request, decoding, tokenizer));

@@ -12,11 +12,11 @@ import java.util.Map;
 import java.util.Set;
 
 /**
- * Which files a graph reads its weights from, found in the graph's own bytes before ONNX Runtime opens them: it opens whatever a
- * location names, "../x" and absolute paths too.
+ * Which files a graph reads its weights from, found in the graph's own bytes before ONNX Runtime opens them: it opens
+ * whatever a location names, "../x" and absolute paths too.
  *
- * <p>An ONNX file is a Protocol Buffers message (https://protobuf.dev/programming-guides/encoding/) of the fields in onnx.proto3. This
- * walks those in which tensors can be, and passes over all others.
+ * <p>An ONNX file is a Protocol Buffers message (https://protobuf.dev/programming-guides/encoding/) of the fields in
+ * onnx.proto3. This walks those in which tensors can be, and passes over all others.
  */
 final class ExternalData {
     private static final int DEEPEST = 100; // messages inside each other, as Protocol Buffers' own parsers allow
@@ -57,18 +57,18 @@ final class ExternalData {
     static void check(Path graph, Set<String> files) {
         try (FileChannel channel = FileChannel.open(graph)) {
             if (channel.size() > Integer.MAX_VALUE) {
-                throw new BundleException(graph + ": has more than 2 GiB, which no ONNX graph has; copy or export the bundle again");
+                throw damaged(graph, "more than 2 GiB");
             }
             ByteBuffer model = channel.map(MapMode.READ_ONLY, 0, channel.size());
             new ExternalData(graph, files).walk(model, Message.MODEL, DEEPEST);
         } catch (BufferUnderflowException | CharacterCodingException error) {
             throw damaged(graph, "a field ends behind its message, or a name is no text");
         } catch (IOException error) {
-            throw new BundleException(graph + ": cannot be read (" + error + "); copy or export the bundle again", error);
+            throw new BundleException(graph + ": cannot be read (" + error + "); copy the bundle again", error);
         }
     }
 
-    /** Looks through one message; most have no location in them, and are passed over by one search for the key's text. */
+    /** Looks through one message; most hold no location, and are passed over by one search for the key's text. */
     private void walk(ByteBuffer message, Message kind, int depth) throws CharacterCodingException {
         if (!holdsLocation(message)) {
             return;
@@ -152,6 +152,7 @@ final class ExternalData {
     }
 
     private static BundleException damaged(Path graph, String what) {
-        return new BundleException(graph + ": is damaged, so no ONNX graph (" + what + "); copy or export the bundle again");
+        return new BundleException(
+                graph + ": is damaged, so no ONNX graph (" + what + "); copy or export the bundle again");
     }
 }

@@ -43,7 +43,8 @@ record Json(Path file, String place, JsonElement value) {
             }
             throw new BundleException("not a bundle of phimoe-export: " + file + " is not a JSON object");
         } catch (IOException | JsonParseException error) {
-            throw new BundleException("not a bundle of phimoe-export: " + file + " cannot be read (" + error + ")", error);
+            throw new BundleException(
+                    "not a bundle of phimoe-export: " + file + " cannot be read (" + error + ")", error);
         }
     }
 
@@ -124,7 +125,8 @@ record Json(Path file, String place, JsonElement value) {
 
     /** The keys of this object, each as a value. */
     List<Json> keys() {
-        return object().keySet().stream().map(key -> new Json(file, "a name of " + place, new JsonPrimitive(key))).toList();
+        return object().keySet().stream()
+                .map(key -> new Json(file, "a name of " + place, new JsonPrimitive(key))).toList();
     }
 
     /** The error that this value is not `expected`. */

@@ -46,7 +46,8 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
         }
 
         private static Graph of(Json graph, Map<String, String> devices) {
-            return new Graph(graph.get("file").fileName(), devices, names(graph, "optional_inputs"), names(graph, "requires"));
+            return new Graph(
+                    graph.get("file").fileName(), devices, names(graph, "optional_inputs"), names(graph, "requires"));
         }
 
         private static List<String> names(Json graph, String key) {
@@ -75,7 +76,11 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
         }
     }
 
-    /** One of the cache's tensors is [rows, numKeyValueHeads, length, headDim]; `shared`: past and present may be one buffer. */
+    /**
+     * One of the cache's tensors is [rows, numKeyValueHeads, length, headDim].
+     *
+     * @param shared whether past and present may be one buffer
+     */
     record CacheShape(int numHiddenLayers, int numKeyValueHeads, int headDim, OnnxJavaType dtype, boolean shared) {
         private static CacheShape of(Json cache) {
             OnnxJavaType dtype = CACHE_DTYPES.get(cache.get("dtype").text());
@@ -126,8 +131,8 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
                 return known;
             }
         }
-        throw new BundleException(root.file() + ": format_version is " + version.shown() + ", this release reads 1 to " + FORMAT_VERSION
-                + "; upgrade phimoe");
+        throw new BundleException(root.file() + ": format_version is " + version.shown() + ", this release reads 1 to "
+                + FORMAT_VERSION + "; upgrade phimoe");
     }
 
     private static List<Graph> graphs(Json root, int version) {

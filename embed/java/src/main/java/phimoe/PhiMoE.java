@@ -38,7 +38,8 @@ public final class PhiMoE implements AutoCloseable {
      * Loads a bundle; ONNX Runtime chooses the number of threads.
      *
      * @param bundle its folder
-     * @throws BundleException the folder is no bundle, a file of it is missing or changed, or its manifest does not describe its graph
+     * @throws BundleException the folder is no bundle, a file of it is missing or changed, or its manifest does not
+     *     describe its graph
      * @throws DeviceException the installed ONNX Runtime cannot run the bundle
      */
     public static PhiMoE load(Path bundle) {

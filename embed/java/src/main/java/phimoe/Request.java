@@ -14,14 +14,13 @@ record Request(List<Integer> prompt, int maxNewTokens, Options options) {
     static Request of(String name, List<Integer> prompt, Options options, int context) {
         int room = context - prompt.size();
         if (room <= 0) {
-            throw new GenerationException(
-                    name + " has " + prompt.size() + " tokens, which leaves no room in the context of " + context + "; shorten it");
+            throw new GenerationException(name + " has " + prompt.size()
+                    + " tokens, which leaves no room in the context of " + context + "; shorten it");
         }
         int maxNewTokens = options.maxNewTokens() == null ? Math.min(DEFAULT_NEW_TOKENS, room) : options.maxNewTokens();
         if (maxNewTokens > room) {
-            throw new GenerationException(
-                    name + " has " + prompt.size() + " tokens and maxNewTokens is " + maxNewTokens + ", together more than the context of "
-                            + context + "; at most " + room + " new tokens fit");
+            throw new GenerationException(name + " has " + prompt.size() + " tokens and maxNewTokens is " + maxNewTokens
+                    + ", together more than the context of " + context + "; at most " + room + " new tokens fit");
         }
         return new Request(prompt, maxNewTokens, options);
     }

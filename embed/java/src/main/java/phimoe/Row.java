@@ -34,7 +34,8 @@ final class Row {
         seed = options.seed() == null ? ThreadLocalRandom.current().nextLong() : options.seed();
         seen = new HashSet<>(request.prompt());
         eos = decoding.eosTokenIds();
-        stopIds = options.stop().stream().map(decoding.hiddenTokens()::get).filter(Objects::nonNull).collect(Collectors.toSet());
+        stopIds = options.stop().stream().map(decoding.hiddenTokens()::get).filter(Objects::nonNull)
+                .collect(Collectors.toSet());
         characters = tokenizer.stream(request.prompt());
         stops = new StopStrings(options.stop());
     }
@@ -61,8 +62,13 @@ final class Row {
         }
         finished = true;
         String last = stops.finish();
-        Generation result = new Generation(text.append(last).toString(), List.copyOf(tokenIds), reason, request.prompt().size(),
-                Duration.ofNanos(first - start), Duration.ofNanos(now - start));
+        Generation result = new Generation(
+                text.append(last).toString(),
+                List.copyOf(tokenIds),
+                reason,
+                request.prompt().size(),
+                Duration.ofNanos(first - start),
+                Duration.ofNanos(now - start));
         return new Piece(number, token, certain.text() + last, Optional.of(result));
     }
 }

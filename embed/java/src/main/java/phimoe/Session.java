@@ -39,8 +39,8 @@ final class Session implements AutoCloseable {
     Session(Path bundle, Manifest manifest, Integer threads) {
         Path path = bundle.resolve(chooseGraph(manifest.graphs(), ENVIRONMENT.getVersion()).file());
         if (!manifest.decoding().cache().shared()) {
-            throw new DeviceException("the bundle's cache cannot be one buffer (decoding.cache.shared is false), which Java needs; "
-                    + "export it with --target cpu");
+            throw new DeviceException("the bundle's cache cannot be one buffer (decoding.cache.shared is false), which Java "
+                    + "needs; export it with --target cpu");
         }
         if (threads != null && threads < 1) {
             throw new DeviceException("threads is " + threads + ", expected 1 or more");
@@ -53,7 +53,7 @@ final class Session implements AutoCloseable {
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
             options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR);
             options.setIntraOpNumThreads(threads == null ? 0 : threads);
-            options.addConfigEntry("session.load_model_format", "ONNX"); // whatever its name: ExternalData looked through this format
+            options.addConfigEntry("session.load_model_format", "ONNX"); // by any name: ExternalData knows this format
             OrtSession session = ENVIRONMENT.createSession(path.toString(), options);
             try {
                 Agreement.check(session, path, decoding);
@@ -63,12 +63,13 @@ final class Session implements AutoCloseable {
             }
             return session;
         } catch (OrtException error) {
-            throw new DeviceException(path + ": ONNX Runtime " + ENVIRONMENT.getVersion() + " cannot load it: " + error.getMessage(), error);
+            String problem = ENVIRONMENT.getVersion() + " cannot load it: " + error.getMessage();
+            throw new DeviceException(path + ": ONNX Runtime " + problem, error);
         }
     }
 
     /**
-     * The first graph that ONNX Runtime `installed` loads on the CPU and from Java, where it takes no values for optional inputs.
+     * The first graph that ONNX Runtime `installed` loads on the CPU and from Java, where it takes no optional inputs.
      *
      * @throws DeviceException there is none
      */
@@ -77,17 +78,20 @@ final class Session implements AutoCloseable {
         if (here.isEmpty()) {
             Set<String> devices = new TreeSet<>();
             graphs.forEach(graph -> devices.addAll(graph.devices().keySet()));
-            throw new DeviceException("the bundle runs on " + String.join(", ", devices) + ", not on cpu; export it with --target cpu");
+            throw new DeviceException(
+                    "the bundle runs on " + String.join(", ", devices) + ", not on cpu; export it with --target cpu");
         }
         List<Graph> usable = here.stream().filter(graph -> graph.optionalInputs().isEmpty()).toList();
         if (usable.isEmpty()) {
-            throw new DeviceException("every graph of the bundle has optional inputs, which Java cannot give; export it with --target cpu");
+            throw new DeviceException(
+                    "every graph of the bundle has optional inputs, which Java cannot give; export it with --target cpu");
         }
         List<Graph> known = usable.stream().filter(graph -> graph.requires().isEmpty()).toList();
         if (known.isEmpty()) {
             Set<String> missing = new TreeSet<>();
             usable.forEach(graph -> missing.addAll(graph.requires()));
-            throw new DeviceException("the bundle requires " + String.join(", ", missing) + ", not known here; upgrade phimoe");
+            throw new DeviceException(
+                    "the bundle requires " + String.join(", ", missing) + ", not known here; upgrade phimoe");
         }
         return known.stream().filter(graph -> RELEASES.compare(graph.devices().get(DEVICE), installed) <= 0).findFirst()
                 .orElseThrow(() -> new DeviceException("the bundle needs ONNX Runtime "
@@ -101,7 +105,8 @@ final class Session implements AutoCloseable {
     }
 
     /** Runs the graph into outputs that are there already. */
-    void run(Map<String, OnnxTensor> inputs, Map<String, OnnxTensor> outputs, OrtSession.RunOptions options) throws OrtException {
+    void run(Map<String, OnnxTensor> inputs, Map<String, OnnxTensor> outputs, OrtSession.RunOptions options)
+            throws OrtException {
         session.run(inputs, Set.of(), outputs, options).close();
     }
 
@@ -119,18 +124,18 @@ final class Session implements AutoCloseable {
         spare.set(memory);
     }
 
-    /** Memory for a tensor outside Java's heap, where ONNX Runtime can read and write it; of a buffer on the heap it makes a copy. */
+    /** Memory for a tensor outside Java's heap, where ONNX Runtime can write; of a buffer on the heap it makes a copy. */
     static ByteBuffer allocate(OnnxJavaType type, long... shape) {
         long bytes = bytes(type, shape);
         if (bytes > Integer.MAX_VALUE) {
-            throw new GenerationException("a tensor " + Arrays.toString(shape) + " is larger than Java's buffers, 2 GiB; give fewer "
-                    + "prompts or a lower maxNewTokens");
+            throw new GenerationException("a tensor " + Arrays.toString(shape) + " is larger than Java's buffers, 2 GiB; "
+                    + "give fewer prompts or a lower maxNewTokens");
         }
         try {
             return ByteBuffer.allocateDirect((int) bytes).order(ByteOrder.nativeOrder());
         } catch (OutOfMemoryError error) {
-            throw new GenerationException("no memory for " + (bytes >> 20) + " MiB more outside the heap, one of the buffers that the "
-                    + "cache needs; lower maxNewTokens or raise -XX:MaxDirectMemorySize", error);
+            throw new GenerationException("no memory for " + (bytes >> 20) + " MiB more outside the heap, one of the buffers "
+                    + "that the cache needs; lower maxNewTokens or raise -XX:MaxDirectMemorySize", error);
         }
     }
 

@@ -75,10 +75,12 @@ final class Changes {
     /** Sets a place, given as a JSON pointer, of the manifest; removes it where `value` is null. */
     private void set(String pointer, JsonElement value) throws IOException {
         JsonObject manifest = Conformance.read(bundle.resolve(Manifest.FILE));
-        List<String> keys = Stream.of(pointer.substring(1).split("/", -1)).map(key -> key.replace("~1", "/").replace("~0", "~")).toList();
+        List<String> keys = Stream.of(pointer.substring(1).split("/", -1))
+                .map(key -> key.replace("~1", "/").replace("~0", "~")).toList();
         JsonElement parent = manifest;
         for (String key : keys.subList(0, keys.size() - 1)) {
-            parent = parent.isJsonArray() ? parent.getAsJsonArray().get(Integer.parseInt(key)) : parent.getAsJsonObject().get(key);
+            parent = parent instanceof JsonArray array
+                    ? array.get(Integer.parseInt(key)) : parent.getAsJsonObject().get(key);
         }
         String last = keys.get(keys.size() - 1);
         if (parent instanceof JsonObject object) {
@@ -110,7 +112,8 @@ final class Changes {
             byte[] content = Files.readAllBytes(bundle.resolve(file));
             JsonObject entry = new JsonObject();
             entry.add("size", new JsonPrimitive(content.length));
-            entry.add("sha256", new JsonPrimitive(HexFormat.of().formatHex(MessageDigest.getInstance("SHA-256").digest(content))));
+            byte[] hash = MessageDigest.getInstance("SHA-256").digest(content);
+            entry.add("sha256", new JsonPrimitive(HexFormat.of().formatHex(hash)));
             set("/files/" + file.replace("~", "~0").replace("/", "~1"), entry);
         } catch (NoSuchAlgorithmException error) {
             throw new AssertionError(error);

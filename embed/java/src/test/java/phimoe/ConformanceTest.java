@@ -103,7 +103,8 @@ class ConformanceTest {
         for (int row = 0; row < rows.size(); row++) {
             assertEquals(Conformance.ints(rows.get(row).get("token_ids")), results[row].tokenIds());
             assertEquals(rows.get(row).get("text").getAsString(), results[row].text());
-            assertEquals(rows.get(row).get("finish_reason").getAsString(), results[row].finishReason().name().toLowerCase());
+            String reason = results[row].finishReason().name().toLowerCase();
+            assertEquals(rows.get(row).get("finish_reason").getAsString(), reason);
             assertEquals(rows.get(row).get("prompt_tokens").getAsInt(), results[row].promptTokens());
         }
         assertArrayEquals(rows.stream().map(row -> row.get("text").getAsString()).toArray(), streamed);
@@ -121,7 +122,8 @@ class ConformanceTest {
         assertEquals(test.get("error").getAsString().replace("Error", "Exception"), error.getClass().getSimpleName());
         Set<String> optionNames = test.has("options") ? test.getAsJsonObject("options").keySet() : Set.of();
         for (String name : Conformance.strings(test.get("names"))) {
-            String own = optionNames.contains(name) ? Pattern.compile("_(.)").matcher(name).replaceAll(m -> m.group(1).toUpperCase()) : name;
+            String own = optionNames.contains(name)
+                    ? Pattern.compile("_(.)").matcher(name).replaceAll(m -> m.group(1).toUpperCase()) : name;
             assertTrue(error.getMessage().contains(own), () -> own + " in " + error.getMessage());
         }
     }

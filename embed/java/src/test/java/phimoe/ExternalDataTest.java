@@ -59,7 +59,7 @@ class ExternalDataTest {
     }
 
     @ParameterizedTest
-    @ValueSource(strings = {"../model.data", "/etc/hosts", "other.data", "", "model.data\0", "sub/model.data", "./model.data"})
+    @ValueSource(strings = {"../model.data", "/etc/hosts", "other.data", "", "model.data\0", "sub/model.data", "./a"})
     void aLocationThatIsNotListedIsRefusedWhereverATensorCanBe(String location) {
         byte[][] models = {
             field(7, tensor(5, location)), // an initializer
