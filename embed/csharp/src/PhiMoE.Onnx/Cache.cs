@@ -52,14 +52,15 @@ internal sealed class SharedCache : ICache
         _shape = decoding.Cache;
         _vocabSize = decoding.VocabSize;
         _rows = rows;
-        _capacity = (capacity + 7) / 8 * 8; // a row is then a whole number of longs, whatever the dtype
-        (_dtype, int size) = Tensors.Dtype(_shape.Dtype);
-        long rowSize = (long)_shape.NumKeyValueHeads * _capacity * _shape.HeadDim * size / sizeof(long);
+        long room = (capacity + 7L) / 8 * 8; // a row is then a whole number of longs, whatever the dtype
+        (_dtype, int size) = Tensors.CacheDtypes[_shape.Dtype];
+        Int128 rowSize = (Int128)room * _shape.NumKeyValueHeads * _shape.HeadDim * size / sizeof(long);
         if (rows * rowSize > Array.MaxLength)
         {
             throw new GenerationException(
                 $"{rows} rows of {capacity} tokens need a buffer of more than 16 GiB; give fewer prompts or a smaller MaxNewTokens");
         }
+        _capacity = (int)room;
         _rowSize = (int)rowSize;
         _buffers = new long[2 * _shape.NumHiddenLayers][];
         for (int i = 0; i < _buffers.Length; i++)
@@ -150,7 +151,7 @@ internal sealed class GrowingCache : ICache
         _vocabSize = decoding.VocabSize;
         _outputs = Enumerable.Range(0, 2 * shape.NumHiddenLayers).Select(Tensors.Present).Append(Tensors.Logits).ToArray();
         _nothing = OrtValue.CreateAllocatedTensorValue(
-            OrtAllocator.DefaultInstance, Tensors.Dtype(shape.Dtype).Type, new long[] { 1, shape.NumKeyValueHeads, 0, shape.HeadDim });
+            OrtAllocator.DefaultInstance, Tensors.CacheDtypes[shape.Dtype].Type, new long[] { 1, shape.NumKeyValueHeads, 0, shape.HeadDim });
         _rows = Enumerable.Repeat<IDisposableReadOnlyCollection<OrtValue>?>(null, rows).ToList();
         _logits = new float[rows * _vocabSize];
     }
@@ -199,57 +200,4 @@ internal sealed class GrowingCache : ICache
             Tensors.Free(small.Values);
         }
     }
-}
-
-/// <summary>The graph's names, and its inputs but the cache.</summary>
-internal static class Tensors
-{
-    public const string Logits = "logits"; // float32 [B, logits_to_keep, V]
-
-    /// <summary>The name of the cache's array number <c>index</c>, key and value of each layer in turn, as an input.</summary>
-    public static string Past(int index) => "past_key_values" + Part(index);
-
-    /// <summary>The same as an output.</summary>
-    public static string Present(int index) => "present" + Part(index);
-
-    /// <summary>New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last ones alone are asked for.</summary>
-    public static Dictionary<string, OrtValue> Inputs(IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
-    {
-        int rows = totals.Count;
-        int longest = totals.Max();
-        long[] mask = new long[rows * longest]; // rows are padded on the right
-        for (int row = 0; row < rows; row++)
-        {
-            Array.Fill(mask, 1, row * longest, totals[row]);
-        }
-        return new Dictionary<string, OrtValue>
-        {
-            ["input_ids"] = Tensor(ids.Select(id => (long)id).ToArray(), rows, ids.Count / rows),
-            ["attention_mask"] = Tensor(mask, rows, longest),
-            ["logits_to_keep"] = Tensor(new[] { 1L }, 1),
-            ["rope_length"] = Tensor(new[] { (long)ropeLength }, 1),
-        };
-    }
-
-    public static void Free(IEnumerable<OrtValue> values)
-    {
-        foreach (OrtValue value in values)
-        {
-            value.Dispose();
-        }
-    }
-
-    /// <summary>The cache's dtype, and its bytes.</summary>
-    public static (TensorElementType Type, int Size) Dtype(string name) => name switch
-    {
-        "float32" => (TensorElementType.Float, 4),
-        "float16" => (TensorElementType.Float16, 2),
-        "int8" => (TensorElementType.Int8, 1),
-        "uint8" => (TensorElementType.UInt8, 1),
-        _ => throw new BundleException($"manifest.json: the cache's dtype is {name}, expected float32, float16, int8 or uint8"),
-    };
-
-    private static string Part(int index) => $".{index / 2}.{(index % 2 == 0 ? "key" : "value")}";
-
-    private static OrtValue Tensor(long[] values, params long[] shape) => OrtValue.CreateTensorValueFromMemory(values, shape);
 }

@@ -1,5 +1,4 @@
 using System.Text.Json;
-using System.Text.Json.Nodes;
 
 namespace PhiMoEOnnx.Tests;
 
@@ -69,33 +68,22 @@ public sealed class Conformance : IDisposable
     }
 
     /// <summary>A copy of the bundle, changed as a case says; the caller deletes it.</summary>
-    public static string ChangedBundle(JsonElement change)
+    public static string ChangedBundle(JsonElement given)
     {
         string copy = CopyBundle();
-        if (change.TryGetProperty("delete", out JsonElement deleted))
+        if (given.TryGetProperty("bundle", out JsonElement steps))
         {
-            File.Delete(Path.Combine(copy, deleted.GetString()!));
-        }
-        if (change.TryGetProperty("replace", out JsonElement replaced))
-        {
-            string[] texts = Strings(replaced);
-            string path = Path.Combine(copy, texts[0]);
-            string text = File.ReadAllText(path);
-            int place = text.IndexOf(texts[1], StringComparison.Ordinal);
-            File.WriteAllText(path, text.Substring(0, place) + texts[2] + text.Substring(place + texts[1].Length));
-        }
-        if (change.TryGetProperty("manifest", out JsonElement keys))
-        {
-            ChangeManifest(copy, manifest =>
-            {
-                foreach (JsonProperty key in keys.EnumerateObject())
-                {
-                    manifest[key.Name] = JsonNode.Parse(key.Value.GetRawText());
-                }
-            });
+            Changes.Apply(copy, steps);
         }
         return copy;
     }
+
+    /// <summary>Whether a case loads a bundle of its own.</summary>
+    public static bool LoadsItsOwn(JsonElement given) => given.TryGetProperty("bundle", out _) || given.TryGetProperty("load", out _);
+
+    /// <summary>The case's option of loading.</summary>
+    public static int? Threads(JsonElement given) =>
+        given.TryGetProperty("load", out JsonElement load) && load.TryGetProperty("threads", out JsonElement value) ? value.GetInt32() : 1;
 
     /// <summary>A copy of the bundle; the caller deletes it.</summary>
     public static string CopyBundle()
@@ -113,19 +101,11 @@ public sealed class Conformance : IDisposable
     public static string GrowingBundle()
     {
         string copy = CopyBundle();
-        ChangeManifest(copy, manifest => manifest["decoding"]!["cache"]!["shared"] = false);
+        Changes.Set(copy, "/decoding/cache/shared", false);
         return copy;
     }
 
     public void Dispose() => Model.Dispose();
-
-    private static void ChangeManifest(string bundle, Action<JsonNode> change)
-    {
-        string path = Path.Combine(bundle, "manifest.json");
-        JsonNode manifest = JsonNode.Parse(File.ReadAllText(path))!;
-        change(manifest);
-        File.WriteAllText(path, manifest.ToJsonString());
-    }
 
     private static string[] Strings(JsonElement json)
     {

@@ -4,7 +4,7 @@ namespace PhiMoEOnnx;
 
 /// <summary>From logits to the next token: penalty, temperature, truncation and a draw that any language can reproduce.</summary>
 /// <remarks>spec/sampling.md says the same without code. Ties go to the lower token id throughout.</remarks>
-internal static class Sampling
+internal static class Sampler
 {
     /// <summary>The next token.</summary>
     /// <param name="logits">float32 [vocab_size]; the repetition penalty changes them.</param>
