@@ -3,7 +3,9 @@ using Microsoft.ML.OnnxRuntime.Tensors;
 
 namespace PhiMoEOnnx;
 
-/// <summary>Whether a graph has the inputs and outputs that the manifest says, wherever the graph has a number.</summary>
+/// <summary>
+/// Whether a graph has the inputs and outputs that the manifest says, wherever the graph has a number.
+/// </summary>
 internal sealed class Agreement
 {
     private static readonly string[] TextInputs =
@@ -32,27 +34,26 @@ internal sealed class Agreement
                 ? input
                 : throw agreement.Disagree("optional_inputs", $"has no input {name} with a default", "one");
         }
-        agreement.CheckText(inputs, session.OutputMetadata, decoding.VocabSize);
-        agreement.CheckCache(inputs, Tensors.PastPrefix, Tensors.Past, decoding.Cache);
-        agreement.CheckCache(session.OutputMetadata, Tensors.PresentPrefix, Tensors.Present, decoding.Cache);
-        int arrays = 2 * decoding.Cache.NumHiddenLayers;
-        agreement.CheckNoOther(inputs.Keys, Enumerable.Range(0, arrays).Select(Tensors.Past).Concat(TextInputs));
-        agreement.CheckNoOther(session.OutputMetadata.Keys, Enumerable.Range(0, arrays).Select(Tensors.Present).Append(Tensors.Logits));
+        IReadOnlyDictionary<string, NodeMetadata> outputs = session.OutputMetadata;
+        foreach (string name in TextInputs)
+        {
+            int dimensions = name is Tensors.InputIds or Tensors.AttentionMask ? 2 : 1;
+            agreement.CheckType(inputs, name, "graphs", TensorElementType.Int64, dimensions);
+        }
+        agreement.CheckType(outputs, Tensors.Logits, "graphs", TensorElementType.Float, 3);
+        agreement.CheckSize(outputs[Tensors.Logits], Tensors.Logits, 2, "decoding.vocab_size", decoding.VocabSize);
+        CacheShape cache = decoding.Cache;
+        string[] past = agreement.CheckCache(inputs, Tensors.PastPrefix, Tensors.Past, cache);
+        string[] present = agreement.CheckCache(outputs, Tensors.PresentPrefix, Tensors.Present, cache);
+        agreement.CheckNoOther(inputs.Keys, past.Concat(TextInputs));
+        agreement.CheckNoOther(outputs.Keys, present.Append(Tensors.Logits));
     }
 
-    private void CheckText(
-        IReadOnlyDictionary<string, NodeMetadata> inputs, IReadOnlyDictionary<string, NodeMetadata> outputs, int vocabSize)
-    {
-        CheckType(inputs, Tensors.InputIds, "graphs", TensorElementType.Int64, 2);
-        CheckType(inputs, Tensors.AttentionMask, "graphs", TensorElementType.Int64, 2);
-        CheckType(inputs, Tensors.LogitsToKeep, "graphs", TensorElementType.Int64, 1);
-        CheckType(inputs, Tensors.RopeLength, "graphs", TensorElementType.Int64, 1);
-        CheckType(outputs, Tensors.Logits, "graphs", TensorElementType.Float, 3);
-        CheckSize(outputs, Tensors.Logits, 2, "decoding.vocab_size", vocabSize);
-    }
-
-    /// <summary>Holds the arrays [batch, num_key_value_heads, length, head_dim] of all layers against <c>shape</c>.</summary>
-    private void CheckCache(
+    /// <summary>
+    /// Holds the arrays [batch, num_key_value_heads, length, head_dim] of all layers against <c>shape</c>.
+    /// </summary>
+    /// <returns>Their names.</returns>
+    private string[] CheckCache(
         IReadOnlyDictionary<string, NodeMetadata> found, string prefix, Func<int, string> name, CacheShape shape)
     {
         // counted before they are looked up, for the manifest may say a billion layers
@@ -60,18 +61,26 @@ internal sealed class Agreement
         if (count != 2L * shape.NumHiddenLayers)
         {
             throw Disagree(
-                "decoding.cache.num_hidden_layers", $"has {count} arrays {prefix}*", $"2 for each of {shape.NumHiddenLayers} layers");
+                "decoding.cache.num_hidden_layers",
+                $"has {count} arrays {prefix}*",
+                $"2 for each of {shape.NumHiddenLayers} layers");
         }
-        for (int index = 0; index < count; index++)
+        string[] names = Enumerable.Range(0, count).Select(name).ToArray();
+        foreach (string each in names)
         {
-            CheckType(found, name(index), "decoding.cache.dtype", Tensors.CacheDtypes[shape.Dtype].Type, 4);
-            CheckSize(found, name(index), 1, "decoding.cache.num_key_value_heads", shape.NumKeyValueHeads);
-            CheckSize(found, name(index), 3, "decoding.cache.head_dim", shape.HeadDim);
+            CheckType(found, each, "decoding.cache.dtype", Tensors.CacheDtypes[shape.Dtype].Type, 4);
+            CheckSize(found[each], each, 1, "decoding.cache.num_key_value_heads", shape.NumKeyValueHeads);
+            CheckSize(found[each], each, 3, "decoding.cache.head_dim", shape.HeadDim);
         }
+        return names;
     }
 
     private void CheckType(
-        IReadOnlyDictionary<string, NodeMetadata> found, string name, string key, TensorElementType type, int dimensions)
+        IReadOnlyDictionary<string, NodeMetadata> found,
+        string name,
+        string key,
+        TensorElementType type,
+        int dimensions)
     {
         if (!found.TryGetValue(name, out NodeMetadata? tensor))
         {
@@ -79,15 +88,19 @@ internal sealed class Agreement
         }
         if (!tensor.IsTensor || tensor.ElementDataType != type || tensor.Dimensions.Length != dimensions)
         {
-            string is_ = tensor.IsTensor ? $"{tensor.ElementDataType} of {tensor.Dimensions.Length} dimensions" : "no tensor";
-            throw Disagree(key, $"has {name} as {is_}", $"{type} of {dimensions}");
+            string kind = tensor.IsTensor
+                ? $"{tensor.ElementDataType} of {tensor.Dimensions.Length} dimensions"
+                : "no tensor";
+            throw Disagree(key, $"has {name} as {kind}", $"{type} of {dimensions}");
         }
     }
 
-    /// <summary>Holds a dimension against the manifest's number; where the graph has a name for it any number will do.</summary>
-    private void CheckSize(IReadOnlyDictionary<string, NodeMetadata> found, string name, int dimension, string key, int expected)
+    /// <summary>
+    /// Holds a dimension against the manifest's number; where the graph has a name for it any number will do.
+    /// </summary>
+    private void CheckSize(NodeMetadata tensor, string name, int dimension, string key, int expected)
     {
-        int size = found[name].Dimensions[dimension];
+        int size = tensor.Dimensions[dimension];
         if (size >= 0 && size != expected)
         {
             throw Disagree(key, $"has {size} in dimension {dimension} of {name}", $"{expected}");
@@ -103,5 +116,6 @@ internal sealed class Agreement
     }
 
     private BundleException Disagree(string key, string found, string expected) =>
-        new BundleException($"{_manifest}: {key} does not fit {_graph}, which {found}, expected {expected}; export the bundle again");
+        new BundleException(
+            $"{_manifest}: {key} does not fit {_graph}, which {found}, expected {expected}; export the bundle again");
 }

@@ -4,20 +4,26 @@ using System.Text.Unicode;
 
 namespace PhiMoEOnnx;
 
-/// <summary>tokenizer.json as Llama's and Phi-3's are: BPE over characters, with a token for every byte of those it lacks.</summary>
-/// <remarks>Does what the library "tokenizers" does with such a file, and refuses a file that asks for anything else.</remarks>
+/// <summary>
+/// tokenizer.json as Llama's and Phi-3's are: BPE over characters, with a token for every byte of those it lacks.
+/// </summary>
+/// <remarks>
+/// Does what the library "tokenizers" does with such a file, and refuses a file that asks for anything else.
+/// </remarks>
 internal sealed class Bpe
 {
     private readonly Dictionary<string, int> _vocabulary;
     private readonly Dictionary<int, string> _texts = new Dictionary<int, string>();
     private readonly Dictionary<string, AddedToken> _added = new Dictionary<string, AddedToken>();
     private readonly int[] _bytes;
-    private readonly Dictionary<(int Left, int Right), (int Rank, int Id)> _merges = new Dictionary<(int, int), (int, int)>();
+    private readonly Dictionary<(int Left, int Right), (int Rank, int Id)> _merges =
+        new Dictionary<(int, int), (int, int)>();
     private readonly List<Func<string, string>> _normalizers = new List<Func<string, string>>();
     private readonly List<Func<List<string>, List<string>>> _decoders = new List<Func<List<string>, List<string>>>();
     private readonly List<int> _before = new List<int>(); // the tokens around a text
     private readonly List<int> _after = new List<int>();
-    private readonly ILookup<char, AddedToken> _raw; // found in the text as it is, by their first character, the longest first
+    // found in the text as it is, by their first character, the longest first
+    private readonly ILookup<char, AddedToken> _raw;
     private readonly ILookup<char, AddedToken> _normalized; // found in the normalized text
     private Func<string, bool, string> _preTokenizer = (text, first) => text;
 
@@ -73,7 +79,8 @@ internal sealed class Bpe
         }
         catch (NotSupportedException error)
         {
-            throw new BundleException($"{path}: {error.Message}; PhiMoE.Onnx reads byte-fallback BPE as PhiMoE checkpoints have it", error);
+            throw new BundleException(
+                $"{path}: {error.Message}; PhiMoE.Onnx reads byte-fallback BPE as PhiMoE checkpoints have it", error);
         }
     }
 
@@ -129,7 +136,9 @@ internal sealed class Bpe
         return _vocabulary.TryGetValue(token, out int id) ? id : null;
     }
 
-    /// <summary>Appends the ids of a text: its characters, or their bytes, merged in pairs, by rank and then from the left.</summary>
+    /// <summary>
+    /// Appends the ids of a text: its characters, or their bytes, merged in pairs, by rank and then from the left.
+    /// </summary>
     private void Merge(string text, List<int> ids)
     {
         List<int> symbols = new List<int>();
@@ -247,7 +256,9 @@ internal sealed class Bpe
     }
 
     private int Id(string text) =>
-        _vocabulary.TryGetValue(text, out int id) ? id : throw new NotSupportedException($"its vocabulary lacks {text}");
+        _vocabulary.TryGetValue(text, out int id)
+            ? id
+            : throw new NotSupportedException($"its vocabulary lacks {text}");
 
     private void ReadNormalizer(Json json)
     {
@@ -280,7 +291,9 @@ internal sealed class Bpe
                 {
                     string replaced = text.Replace(" ", space);
                     bool prepends = scheme == "always" || (scheme == "first" && first);
-                    return prepends && !replaced.StartsWith(space, StringComparison.Ordinal) ? space + replaced : replaced;
+                    return prepends && !replaced.StartsWith(space, StringComparison.Ordinal)
+                        ? space + replaced
+                        : replaced;
                 };
                 break;
             default:
@@ -333,7 +346,8 @@ internal sealed class Bpe
                 Expect(json, "start", "1");
                 Expect(json, "stop", "0");
                 string content = json["content"].Text();
-                string Strip(string text) => text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
+                string Strip(string text) =>
+                    text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
                 _decoders.Add(texts => texts.Select(Strip).ToList());
                 break;
             default:
@@ -341,7 +355,9 @@ internal sealed class Bpe
         }
     }
 
-    /// <summary>Puts runs of bytes together to text, or to a replacement character each where they are no UTF-8.</summary>
+    /// <summary>
+    /// Puts runs of bytes together to text, or to a replacement character each where they are no UTF-8.
+    /// </summary>
     private static List<string> JoinBytes(List<string> texts)
     {
         List<string> joined = new List<string>();
@@ -360,7 +376,7 @@ internal sealed class Bpe
         foreach (string text in texts)
         {
             if (text.Length == 6 && text.StartsWith("<0x", StringComparison.Ordinal) && text[5] == '>'
-                && byte.TryParse(text.AsSpan(3, 2), NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out byte value))
+                && byte.TryParse(text.AsSpan(3, 2), NumberStyles.AllowHexSpecifier, null, out byte value))
             {
                 bytes.Add(value);
                 continue;

@@ -9,8 +9,12 @@ internal static class Bundle
     private const int FormatVersion = 2; // version 1 is read, too
     private const long HashLimit = 256L << 20; // bytes; to read 20 GB takes longer than to load them
 
-    /// <summary>Reads manifest.json of a bundle for text generation; keys that are not known here are ignored.</summary>
-    /// <exception cref="BundleException">There is no bundle here, it is for another task, or its manifest is damaged or newer.</exception>
+    /// <summary>
+    /// Reads manifest.json of a bundle for text generation; keys that are not known here are ignored.
+    /// </summary>
+    /// <exception cref="BundleException">
+    /// There is no bundle here, it is for another task, or its manifest is damaged or newer.
+    /// </exception>
     public static Manifest ReadManifest(string folder)
     {
         string path = Path.Combine(folder, "manifest.json");
@@ -20,12 +24,14 @@ internal static class Bundle
             if (version != "1" && version != $"{FormatVersion}")
             {
                 throw new BundleException(
-                    $"{path}: format_version is {version}, this release reads 1 to {FormatVersion}; upgrade PhiMoE.Onnx");
+                    $"{path}: format_version is {version}, this release reads 1 to {FormatVersion}; "
+                    + "upgrade PhiMoE.Onnx");
             }
             string task = root["task"].Text();
             if (task != "text-generation")
             {
-                throw new BundleException($"{path}: task is {task}, expected text-generation; PhiMoE.Onnx runs no other");
+                throw new BundleException(
+                    $"{path}: task is {task}, expected text-generation; PhiMoE.Onnx runs no other");
             }
             Dictionary<string, BundleFile> files = ReadFiles(root["files"]);
             string? target = version == "1" ? root["target"].Text() : null;
@@ -35,7 +41,8 @@ internal static class Bundle
                 throw root["graphs"].Unexpected("a graph or more");
             }
             Decoding decoding = ReadDecoding(root["decoding"], files);
-            return new Manifest(task, graphs, decoding, files, root.FindValue("chat") is Json chat ? ReadChat(chat) : null);
+            ChatFormat? chat = root.FindValue("chat") is Json format ? ReadChat(format) : null;
+            return new Manifest(task, graphs, decoding, files, chat);
         });
     }
 
@@ -55,11 +62,13 @@ internal static class Bundle
             if (file.Length != expected.Size)
             {
                 throw new BundleException(
-                    $"{path}: has {file.Length} bytes, the manifest says {expected.Size}; copy or export the bundle again");
+                    $"{path}: has {file.Length} bytes, the manifest says {expected.Size}; "
+                    + "copy or export the bundle again");
             }
             if (file.Length <= HashLimit && Sha256(path) != expected.Sha256)
             {
-                throw new BundleException($"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
+                throw new BundleException(
+                    $"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
             }
         }
     }
@@ -150,17 +159,21 @@ internal static class Bundle
     private static string ListedFile(Json json, IReadOnlyDictionary<string, BundleFile> files)
     {
         string name = json.Text();
-        return IsPlain(name) && files.ContainsKey(name) ? name : throw json.Unexpected("the plain name of one of the manifest's files");
+        return IsPlain(name) && files.ContainsKey(name)
+            ? name
+            : throw json.Unexpected("the plain name of one of the manifest's files");
     }
 
-    /// <summary>Whether a name leads nowhere but into the bundle's own folder; a colon leads elsewhere on Windows.</summary>
+    /// <summary>
+    /// Whether a name leads nowhere but into the bundle's own folder; a colon leads elsewhere on Windows.
+    /// </summary>
     private static bool IsPlain(string name) =>
         name.Length > 0 && name != "." && name != ".." && name.IndexOfAny(new[] { '/', '\\', ':', '\0' }) < 0;
 
     private static string Matching(Json json, string pattern, string expected)
     {
         string text = json.Text();
-        return Regex.IsMatch(text, $@"\A(?:{pattern})\z", RegexOptions.CultureInvariant) ? text : throw json.Unexpected(expected);
+        return Regex.IsMatch(text, $@"\A(?:{pattern})\z") ? text : throw json.Unexpected(expected);
     }
 
     private static string Sha256(string path)

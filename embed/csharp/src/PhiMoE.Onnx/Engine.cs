@@ -24,7 +24,8 @@ internal sealed class Engine : IDisposable
     public IEnumerable<Piece> Run(IReadOnlyList<Request> requests, CancellationToken cancellationToken)
     {
         int capacity = requests.Max(request => request.Prompt.Count + request.MaxNewTokens);
-        List<Row> active = requests.Select((request, number) => new Row(number, request, _decoding, _tokenizer)).ToList();
+        List<Row> active =
+            requests.Select((request, number) => new Row(number, request, _decoding, _tokenizer)).ToList();
         using Decoder decoder = new Decoder(_session, _decoding, requests.Count, capacity, cancellationToken);
         for (int row = 0; row < requests.Count; row++)
         {

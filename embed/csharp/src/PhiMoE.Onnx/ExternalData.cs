@@ -4,12 +4,14 @@ namespace PhiMoEOnnx;
 
 /// <summary>Where an ONNX file says that its weights lie.</summary>
 /// <remarks>
-/// ONNX Runtime opens whatever a location names, "../x" and absolute paths too, so they are looked at before it does. Of protobuf's encoding
-/// (protobuf.dev/programming-guides/encoding) this reads what leads to them, by the field numbers of onnx.proto.
+/// ONNX Runtime opens whatever a location names, "../x" and absolute paths too, so they are looked at before it does.
+/// Of protobuf's encoding (protobuf.dev/programming-guides/encoding) this reads what leads to them, by the field
+/// numbers of onnx.proto.
 /// </remarks>
 internal static class ExternalData
 {
-    private static readonly Encoding Utf8 = new UTF8Encoding(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
+    private static readonly Encoding Utf8 =
+        new UTF8Encoding(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
 
     private enum Message
     {
@@ -34,12 +36,14 @@ internal static class ExternalData
             if (other != null)
             {
                 throw new BundleException(
-                    $"{path}: has weights in {other}, which is none of the files in manifest.json; copy or export the bundle again");
+                    $"{path}: has weights in {other}, which is none of the files in manifest.json; "
+                    + "copy or export the bundle again");
             }
         }
         catch (Exception error) when (error is InvalidDataException || error is DecoderFallbackException)
         {
-            throw new BundleException($"{path}: is no ONNX file, or damaged ({error.Message}); copy or export the bundle again", error);
+            throw new BundleException(
+                $"{path}: is no ONNX file, or damaged ({error.Message}); copy or export the bundle again", error);
         }
         catch (Exception error) when (error is IOException || error is UnauthorizedAccessException)
         {
@@ -47,7 +51,9 @@ internal static class ExternalData
         }
     }
 
-    /// <summary>Every location in a model: of its initializers, of its nodes' attributes, and of subgraphs and functions.</summary>
+    /// <summary>
+    /// Every location in a model: of its initializers, of its nodes' attributes, and of subgraphs and functions.
+    /// </summary>
     private static IEnumerable<string> Locations(byte[] model)
     {
         if (model.AsSpan().IndexOf("location"u8) < 0)
@@ -101,7 +107,9 @@ internal static class ExternalData
         _ => Message.Other,
     };
 
-    /// <summary>The next field's number, and where its bytes lie if it is one with a length; else its number is 0.</summary>
+    /// <summary>
+    /// The next field's number, and where its bytes lie if it is one with a length; else its number is 0.
+    /// </summary>
     private static (int Field, int Start, int End) ReadField(byte[] bytes, ref int place, int end)
     {
         ulong tag = ReadVarint(bytes, ref place, end);

@@ -4,10 +4,13 @@ using System.Text.Json;
 namespace PhiMoEOnnx;
 
 /// <summary>A value of a JSON file that nobody vouches for, and where it stands.</summary>
-/// <remarks>Every member throws a BundleException that names the file and the key where the value is of another kind.</remarks>
+/// <remarks>
+/// Every member throws a BundleException that names the file and the key where the value is of another kind.
+/// </remarks>
 internal readonly struct Json
 {
-    private static readonly Encoding Utf8 = new UTF8Encoding(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
+    private static readonly Encoding Utf8 =
+        new UTF8Encoding(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
 
     private readonly JsonElement _value;
     private readonly string _path;
@@ -41,7 +44,9 @@ internal readonly struct Json
         Find(key) ?? throw Damaged(_path, $"{Inside(key)} is missing");
 
     /// <summary>What <c>read</c> makes of the file.</summary>
-    /// <exception cref="BundleException">It cannot be read, is no JSON, or <c>read</c> found another value than it expected.</exception>
+    /// <exception cref="BundleException">
+    /// It cannot be read, is no JSON, or <c>read</c> found another value than it expected.
+    /// </exception>
     public static T Read<T>(string path, Func<Json, T> read)
     {
         try
@@ -49,12 +54,12 @@ internal readonly struct Json
             using JsonDocument document = JsonDocument.Parse(Utf8.GetString(File.ReadAllBytes(path)));
             return read(new Json(document.RootElement, path, ""));
         }
-        catch (Exception error) when (error is IOException || error is UnauthorizedAccessException)
+        catch (Exception error) when (error is IOException or UnauthorizedAccessException)
         {
             throw new BundleException($"{path}: cannot be read ({error.Message}); expected a file of a bundle", error);
         }
         // JsonElement throws an InvalidOperationException for a string with half of a surrogate pair
-        catch (Exception error) when (error is JsonException || error is DecoderFallbackException || error is InvalidOperationException)
+        catch (Exception error) when (error is JsonException or DecoderFallbackException or InvalidOperationException)
         {
             throw Damaged(path, error.Message, error);
         }
@@ -104,7 +109,8 @@ internal readonly struct Json
     /// <summary>A whole number from <c>least</c> to 2147483647.</summary>
     public int Integer(int least)
     {
-        bool isInteger = _value.ValueKind == JsonValueKind.Number && _value.TryGetInt32(out int found) && found >= least;
+        bool isInteger =
+            _value.ValueKind == JsonValueKind.Number && _value.TryGetInt32(out int found) && found >= least;
         return isInteger ? _value.GetInt32() : throw Unexpected($"a whole number from {least} to {int.MaxValue}");
     }
 

@@ -24,9 +24,13 @@ public sealed class PhiMoE : IDisposable
 
     /// <summary>Loads a bundle that phimoe-export wrote.</summary>
     /// <param name="bundle">Its folder.</param>
-    /// <param name="threads">Threads for one operator; null leaves it to ONNX Runtime, which takes one a physical core.</param>
+    /// <param name="threads">
+    /// Threads for one operator; null leaves it to ONNX Runtime, which takes one a physical core.
+    /// </param>
     /// <exception cref="BundleException">The folder is no bundle, or a file of it is missing or changed.</exception>
-    /// <exception cref="DeviceException">The bundle is for another device, or the installed ONNX Runtime cannot run it.</exception>
+    /// <exception cref="DeviceException">
+    /// The bundle is for another device, or the installed ONNX Runtime cannot run it.
+    /// </exception>
     public static PhiMoE Load(string bundle, int? threads = null)
     {
         Manifest manifest = Bundle.ReadManifest(bundle);
@@ -39,13 +43,17 @@ public sealed class PhiMoE : IDisposable
     /// <summary>Continues or answers one prompt.</summary>
     /// <param name="prompt">A text, messages or token ids.</param>
     /// <param name="options">How; null takes the defaults.</param>
-    /// <exception cref="GenerationException">The prompt is empty or does not fit the context, or an option is out of range.</exception>
+    /// <exception cref="GenerationException">
+    /// The prompt is empty or does not fit the context, or an option is out of range.
+    /// </exception>
     public Generation Generate(Prompt prompt, GenerationOptions? options = null) =>
         _engine.Run(Single(prompt, options), CancellationToken.None).Last().Result!;
 
     /// <summary>Continues or answers each prompt of a batch exactly as if it were alone.</summary>
     /// <param name="prompts">The prompts.</param>
-    /// <param name="options">As for one prompt, for all of them; a row has the random numbers that its prompt would have alone.</param>
+    /// <param name="options">
+    /// As for one prompt, for all of them; a row has the random numbers that its prompt would have alone.
+    /// </param>
     /// <returns>A result for each prompt, in their order.</returns>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
     public IReadOnlyList<Generation> Generate(IReadOnlyList<Prompt> prompts, GenerationOptions? options = null)
@@ -58,11 +66,17 @@ public sealed class PhiMoE : IDisposable
         return results;
     }
 
-    /// <summary>Streams the continuation of one prompt, or its answer, piece by piece; the work is done on the thread pool.</summary>
+    /// <summary>
+    /// Streams the continuation of one prompt, or its answer, piece by piece; the work is done on the thread pool.
+    /// </summary>
     /// <param name="prompt">A text, messages or token ids.</param>
     /// <param name="options">How; null takes the defaults.</param>
-    /// <param name="cancellationToken">Ends the generation, also within a pass over the model, with an OperationCanceledException.</param>
-    /// <exception cref="GenerationException">As for <c>Generate</c>; thrown by this call, before the first piece.</exception>
+    /// <param name="cancellationToken">
+    /// Ends the generation, also within a pass over the model, with an OperationCanceledException.
+    /// </param>
+    /// <exception cref="GenerationException">
+    /// As for <c>Generate</c>; thrown by this call, before the first piece.
+    /// </exception>
     public IAsyncEnumerable<Piece> GenerateAsync(
         Prompt prompt, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
         RunAsync(Single(prompt, options), cancellationToken);
@@ -73,10 +87,14 @@ public sealed class PhiMoE : IDisposable
     /// <param name="cancellationToken">As for one prompt.</param>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
     public IAsyncEnumerable<Piece> GenerateAsync(
-        IReadOnlyList<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
+        IReadOnlyList<Prompt> prompts,
+        GenerationOptions? options = null,
+        CancellationToken cancellationToken = default) =>
         RunAsync(Batch(prompts, options), cancellationToken);
 
-    /// <summary>Frees the model; waits for a pass in another thread, after which what goes on throws an ObjectDisposedException.</summary>
+    /// <summary>
+    /// Frees the model; waits for a pass in another thread, after which what goes on throws an ObjectDisposedException.
+    /// </summary>
     public void Dispose() => _engine.Dispose();
 
     private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>

@@ -5,7 +5,9 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
 {
     private const int DefaultNewTokens = 1024; // where MaxNewTokens is not given
 
-    /// <summary>A request whose options are in range and whose tokens fit the context; <c>name</c> is the prompt's in errors.</summary>
+    /// <summary>
+    /// A request whose options are in range and whose tokens fit the context; <c>name</c> is the prompt's in errors.
+    /// </summary>
     /// <exception cref="GenerationException">They are not, or a token is none of the vocabulary.</exception>
     public static Request Make(string name, IReadOnlyList<int> prompt, Decoding decoding, GenerationOptions options)
     {
@@ -14,7 +16,8 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
         {
             if (id < 0 || id >= decoding.VocabSize)
             {
-                throw new GenerationException($"{name} holds {id}, expected token ids from 0 to {decoding.VocabSize - 1}");
+                throw new GenerationException(
+                    $"{name} holds {id}, expected token ids from 0 to {decoding.VocabSize - 1}");
             }
         }
         int context = decoding.Context;
@@ -28,8 +31,8 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
         if (most > room)
         {
             throw new GenerationException(
-                $"{name} has {prompt.Count} tokens and MaxNewTokens is {most}, together more than the context of {context}; "
-                + $"at most {room} new tokens fit");
+                $"{name} has {prompt.Count} tokens and MaxNewTokens is {most}, together more than the "
+                + $"context of {context}; at most {room} new tokens fit");
         }
         return new Request(prompt, most, options);
     }

@@ -12,7 +12,8 @@ internal sealed class Row
     private readonly long _seed;
     private readonly IReadOnlySet<int> _eos;
     private readonly HashSet<int> _seen;
-    private readonly HashSet<int> _stopIds = new HashSet<int>(); // a hidden token has no text that a stop string could be found in
+    // a hidden token has no text that a stop string could be found in
+    private readonly HashSet<int> _stopIds = new HashSet<int>();
     private readonly List<int> _tokenIds = new List<int>();
     private readonly TextStream _characters;
     private readonly StopStrings _strings;

@@ -7,23 +7,28 @@ namespace PhiMoEOnnx;
 internal static class Session
 {
     private const string Device = "cpu";
-    private static readonly IReadOnlySet<string> Known = new HashSet<string>(); // of what a graph may require: nothing yet
+    // of what a graph may require: nothing yet
+    private static readonly IReadOnlySet<string> Provided = new HashSet<string>();
 
     /// <summary>The manifest's first graph that runs here, on ONNX Runtime <c>installed</c> ("1.32.0").</summary>
-    /// <exception cref="DeviceException">None is for the CPU, or each requires what is unknown here or a newer release.</exception>
+    /// <exception cref="DeviceException">
+    /// None is for the CPU, or each requires what is unknown here or a newer release.
+    /// </exception>
     public static Graph ChooseGraph(string folder, Manifest manifest, string installed)
     {
         Graph[] here = manifest.Graphs.Where(graph => graph.Devices.ContainsKey(Device)).ToArray();
         if (here.Length == 0)
         {
             string others = string.Join(", ", manifest.Graphs.SelectMany(graph => graph.Devices.Keys).Distinct());
-            throw new DeviceException($"{folder}: was exported for {others}, not for {Device}; export it again with --target {Device}");
+            throw new DeviceException(
+                $"{folder}: was exported for {others}, not for {Device}; export it again with --target {Device}");
         }
-        Graph[] understood = here.Where(graph => graph.Requires.All(Known.Contains)).ToArray();
+        Graph[] understood = here.Where(graph => graph.Requires.All(Provided.Contains)).ToArray();
         if (understood.Length == 0)
         {
-            string unknown = string.Join(", ", here.SelectMany(graph => graph.Requires).Where(name => !Known.Contains(name)).Distinct());
-            throw new DeviceException($"{folder}: its graphs require {unknown}, which this release does not know; upgrade PhiMoE.Onnx");
+            string unknown = string.Join(", ", here.SelectMany(graph => graph.Requires).Except(Provided));
+            throw new DeviceException(
+                $"{folder}: its graphs require {unknown}, which this release does not know; upgrade PhiMoE.Onnx");
         }
         int[] release = Release(installed);
         Graph? graph = understood.FirstOrDefault(each => Compare(Release(each.Devices[Device]), release) <= 0);
@@ -32,19 +37,24 @@ internal static class Session
             Comparer<string> byRelease = Comparer<string>.Create((one, other) => Compare(Release(one), Release(other)));
             string? needed = understood.Select(each => each.Devices[Device]).Min(byRelease);
             throw new DeviceException(
-                $"{folder}: needs ONNX Runtime {needed} or newer, installed is {installed}; upgrade the package Microsoft.ML.OnnxRuntime");
+                $"{folder}: needs ONNX Runtime {needed} or newer, installed is {installed}; "
+                + "upgrade the package Microsoft.ML.OnnxRuntime");
         }
         return graph;
     }
 
-    /// <summary>A session over a graph of the bundle, once its weights' files and its inputs and outputs are what the manifest says.</summary>
+    /// <summary>
+    /// A session over a graph of the bundle, once its weights' files and its inputs and outputs are what the manifest
+    /// says.
+    /// </summary>
     /// <exception cref="BundleException">They are not.</exception>
     /// <exception cref="DeviceException">ONNX Runtime refuses the graph, or <c>threads</c> is less than 1.</exception>
     public static InferenceSession Open(string folder, Manifest manifest, Graph graph, int? threads)
     {
         if (threads < 1)
         {
-            throw new DeviceException($"threads is {threads}, expected 1 or more, or null for ONNX Runtime's own choice");
+            throw new DeviceException(
+                $"threads is {threads}, expected 1 or more, or null for ONNX Runtime's own choice");
         }
         string path = Path.Combine(folder, graph.File);
         ExternalData.Check(path, manifest.Files);
@@ -71,7 +81,8 @@ internal static class Session
         }
         catch (Exception error) when (error is TypeInitializationException || error is DllNotFoundException)
         {
-            throw new DeviceException("ONNX Runtime's native library does not load; its package serves Windows, Linux and macOS", error);
+            throw new DeviceException(
+                "ONNX Runtime's native library does not load; its package serves Windows, Linux and macOS", error);
         }
     }
 

@@ -1,6 +1,8 @@
 namespace PhiMoEOnnx;
 
-/// <summary>Passes text on up to the first stop string; what may be the beginning of one is held back until that is known.</summary>
+/// <summary>
+/// Passes text on up to the first stop string; what may be the beginning of one is held back until that is known.
+/// </summary>
 internal sealed class StopStrings
 {
     private readonly IReadOnlyList<string> _stops;
@@ -11,11 +13,14 @@ internal sealed class StopStrings
         _stops = stops;
     }
 
-    /// <summary>The text that is now certain, and whether a stop string was met; it and what follows it are dropped.</summary>
+    /// <summary>
+    /// The text that is now certain, and whether a stop string was met; it and what follows it are dropped.
+    /// </summary>
     public (string Text, bool Stopped) Add(string text)
     {
         _held += text;
-        int[] found = _stops.Select(stop => _held.IndexOf(stop, StringComparison.Ordinal)).Where(place => place >= 0).ToArray();
+        int[] found =
+            _stops.Select(stop => _held.IndexOf(stop, StringComparison.Ordinal)).Where(place => place >= 0).ToArray();
         int certain = found.Length > 0 ? found.Min() : _held.Length - Overlap();
         text = _held.Substring(0, certain);
         _held = found.Length > 0 ? "" : _held.Substring(certain);

@@ -25,13 +25,17 @@ internal static class Tensors
             ["uint8"] = (TensorElementType.UInt8, 1),
         };
 
-    /// <summary>The name of the cache's array number <c>index</c>, key and value of each layer in turn, as an input.</summary>
+    /// <summary>
+    /// The name of the cache's array number <c>index</c>, key and value of each layer in turn, as an input.
+    /// </summary>
     public static string Past(int index) => PastPrefix + Part(index);
 
     /// <summary>The same as an output.</summary>
     public static string Present(int index) => PresentPrefix + Part(index);
 
-    /// <summary>New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last ones alone are asked for.</summary>
+    /// <summary>
+    /// New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last ones alone are asked for.
+    /// </summary>
     public static Dictionary<string, OrtValue> Inputs(IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
     {
         int rows = totals.Count;
@@ -60,5 +64,6 @@ internal static class Tensors
 
     private static string Part(int index) => $"{index / 2}.{(index % 2 == 0 ? "key" : "value")}";
 
-    private static OrtValue Tensor(long[] values, params long[] shape) => OrtValue.CreateTensorValueFromMemory(values, shape);
+    private static OrtValue Tensor(long[] values, params long[] shape) =>
+        OrtValue.CreateTensorValueFromMemory(values, shape);
 }

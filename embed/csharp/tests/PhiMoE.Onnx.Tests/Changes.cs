@@ -19,7 +19,8 @@ internal static class Changes
     }
 
     /// <summary>Sets the value at a JSON pointer of manifest.json.</summary>
-    public static void Set(string bundle, string pointer, JsonNode? value) => ChangeManifest(bundle, manifest => Set(manifest, pointer, value));
+    public static void Set(string bundle, string pointer, JsonNode? value) =>
+        ChangeManifest(bundle, manifest => Set(manifest, pointer, value));
 
     /// <summary>Sets the value at a JSON pointer.</summary>
     public static void Set(JsonNode manifest, string pointer, JsonNode? value)
@@ -54,7 +55,8 @@ internal static class Changes
     {
         byte[] bytes = File.ReadAllBytes(Path.Combine(bundle, file));
         string sha256 = Convert.ToHexString(SHA256.HashData(bytes)).ToLowerInvariant();
-        ChangeManifest(bundle, manifest => manifest["files"]![file] = new JsonObject { ["size"] = bytes.Length, ["sha256"] = sha256 });
+        JsonObject listed = new JsonObject { ["size"] = bytes.Length, ["sha256"] = sha256 };
+        ChangeManifest(bundle, manifest => manifest["files"]![file] = listed);
     }
 
     private static void Apply(string bundle, string step, JsonElement[] given)
@@ -114,7 +116,8 @@ internal static class Changes
     /// <summary>Where a JSON pointer (RFC 6901) leads: what its last part stands in, and that part.</summary>
     private static (JsonNode Parent, string Last) Find(JsonNode root, string pointer)
     {
-        string[] parts = pointer.Split('/').Skip(1).Select(part => part.Replace("~1", "/").Replace("~0", "~")).ToArray();
+        string[] parts =
+            pointer.Split('/').Skip(1).Select(part => part.Replace("~1", "/").Replace("~0", "~")).ToArray();
         JsonNode parent = root;
         foreach (string part in parts.SkipLast(1))
         {

@@ -15,7 +15,8 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
 
     public static IEnumerable<object[]> Generations => Conformance.Names("expected");
 
-    public static IEnumerable<object[]> GenerationErrors => Conformance.Names("error").Where(each => !LoadsItsOwn(each));
+    public static IEnumerable<object[]> GenerationErrors =>
+        Conformance.Names("error").Where(each => !LoadsItsOwn(each));
 
     public static IEnumerable<object[]> LoadErrors => Conformance.Names("error").Where(LoadsItsOwn);
 
@@ -48,7 +49,8 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
             GenerationOptions options = Conformance.Options(each.GetProperty("options"));
             int[] expected = Conformance.Ids(each, "token_ids");
             long seed = options.Seed!.Value;
-            Assert.Equal(expected, expected.Select((token, step) => Sampler.Sample(logits, options, seed, step, Array.Empty<int>())));
+            int Draw(int token, int step) => Sampler.Sample(logits, options, seed, step, Array.Empty<int>());
+            Assert.Equal(expected, expected.Select(Draw));
         }
     }
 
@@ -81,7 +83,11 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
         try
         {
             using PhiMoE model = PhiMoE.Load(bundle, threads: 1);
-            foreach (string name in new[] { "greedy", "a batch around the boundary", "rows that end at different steps", "a sampled chat" })
+            string[] names =
+            {
+                "greedy", "a batch around the boundary", "rows that end at different steps", "a sampled chat",
+            };
+            foreach (string name in names)
             {
                 JsonElement given = Conformance.Case(name);
                 JsonElement expected = given.GetProperty("expected");
@@ -176,7 +182,8 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
             Assert.Equal(Conformance.Ids(rows[row], "token_ids"), generations[row].TokenIds);
             Assert.Equal(Conformance.Text(rows[row], "text"), generations[row].Text);
             Assert.Equal(rows[row].GetProperty("prompt_tokens").GetInt32(), generations[row].PromptTokens);
-            Assert.Equal(Conformance.Text(rows[row], "finish_reason"), generations[row].FinishReason.ToString().ToLowerInvariant());
+            string reason = generations[row].FinishReason.ToString().ToLowerInvariant();
+            Assert.Equal(Conformance.Text(rows[row], "finish_reason"), reason);
         }
     }
 

@@ -5,6 +5,9 @@ namespace PhiMoEOnnx.Tests;
 /// <summary>What no case of spec/cases.json can say of a manifest, and the choice of a graph.</summary>
 public sealed class ManifestTests : IDisposable
 {
+    private const string VocabSize = "\"vocab_size\": 2048";
+    private static readonly string Deep = new string('[', 100_000) + new string(']', 100_000);
+
     private readonly string _bundle = Conformance.CopyBundle();
     private readonly string _path;
 
@@ -15,14 +18,14 @@ public sealed class ManifestTests : IDisposable
 
     public static IEnumerable<object[]> Damages => new[]
     {
-        new object[] { "\"vocab_size\": 2048", "\"vocab_size\": " + new string('9', 5000), "vocab_size" },
-        new object[] { "\"vocab_size\": 2048", "\"vocab_size\": " + new string('[', 100_000) + new string(']', 100_000), "manifest.json" },
-        new object[] { "\"task\":", "\"x\": " + string.Concat(Enumerable.Repeat("{\"a\":", 100_000)) + "0" + new string('}', 100_000) + ", \"task\":", "manifest.json" },
-        new object[] { "\"float32\",\n      \"shared\"", "\"\\ud800\",\n      \"shared\"", "manifest.json" },
-        new object[] { "\"<unk>\": 0", "\"\\udfff\": 0", "manifest.json" },
-        new object[] { "\"vocab_size\": 2048", "\"vocab_size\": 2048, \"vocab_size\": 0", "vocab_size" },
-        new object[] { "\"vocab_size\": 2048", "\"vocab_size\": 2048.0", "vocab_size" },
-        new object[] { "}", "", "manifest.json" },
+        new[] { VocabSize, "\"vocab_size\": " + new string('9', 5000), "vocab_size" },
+        new[] { VocabSize, "\"vocab_size\": " + Deep, "manifest.json" },
+        new[] { "\"task\":", $"\"unknown\": {Deep}, \"task\":", "manifest.json" },
+        new[] { "\"float32\",\n      \"shared\"", "\"\\ud800\",\n      \"shared\"", "manifest.json" },
+        new[] { "\"<unk>\": 0", "\"\\udfff\": 0", "manifest.json" },
+        new[] { VocabSize, VocabSize + ", \"vocab_size\": 0", "vocab_size" },
+        new[] { VocabSize, VocabSize + ".0", "vocab_size" },
+        new[] { "}", "", "manifest.json" },
     };
 
     [Theory]
@@ -36,6 +39,15 @@ public sealed class ManifestTests : IDisposable
         Assert.Contains("manifest.json", error.Message);
         Assert.Contains(names, error.Message);
         Assert.True(error.Message.Length < 1000);
+    }
+
+    [Fact]
+    public void RefusesAnOptionalInputThatTheGraphLacks()
+    {
+        Changes.Set(_bundle, "/graphs/0/optional_inputs/0", "top_k");
+        BundleException error = Assert.Throws<BundleException>(() => PhiMoE.Load(_bundle));
+        Assert.Contains("optional_inputs", error.Message);
+        Assert.Contains("top_k", error.Message);
     }
 
     [Fact]
@@ -70,8 +82,9 @@ public sealed class ManifestTests : IDisposable
     public void SaysWhyNoGraphRunsHere()
     {
         Assert.Contains("tpu", Refusal(MakeGraph("a", "cuda", "1.0", "operators/9"), MakeGraph("b", "tpu", "1.0")));
-        Assert.Contains("operators/9", Refusal(MakeGraph("a", "cuda", "1.0"), MakeGraph("b", "cpu", "1.0", "operators/9")));
-        string needed = Refusal(MakeGraph("a", "cpu", "1.0", "operators/9"), MakeGraph("b", "cpu", "1.100"), MakeGraph("c", "cpu", "1.99.1"));
+        Graph needy = MakeGraph("a", "cpu", "1.0", "operators/9");
+        Assert.Contains("operators/9", Refusal(MakeGraph("b", "cuda", "1.0"), needy));
+        string needed = Refusal(needy, MakeGraph("b", "cpu", "1.100"), MakeGraph("c", "cpu", "1.99.1"));
         Assert.Contains("1.99.1", needed);
         Assert.DoesNotContain("1.100", needed);
     }

@@ -4,15 +4,19 @@ using Xunit;
 
 namespace PhiMoEOnnx.Tests;
 
-/// <summary>Manifests and graphs with a fault each: they give the tokens of the whole one, or an error of this library.</summary>
+/// <summary>
+/// Manifests and graphs with a fault each: they give the tokens of the whole one, or an error of this library.
+/// </summary>
 public sealed class MutationTests : IDisposable
 {
     private const string Placeholder = "\"@@\"";
 
     private static readonly string[] Values =
     {
-        "null", "true", "false", "0", "1", "3", "-1", "0.5", "1e9", "1000000000", "2147483647", "2147483648", new string('9', 5000),
-        "\"\"", "\"1\"", "\"x\"", "\"..\"", "\"../model.data\"", "\"/etc/hostname\"", "\"model.data\"", "\"config.json\"",
+        "null", "true", "false", "0", "1", "3", "-1", "0.5", "1e9", "1000000000", "2147483647", "2147483648",
+        new string('9', 5000),
+        "\"\"", "\"1\"", "\"x\"", "\"..\"", "\"../model.data\"", "\"/etc/hostname\"",
+        "\"model.data\"", "\"config.json\"",
         "\"\\ud800\"", "\"\\u0000\"", "[]", "[null]", "{}", "{\"\": 0}", "{\"\\ud800\": 1}",
         new string('[', 100_000) + new string(']', 100_000),
     };
@@ -115,7 +119,8 @@ public sealed class MutationTests : IDisposable
     private int[] Tokens()
     {
         using PhiMoE model = PhiMoE.Load(_bundle, threads: 1);
-        return model.Generate("It was a fine morning, and", new GenerationOptions { MaxNewTokens = 8 }).TokenIds.ToArray();
+        GenerationOptions options = new GenerationOptions { MaxNewTokens = 8 };
+        return model.Generate("It was a fine morning, and", options).TokenIds.ToArray();
     }
 
     /// <summary>Whether the bundle gives the tokens; false where it is refused.</summary>
