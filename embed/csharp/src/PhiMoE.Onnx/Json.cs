@@ -14,14 +14,21 @@ internal readonly struct Json
 
     private readonly JsonElement _value;
     private readonly string _path;
-    private readonly string _key; // from the top, such as graphs[0].file
+    private readonly string _outer; // the key of what it stands in, from the top, such as graphs[0]
+    private readonly string? _name; // in an object
+    private readonly int _index; // in a list
 
-    private Json(JsonElement value, string path, string key)
+    private Json(JsonElement value, string path, string outer, string? name, int index = 0)
     {
         _value = value;
         _path = path;
-        _key = key;
+        _outer = outer;
+        _name = name;
+        _index = index;
     }
+
+    /// <summary>Where it stands; put together when asked for, since most values of a file never are.</summary>
+    private string Key => _name == null ? $"{_outer}[{_index}]" : Inside(_outer, _name);
 
     /// <summary>The value in short, as it stands in the file.</summary>
     public string Raw
@@ -41,7 +48,7 @@ internal readonly struct Json
 
     /// <summary>What stands under a key.</summary>
     public Json this[string key] =>
-        Find(key) ?? throw Damaged(_path, $"{Inside(key)} is missing");
+        Find(key) ?? throw Damaged(_path, $"{Inside(Key, key)} is missing");
 
     /// <summary>What <c>read</c> makes of the file.</summary>
     /// <exception cref="BundleException">
@@ -52,7 +59,7 @@ internal readonly struct Json
         try
         {
             using JsonDocument document = JsonDocument.Parse(Utf8.GetString(File.ReadAllBytes(path)));
-            return read(new Json(document.RootElement, path, ""));
+            return read(new Json(document.RootElement, path, "", ""));
         }
         catch (Exception error) when (error is IOException or UnauthorizedAccessException)
         {
@@ -69,7 +76,7 @@ internal readonly struct Json
     public Json? Find(string key)
     {
         Expect(JsonValueKind.Object, "an object");
-        return _value.TryGetProperty(key, out JsonElement value) ? new Json(value, _path, Inside(key)) : null;
+        return _value.TryGetProperty(key, out JsonElement value) ? new Json(value, _path, Key, key) : null;
     }
 
     /// <summary>What stands under a key; null where nothing or null does.</summary>
@@ -80,9 +87,11 @@ internal readonly struct Json
     {
         Expect(JsonValueKind.Object, "an object");
         Dictionary<string, T> members = new Dictionary<string, T>();
+        string key = Key;
         foreach (JsonProperty member in _value.EnumerateObject())
         {
-            members[member.Name] = read(new Json(member.Value, _path, Inside(member.Name)));
+            string name = member.Name;
+            members[name] = read(new Json(member.Value, _path, key, name));
         }
         return members;
     }
@@ -92,9 +101,10 @@ internal readonly struct Json
     {
         Expect(JsonValueKind.Array, "a list");
         List<T> items = new List<T>();
+        string key = Key;
         foreach (JsonElement item in _value.EnumerateArray())
         {
-            items.Add(read(new Json(item, _path, $"{_key}[{items.Count}]")));
+            items.Add(read(new Json(item, _path, key, null, items.Count)));
         }
         return items;
     }
@@ -131,12 +141,12 @@ internal readonly struct Json
 
     /// <summary>The error that this value is not what was expected.</summary>
     public BundleException Unexpected(string expected) =>
-        Damaged(_path, $"{(_key.Length == 0 ? "the whole" : _key)} is {Raw}, expected {expected}");
+        Damaged(_path, $"{(Key.Length == 0 ? "the whole" : Key)} is {Raw}, expected {expected}");
 
     private static BundleException Damaged(string path, string what, Exception? inner = null) =>
         new BundleException($"{path}: is damaged ({what}); copy or export the bundle again", inner);
 
-    private string Inside(string key) => _key.Length == 0 ? key : $"{_key}.{key}";
+    private static string Inside(string outer, string name) => outer.Length == 0 ? name : $"{outer}.{name}";
 
     private void Expect(JsonValueKind kind, string expected)
     {
