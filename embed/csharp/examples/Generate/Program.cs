@@ -65,7 +65,7 @@ try
         prompt = messages;
     }
     using PhiMoE model = PhiMoE.Load(plain[0], threads);
-    await foreach (Piece piece in model.GenerateAsync(prompt, options with { Stop = stop }, interrupt.Token))
+    await foreach (Piece piece in model.StreamAsync(prompt, options with { Stop = stop }, interrupt.Token))
     {
         Console.Write(piece.Text);
         if (piece.Result is Generation result)
