@@ -39,7 +39,10 @@ internal sealed class Bpe
         _vocabulary = model["vocab"].Members(id => id.Integer(0));
         foreach (KeyValuePair<string, int> token in _vocabulary)
         {
-            _texts[token.Value] = token.Key;
+            if (!_texts.TryAdd(token.Value, token.Key))
+            {
+                throw new NotSupportedException($"its vocabulary has the id {token.Value} twice");
+            }
         }
         _bytes = Enumerable.Range(0, 256).Select(value => Id($"<0x{value:X2}>")).ToArray();
         ReadMerges(model);
@@ -58,6 +61,7 @@ internal sealed class Bpe
         ReadDecoder(root["decoder"]);
         List<AddedToken> added = root["added_tokens"].Items(each => new AddedToken(each)).ToList();
         added.RemoveAll(each => each.Text.Length == 0);
+        CheckIds(added);
         added.ForEach(each => _texts[each.Id] = each.Text);
         added.ForEach(each => _added[each.Text] = each);
         _raw = Lookup(added.Where(each => !each.Normalized));
@@ -234,6 +238,28 @@ internal sealed class Bpe
         }
     }
 
+    /// <summary>
+    /// Holds the added tokens' ids against those that the library "tokenizers" gives them, whatever the file says: the
+    /// vocabulary's, or the next free one.
+    /// </summary>
+    private void CheckIds(List<AddedToken> added)
+    {
+        int highest = -1;
+        Dictionary<string, int> given = new Dictionary<string, int>();
+        foreach (AddedToken token in added)
+        {
+            int id = _vocabulary.TryGetValue(token.Text, out int known) || given.TryGetValue(token.Text, out known)
+                ? known
+                : Math.Max(highest + 1, _vocabulary.Count);
+            if (token.Id != id)
+            {
+                throw new NotSupportedException($"its added token {token.Text} has the id {token.Id}, expected {id}");
+            }
+            given[token.Text] = id;
+            highest = Math.Max(highest, id);
+        }
+    }
+
     private static ILookup<char, AddedToken> Lookup(IEnumerable<AddedToken> tokens) =>
         tokens.OrderByDescending(each => each.Text.Length).ToLookup(each => each.Text[0]);
 
@@ -285,7 +311,7 @@ internal sealed class Bpe
         {
             case "Metaspace":
                 Expect(json, "split", "false");
-                string space = json["replacement"].Text();
+                string space = Character(json["replacement"]);
                 string scheme = json["prepend_scheme"].Text();
                 _preTokenizer = (text, first) =>
                 {
@@ -306,8 +332,13 @@ internal sealed class Bpe
         switch (json["type"].Text())
         {
             case "TemplateProcessing":
+                IReadOnlyList<Json> pieces = json["single"].Items(each => each);
+                if (pieces.Count(each => each.Find("Sequence") != null) != 1)
+                {
+                    throw json["single"].Unexpected("a template with one text");
+                }
                 List<int> around = _before;
-                foreach (Json each in json["single"].Items(each => each))
+                foreach (Json each in pieces)
                 {
                     if (each.Find("SpecialToken") is Json special)
                     {
@@ -316,6 +347,7 @@ internal sealed class Bpe
                     }
                     else
                     {
+                        Expect(each["Sequence"], "id", "\"A\"");
                         around = _after;
                     }
                 }
@@ -345,7 +377,7 @@ internal sealed class Bpe
             case "Strip":
                 Expect(json, "start", "1");
                 Expect(json, "stop", "0");
-                string content = json["content"].Text();
+                string content = Character(json["content"]);
                 string Strip(string text) =>
                     text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
                 _decoders.Add(texts => texts.Select(Strip).ToList());
@@ -386,6 +418,12 @@ internal sealed class Bpe
         }
         Flush();
         return joined;
+    }
+
+    private static string Character(Json json)
+    {
+        string text = json.Text();
+        return text.EnumerateRunes().Count() == 1 ? text : throw json.Unexpected("one character");
     }
 
     private static Func<string, string> Replace(Json json)
