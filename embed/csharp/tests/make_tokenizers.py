@@ -1,4 +1,4 @@
-"""Writes PhiMoE.Onnx.Tests/tokenizers.json: a small tokenizer.json, changes of it, and what the library "tokenizers" makes of each.
+"""Writes PhiMoE.Onnx.Tests/tokenizers.json: a small tokenizer.json, changes of it, and what "tokenizers" makes of each.
 
 python embed/csharp/tests/make_tokenizers.py, with tokenizers 0.22 (transformers 4.57's) or newer installed.
 """
@@ -182,6 +182,7 @@ def results(tokenizer: dict[str, Any]) -> Any:
 
 
 def main() -> None:
+    """Draws the changes, without those whose results are random or hide one step behind another's refusal."""
     choose = random.Random(SEED)
     whole = base()
     expected = results(whole)

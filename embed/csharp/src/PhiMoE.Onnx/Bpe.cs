@@ -62,6 +62,10 @@ internal sealed class Bpe
         List<AddedToken> added = root["added_tokens"].Items(each => new AddedToken(each)).ToList();
         added.RemoveAll(each => each.Text.Length == 0);
         CheckIds(added);
+        if (added.Find(each => (each.StripsLeft || each.StripsRight) && string.IsNullOrWhiteSpace(each.Text)) != null)
+        {
+            throw new NotSupportedException("it has an added token of white space that strips white space");
+        }
         added.ForEach(each => _texts[each.Id] = each.Text);
         added.ForEach(each => _added[each.Text] = each);
         _raw = Lookup(added.Where(each => !each.Normalized));
