@@ -70,7 +70,7 @@ public sealed class MutationTests : IDisposable
                 refused++;
             }
         }
-        Assert.InRange(refused, 20, 99);
+        Assert.InRange(refused, 90, 100); // hardly a byte of it is without meaning
     }
 
     [Fact]
