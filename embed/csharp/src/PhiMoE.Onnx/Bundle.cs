@@ -9,6 +9,23 @@ internal static class Bundle
     private const int FormatVersion = 2; // version 1 is read, too
     private const long HashLimit = 256L << 20; // bytes; to read 20 GB takes longer than to load them
 
+    /// <summary>manifest.json as it is on disk.</summary>
+    /// <exception cref="BundleException">There is none.</exception>
+    public static byte[] ReadManifestBytes(string folder) => Files.ReadAll(ManifestPath(folder));
+
+    /// <summary>Whether manifest.json is on disk as it was before.</summary>
+    public static bool HasManifest(string folder, byte[] before)
+    {
+        try
+        {
+            return ReadManifestBytes(folder).AsSpan().SequenceEqual(before);
+        }
+        catch (BundleException)
+        {
+            return false;
+        }
+    }
+
     /// <summary>
     /// Reads manifest.json of a bundle for text generation; keys that are not known here are ignored.
     /// </summary>
@@ -17,7 +34,7 @@ internal static class Bundle
     /// </exception>
     public static Manifest ReadManifest(string folder)
     {
-        string path = Path.Combine(folder, "manifest.json");
+        string path = ManifestPath(folder);
         return Json.Read(path, root =>
         {
             string version = root["format_version"].Raw;
@@ -55,6 +72,8 @@ internal static class Bundle
             CheckFile(Path.Combine(folder, entry.Key), entry.Value);
         }
     }
+
+    private static string ManifestPath(string folder) => Path.Combine(folder, "manifest.json");
 
     private static void CheckFile(string path, BundleFile expected)
     {

@@ -28,7 +28,9 @@ public sealed class PhiMoE : IDisposable
     /// Threads for one operator, from 1 to 256 or the number of processors, whichever is more; null leaves it to
     /// ONNX Runtime, which takes one a physical core.
     /// </param>
-    /// <exception cref="BundleException">The folder is no bundle, or a file of it is missing or changed.</exception>
+    /// <exception cref="BundleException">
+    /// The folder is no bundle, a file of it is missing or changed, or another one took its place meanwhile.
+    /// </exception>
     /// <exception cref="DeviceException">
     /// The bundle is for another device, or the installed ONNX Runtime cannot run it.
     /// </exception>
@@ -38,11 +40,21 @@ public sealed class PhiMoE : IDisposable
         {
             throw new BundleException("the bundle is null or has a character NUL, expected the path of a folder");
         }
-        Manifest manifest = Bundle.ReadManifest(bundle);
-        Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
-        Bundle.CheckFiles(bundle, manifest);
-        Tokenizer tokenizer = new Tokenizer(bundle, manifest.Decoding.HiddenTokens.Values);
-        return new PhiMoE(Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
+        byte[] before = Bundle.ReadManifestBytes(bundle);
+        try
+        {
+            PhiMoE model = Open(bundle, threads);
+            if (Bundle.HasManifest(bundle, before))
+            {
+                return model;
+            }
+            model.Dispose();
+        }
+        catch (PhiMoEException) when (!Bundle.HasManifest(bundle, before))
+        {
+        }
+        // its files are then some of one bundle and some of another
+        throw new BundleException($"{bundle}: was replaced while it was loaded; load it again");
     }
 
     /// <summary>Continues or answers one prompt.</summary>
@@ -120,6 +132,15 @@ public sealed class PhiMoE : IDisposable
     /// Frees the model; waits for a pass in another thread, after which what goes on throws an ObjectDisposedException.
     /// </summary>
     public void Dispose() => _engine.Dispose();
+
+    private static PhiMoE Open(string bundle, int? threads)
+    {
+        Manifest manifest = Bundle.ReadManifest(bundle);
+        Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
+        Bundle.CheckFiles(bundle, manifest);
+        Tokenizer tokenizer = new Tokenizer(bundle, manifest.Decoding.HiddenTokens.Values);
+        return new PhiMoE(Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
+    }
 
     private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>
         new[] { MakeRequest("the prompt", prompt, options) };

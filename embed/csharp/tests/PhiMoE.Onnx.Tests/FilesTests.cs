@@ -70,6 +70,50 @@ public sealed class FilesTests : IDisposable
         AssertRefused(_bundle, file);
     }
 
+    [Fact]
+    public async Task LoadsOneBundleWhileAnotherTakesItsPlace()
+    {
+        string place = Path.Combine(_root, "bundle");
+        string other = Path.Combine(_root, "other");
+        CopyTo(place);
+        CopyTo(other);
+        byte[] scales = File.ReadAllBytes(Path.Combine(other, "model.scales.data"));
+        Array.Reverse(scales); // so that the tokens are others
+        File.WriteAllBytes(Path.Combine(other, "model.scales.data"), scales);
+        Changes.List(other, "model.scales.data");
+        int[][] expected = { Tokens(place), Tokens(other) };
+        Assert.NotEqual(expected[0], expected[1]);
+        using CancellationTokenSource enough = new CancellationTokenSource();
+        Task swaps = Task.Run(() =>
+        {
+            for (int number = 0; !enough.IsCancellationRequested; number++)
+            {
+                Changes.Set(other, "/comment", number); // no two bundles in a row are the same
+                Directory.Move(place, place + ".old");
+                Directory.Move(other, place);
+                Directory.Move(place + ".old", other);
+                Thread.Sleep(Random.Shared.Next(600));
+            }
+        });
+        (int loaded, int refused) = (0, 0);
+        for (int number = 0; number < 400 && (loaded < 5 || refused < 5); number++)
+        {
+            try
+            {
+                Assert.Contains(Tokens(place), expected);
+                loaded++;
+            }
+            catch (BundleException error)
+            {
+                Assert.Contains(place, error.Message);
+                refused++;
+            }
+        }
+        enough.Cancel();
+        await swaps;
+        Assert.True(loaded >= 5 && refused >= 5, $"{loaded} loaded, {refused} refused");
+    }
+
     public void Dispose()
     {
         Directory.Delete(_root, recursive: true);
@@ -88,6 +132,21 @@ public sealed class FilesTests : IDisposable
             File.CreateSymbolicLink(Path.Combine(snapshot, name), Path.Combine("..", "..", "blobs", name));
         }
         Directory.CreateSymbolicLink(Path.Combine(_root, "short"), snapshot);
+    }
+
+    private void CopyTo(string folder)
+    {
+        Directory.CreateDirectory(folder);
+        foreach (string path in Directory.GetFiles(_bundle))
+        {
+            File.Copy(path, Path.Combine(folder, Path.GetFileName(path)));
+        }
+    }
+
+    private static int[] Tokens(string bundle)
+    {
+        using PhiMoE model = PhiMoE.Load(bundle, threads: 1);
+        return model.Generate("It was", Short).TokenIds.ToArray();
     }
 
     private static void AssertRefused(string bundle, string file)
