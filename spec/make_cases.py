@@ -63,12 +63,13 @@ def environment(release: str) -> Path:
     folder = ENVIRONMENTS / release
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
-    if not (packages / f"onnxruntime-{release}.dist-info").exists():
+    shared = packages / "shared.pth"  # written last: with it pip would take an installed release for this one
+    if not shared.exists():
         console.print(f"installing ONNX Runtime {release} into {folder}")
         venv.create(folder, clear=True, with_pip=True)
-        (packages / "shared.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
         command = [python, "-m", "pip", "install", "--quiet", "--no-deps", f"onnxruntime=={release}"]
         subprocess.run(command, check=True)
+        shared.write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     return python
 
 
