@@ -15,7 +15,7 @@ const BROKEN: char = '\u{FFFD}'; // what half a character decodes to
 #[serde(untagged)]
 pub enum Prompt {
     Text(String),
-    Tokens(Vec<u32>),
+    Tokens(Vec<i64>),
     Messages(Vec<Message>),
 }
 
@@ -40,27 +40,30 @@ impl Tokenizer {
 
     /// The token ids of a prompt; a `GenerationError` where it is empty or not one of the bundle.
     pub fn encode(&self, prompt: &Prompt, manifest: &Manifest) -> Result<Vec<u32>> {
-        let ids = match prompt {
-            Prompt::Text(text) => self.ids(text, true)?,
-            Prompt::Messages(messages) => self.ids(&render(messages, manifest.chat.as_ref())?, false)?,
-            Prompt::Tokens(ids) => ids.clone(),
-        };
-        let last = manifest.decoding.vocab_size - 1;
-        if let Some(id) = ids.iter().find(|&&id| id as usize > last) {
-            return Err(Error::Generation(format!("the prompt holds {id}, expected token ids from 0 to {last}")));
+        match prompt {
+            Prompt::Text(text) => self.ids(text, true),
+            Prompt::Messages(messages) => self.ids(&render(messages, manifest.chat.as_ref())?, false),
+            Prompt::Tokens(ids) => ids.iter().map(|&id| token_id(id, manifest.decoding.vocab_size)).collect(),
         }
-        Ok(ids)
     }
 
     /// The text of `new` tokens behind `prompt`, without hidden tokens and without half a character at its end.
     pub fn decode(&self, decoding: &Decoding, prompt: &[u32], new: &[u32]) -> Result<String> {
         let hidden = |id: u32| decoding.hidden_tokens.values().any(|other| other.0 == id);
-        let mut start = prompt.len(); // of the bytes at the prompt's end that wait for the rest of their character
+        // the bytes of a character that the prompt ends inside of wait for the rest
+        let mut start = prompt.len();
         while start > 0 && !hidden(prompt[start - 1]) && self.text(&prompt[start - 1..start])?.ends_with(BROKEN) {
             start -= 1;
         }
-        let ids: Vec<u32> = prompt[start..].iter().chain(new).copied().filter(|&id| !hidden(id)).collect();
-        let follows = prompt[..start].last().is_some_and(|&id| !hidden(id));
+        let mut ids = Vec::new();
+        for &id in &prompt[start..] {
+            ids.push(id);
+            if !self.text(&ids)?.ends_with(BROKEN) {
+                ids.clear();
+            }
+        }
+        ids.extend(new.iter().filter(|&&id| !hidden(id)));
+        let follows = prompt.last().is_some_and(|&id| !hidden(id));
         // a decoder strips the space before a text's first word, so a fixed word goes before one that follows others
         let before = if follows { self.ids("a", false)? } else { Vec::new() };
         let skipped = self.text(&before)?.len();
@@ -75,6 +78,12 @@ impl Tokenizer {
     fn text(&self, ids: &[u32]) -> Result<String> {
         self.library.decode(ids, false).map_err(|error| Error::Generation(error.to_string()))
     }
+}
+
+fn token_id(id: i64, vocab_size: usize) -> Result<u32> {
+    let known = u32::try_from(id).ok().filter(|&id| (id as usize) < vocab_size);
+    let last = vocab_size - 1;
+    known.ok_or_else(|| Error::Generation(format!("the prompt holds {id}, expected token ids from 0 to {last}")))
 }
 
 /// The text of a chat, which the answer follows.
