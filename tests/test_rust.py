@@ -77,7 +77,7 @@ def greedy_cases() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize(("prompt", "options", "expected"), greedy_cases())
+@pytest.mark.parametrize(("prompt", "options", "expected"), [*greedy_cases()])
 def test_generation(prompt: Any, options: dict[str, int], expected: dict[str, Any]) -> None:
     check_generation(BUNDLE, prompt, options, expected)
 
