@@ -27,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The SHA-256 of every .data file that the exporter writes.")
     parser.add_argument("--write", action="store_true", help="record them instead of comparing")
     write = parser.parse_args().write
-    found = {"/".join(key): hashes(key) for key in track(grid(), "exporting")}
+    found = {"/".join(key): hashes(key) for key in track(grid(), "exporting", console=Console(stderr=True))}
     if write:
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
         TABLE.write_text(f"{{\n{lines}\n}}\n")
