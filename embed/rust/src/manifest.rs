@@ -4,13 +4,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::{fs, path::Path};
 
+use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::errors::{Error, Result};
 
 pub const MANIFEST: &str = "manifest.json";
+pub const TOKENIZER: &str = "tokenizer.json";
 const TASK: &str = "text-generation";
 
 #[derive(Deserialize)]
@@ -73,7 +74,7 @@ pub struct ChatFormat {
 }
 
 /// A plain name of a file in the bundle's folder.
-#[derive(Deserialize, Serialize, PartialEq, Eq, PartialOrd, Ord, Clone)]
+#[derive(Deserialize, PartialEq, Eq, PartialOrd, Ord, Clone)]
 #[serde(try_from = "String")]
 pub struct FileName(pub String);
 
@@ -184,10 +185,11 @@ fn parse(raw: Value) -> std::result::Result<Manifest, String> {
             return Err(format!("graphs[{number}].devices: is empty, expected one or more"));
         }
     }
+    let tokenizer = FileName(TOKENIZER.into());
     let graphs = manifest.graphs.iter().map(|graph| &graph.file);
-    for file in graphs.chain(&manifest.decoding.sampling_graph) {
+    for file in graphs.chain(&manifest.decoding.sampling_graph).chain([&tokenizer]) {
         if !manifest.files.contains_key(file) {
-            return Err(format!("files: has no {}, which a graph is in", file.0));
+            return Err(format!("files: has no {}, which is needed", file.0));
         }
     }
     Ok(manifest)

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use tokenizers::Tokenizer as Library;
 
 use crate::errors::{Error, Result};
-use crate::manifest::{ChatFormat, Decoding, Manifest};
+use crate::manifest::{ChatFormat, Decoding, Manifest, TOKENIZER};
 
 const BROKEN: char = '\u{FFFD}'; // what half a character decodes to
 
@@ -32,7 +32,7 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads tokenizer.json; a `BundleError` where it cannot be read.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
+        let path = folder.join(TOKENIZER);
         let library = Library::from_file(&path)
             .map_err(|error| Error::Bundle(format!("{}: is no tokenizer ({error})", path.display())))?;
         Ok(Tokenizer { library })
