@@ -1,17 +1,10 @@
 import { resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 
-import { receivedError } from "./errors.js";
-import { Model } from "./model.js";
-import type { FromWorker } from "./protocol.js";
+import { type FromWorker, Model, receivedError } from "./core/index.js";
 
-export type { Manifest } from "./bundle.js";
-export type { Message } from "./chat.js";
-export type { Conversation } from "./conversation.js";
-export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./errors.js";
-export type { Generation, Options, Piece } from "./generate.js";
-export type { CallOptions } from "./model.js";
-export type { Prompt } from "./protocol.js";
+export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/index.js";
+export type { CallOptions, Conversation, Generation, Manifest, Message, Options, Piece, Prompt } from "./core/index.js";
 
 /** How a bundle is loaded. */
 export interface LoadOptions {

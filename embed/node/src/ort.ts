@@ -3,7 +3,7 @@ import { dirname, join } from "node:path";
 
 import koffi from "koffi";
 
-import type { Value } from "./cache.js";
+import { ELEMENT_TYPES, type Value } from "./core/index.js";
 
 /** A pointer to one of ONNX Runtime's objects. */
 export type Handle = bigint;
@@ -30,7 +30,6 @@ const FUNCTIONS = {
 } as const;
 const RELEASES = { Env: 92, Status: 93, MemoryInfo: 94, Session: 95, Value: 96, SessionOptions: 100 };
 const GET_ERROR_MESSAGE = 2;
-const ELEMENT_TYPES = { float32: 1, uint8: 2, int8: 3, int64: 7, float16: 10 }; // ONNXTensorElementDataType
 
 /**
  * ONNX Runtime's C API, as far as a generation loop needs it, in the library that the package onnxruntime-node brings.

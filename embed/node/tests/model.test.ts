@@ -2,12 +2,11 @@ import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { after, before, test } from "node:test";
 
-import type { Graph } from "../src/cache.js";
-import { Engine } from "../src/engine.js";
-import { readBundle } from "../src/files.js";
+import { Engine, type Session } from "../src/core/index.js";
+import { readManifest, readTokenizer } from "../src/files.js";
 import { GenerationError, type Piece, PhiMoE } from "../src/index.js";
 import { openSession } from "../src/session.js";
-import { BUNDLE } from "./bundle.js";
+import { BUNDLE } from "./changes.js";
 
 const PROMPT = "It was a fine morning, and Elizabeth";
 
@@ -99,12 +98,13 @@ test("a conversation answers as its messages would, and keeps what was said", as
 });
 
 test("a cache that grows gives what one that is written in place gives", async () => {
-  const { manifest, tokenizer } = await readBundle(BUNDLE);
-  const session = openSession(BUNDLE, manifest, 1);
-  const answers = async (graph: Graph) => {
+  const manifest = await readManifest(BUNDLE);
+  const tokenizer = await readTokenizer(BUNDLE, manifest);
+  const session = await openSession(BUNDLE, manifest, 1);
+  const answers = async (session: Session) => {
     const tokens: number[][] = [];
     let done = () => {};
-    const engine = new Engine(graph, manifest, tokenizer, (message) => {
+    const engine = new Engine(session, manifest, tokenizer, (message) => {
       if ("piece" in message) (tokens[message.piece.row] ??= []).push(message.piece.token_id);
       else done();
     });
@@ -124,9 +124,10 @@ test("a cache that grows gives what one that is written in place gives", async (
 });
 
 test("logits that are not finite are an error", async () => {
-  const { manifest, tokenizer } = await readBundle(BUNDLE);
-  const graph: Graph = { inPlace: true, run: async (_, outputs) => void (outputs.logits.data as Float32Array).fill(NaN) };
-  const reply = new Promise((post) => new Engine(graph, manifest, tokenizer, post).receive({ call: { id: 1, prompt: "a", options: {} } }));
+  const manifest = await readManifest(BUNDLE);
+  const tokenizer = await readTokenizer(BUNDLE, manifest);
+  const session: Session = { inPlace: true, run: async (_, outputs) => void (outputs.logits.data as Float32Array).fill(NaN), release() {} };
+  const reply = new Promise((post) => new Engine(session, manifest, tokenizer, post).receive({ call: { id: 1, prompt: "a", options: {} } }));
   const message = "the graph's logits are not finite; check the bundle with phimoe-verify";
   assert.deepEqual(await reply, { id: 1, error: { name: "GenerationError", message } });
 });

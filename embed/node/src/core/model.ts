@@ -1,13 +1,9 @@
 import type { Manifest } from "./bundle.js";
 import { Conversation } from "./conversation.js";
 import { GenerationError, receivedError } from "./errors.js";
-import type { Generation, Options, Piece } from "./generate.js";
-import { type FromWorker, isBatch, type Prompt, type ToWorker } from "./protocol.js";
-
-/** Options, and a signal that ends the generation; its promise or stream then fails with the signal's reason. */
-export interface CallOptions extends Options {
-  signal?: AbortSignal;
-}
+import { collect, type Generation, type Piece } from "./generation.js";
+import type { FromWorker, ToWorker } from "./protocol.js";
+import { type CallOptions, isBatch, type Prompt } from "./request.js";
 
 /** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
 interface WorkerLike {
@@ -62,7 +58,8 @@ export class Model {
 
   /** A conversation that keeps its cache from turn to turn, opened by a system message if one is given. */
   chat(system?: string): Conversation {
-    return new Conversation(this, ++this.#lastId, system);
+    const id = ++this.#lastId;
+    return new Conversation((messages, options) => this.answer(messages, options, id), () => this.forget(id), system);
   }
 
   /** Ends all generations and frees the memory. */
@@ -79,8 +76,8 @@ export class Model {
     return this.close();
   }
 
-  /** @internal As `stream`, with the cache of a conversation. */
-  async *answer(
+  /** As `stream`, with the cache of a conversation if one is given. */
+  private async *answer(
     prompt: Prompt | readonly Prompt[],
     { signal, ...options }: CallOptions = {},
     conversation?: number,
@@ -109,8 +106,8 @@ export class Model {
     }
   }
 
-  /** @internal Frees a conversation's cache. */
-  forget(conversation: number): void {
+  /** Frees a conversation's cache. */
+  private forget(conversation: number): void {
     if (!this.#ended) this.#worker.postMessage({ forget: conversation });
   }
 
@@ -149,11 +146,4 @@ class Inbox {
     while (!this.#replies.length) await new Promise<void>((resolve) => (this.#wake = resolve));
     return this.#replies.shift()!;
   }
-}
-
-/** The results of a stream, by row. */
-export async function collect(pieces: AsyncIterable<Piece>): Promise<Generation[]> {
-  const results: Generation[] = [];
-  for await (const { row, result } of pieces) if (result) results[row] = result;
-  return results;
 }
