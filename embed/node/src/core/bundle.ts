@@ -89,8 +89,8 @@ const DEEPEST = 1000; // levels of a manifest; what a reader knows has six
 const positive = integer(1, LARGEST);
 const tokenId = integer(0, LARGEST);
 const forPeople: Reader<string> = (value) => (typeof value === "string" ? value : "");
-const fileName = string('the name of a file in the bundle, without "/" and "\\"', (name) => !/^$|^\.\.?$|[/\\\0]/.test(name));
-const release = string('a release such as "1.31"', (text) => /^\d+(\.\d+)*$/.test(text));
+const fileName = string('the name of a file in the bundle, without "/", "\\" and ":"', (name) => !/^$|^\.\.?$|[/\\:\0\p{Surrogate}]/u.test(name));
+const release = string('a release such as "1.31"', (text) => /^\d{1,9}(\.\d{1,9})*$/.test(text));
 const turn: Reader<[string, string]> = (value, key) => {
   const texts = list(string())(value, key);
   if (texts.length !== 2) throw mismatch(key, value, "a prefix and a suffix");
@@ -133,12 +133,15 @@ const readManifest = object<Manifest>({
     }),
     fileName,
   ),
-  chat: nullable(
-    object<ChatFormat>({
-      turns: record(turn),
-      generation: string(),
-      skipped_when_empty: list(string()),
-    }),
+  chat: optional(
+    nullable(
+      object<ChatFormat>({
+        turns: record(turn),
+        generation: string(),
+        skipped_when_empty: list(string()),
+      }),
+    ),
+    null,
   ),
 });
 
