@@ -3,7 +3,9 @@ import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 
-import { BundleError, HASH_LIMIT, type Manifest, parseManifest, Tokenizer } from "./core/index.js";
+import { HASH_LIMIT, type Manifest, parseManifest } from "./core/bundle.js";
+import { BundleError } from "./core/errors.js";
+import { Tokenizer } from "./core/tokenizer.js";
 
 /**
  * Reads `folder`/manifest.json.

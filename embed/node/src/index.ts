@@ -1,10 +1,16 @@
 import { resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 
-import { type FromWorker, Model, receivedError } from "./core/index.js";
+import { receivedError } from "./core/errors.js";
+import { Model } from "./core/model.js";
+import type { FromWorker } from "./core/protocol.js";
 
-export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/index.js";
-export type { CallOptions, Conversation, Generation, Manifest, Message, Options, Piece, Prompt } from "./core/index.js";
+export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/errors.js";
+export type { Manifest } from "./core/bundle.js";
+export type { Message } from "./core/chat.js";
+export type { Conversation } from "./core/conversation.js";
+export type { Generation, Piece } from "./core/generation.js";
+export type { CallOptions, Options, Prompt } from "./core/request.js";
 
 /** How a bundle is loaded. */
 export interface LoadOptions {

@@ -3,7 +3,7 @@ import { dirname, join } from "node:path";
 
 import koffi from "koffi";
 
-import { ELEMENT_TYPES, type Value } from "./core/index.js";
+import { ELEMENT_TYPES, type Value } from "./core/session.js";
 
 /** A pointer to one of ONNX Runtime's objects. */
 export type Handle = bigint;

@@ -1,12 +1,20 @@
 import { join } from "node:path";
 import { setImmediate } from "node:timers/promises";
 
-import { checkGraph, checkThreads, chooseGraph, DeviceError, type Manifest, type Session } from "./core/index.js";
+import { checkGraph } from "./core/agreement.js";
+import type { Manifest } from "./core/bundle.js";
+import { DeviceError } from "./core/errors.js";
+import { checkThreads, chooseGraph, type Session } from "./core/session.js";
 import { checkFiles, readGraph } from "./files.js";
 import { type Handle, OnnxRuntime } from "./ort.js";
 
 const ERRORS_ONLY = 3; // ONNX Runtime's log severity
 const [DEVICE_ALLOCATOR, DEFAULT_MEMORY] = [0, 0];
+
+/** A session, and how to free it. */
+export interface NativeSession extends Session {
+  release(): void;
+}
 
 /**
  * Checks a bundle's files and opens the first graph of the manifest that the installed ONNX Runtime can load.
@@ -16,7 +24,7 @@ const [DEVICE_ALLOCATOR, DEFAULT_MEMORY] = [0, 0];
  * @throws DeviceError: the bundle is for another device, or ONNX Runtime is too old for it or refuses its graph.
  * @throws BundleError: a file is missing or changed, or the manifest does not describe the graph.
  */
-export async function openSession(folder: string, manifest: Manifest, threads: number | undefined): Promise<Session> {
+export async function openSession(folder: string, manifest: Manifest, threads: number | undefined): Promise<NativeSession> {
   checkThreads(threads);
   const ort = loadLibrary();
   const graph = chooseGraph(manifest, ort.version, true);
@@ -26,7 +34,7 @@ export async function openSession(folder: string, manifest: Manifest, threads: n
   return open(ort, path, threads);
 }
 
-function open(ort: OnnxRuntime, path: string, threads: number | undefined): Session {
+function open(ort: OnnxRuntime, path: string, threads: number | undefined): NativeSession {
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");
   let session: Handle;

@@ -1,7 +1,9 @@
 /** The thread that loads a bundle and runs its graph. */
 import { parentPort, workerData } from "node:worker_threads";
 
-import { Engine, type FromWorker, sentError, type ToWorker } from "./core/index.js";
+import { Engine } from "./core/engine.js";
+import { sentError } from "./core/errors.js";
+import type { FromWorker, ToWorker } from "./core/protocol.js";
 import { readManifest, readTokenizer } from "./files.js";
 import { openSession } from "./session.js";
 

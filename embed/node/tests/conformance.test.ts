@@ -4,12 +4,12 @@ import { readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 
-import type { Tokenizer } from "../src/core/index.js";
 import { sample } from "../src/core/sampler.js";
-import { TextStream } from "../src/core/tokenizer.js";
+import { TextStream, type Tokenizer } from "../src/core/tokenizer.js";
 import { readManifest, readTokenizer } from "../src/files.js";
 import { type Generation, PhiMoE } from "../src/index.js";
-import { BUNDLE, changedBundle, SUITE } from "./changes.js";
+import { BUNDLE, SUITE } from "./bundle.js";
+import { changedBundle } from "./changes.mjs";
 
 const CASES = JSON.parse(readFileSync(join(SUITE, "cases.json"), "utf-8"));
 
@@ -55,7 +55,7 @@ describe("bad prompts and options", () => {
 describe("changed bundles", () => {
   for (const each of CASES.cases.filter((each: any) => each.bundle)) {
     test(each.name, async (context) => {
-      const folder = changedBundle(each.bundle);
+      const folder = changedBundle(BUNDLE, each.bundle);
       context.after(() => rmSync(folder, { recursive: true }));
       if (each.error) return fails(PhiMoE.load(folder, each.load), each);
       const changed = await PhiMoE.load(folder, each.load);

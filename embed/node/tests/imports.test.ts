@@ -31,6 +31,6 @@ test("the core imports itself and the tokenizer alone", () => {
 });
 
 test("the package exports its core", async () => {
-  const core = await import("phimoe-onnx/core");
-  assert.equal(core.Engine, (await import("../src/core/engine.js")).Engine);
+  const { Engine } = await import("phimoe-onnx/core/engine");
+  assert.equal(Engine, (await import("../src/core/engine.js")).Engine);
 });

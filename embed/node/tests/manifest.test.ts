@@ -4,9 +4,12 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 
-import { type BundleError, checkGraph, chooseGraph, parseManifest } from "../src/core/index.js";
+import { checkGraph } from "../src/core/agreement.js";
+import { parseManifest } from "../src/core/bundle.js";
+import type { BundleError } from "../src/core/errors.js";
 import { readOnnx } from "../src/core/onnx.js";
-import { BUNDLE } from "./changes.js";
+import { chooseGraph } from "../src/core/session.js";
+import { BUNDLE } from "./bundle.js";
 
 const GRAPH = "model.branches.onnx";
 const BYTES = readFileSync(join(BUNDLE, GRAPH));

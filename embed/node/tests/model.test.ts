@@ -2,11 +2,12 @@ import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { after, before, test } from "node:test";
 
-import { Engine, type Session } from "../src/core/index.js";
+import { Engine } from "../src/core/engine.js";
+import type { Session } from "../src/core/session.js";
 import { readManifest, readTokenizer } from "../src/files.js";
 import { GenerationError, type Piece, PhiMoE } from "../src/index.js";
 import { openSession } from "../src/session.js";
-import { BUNDLE } from "./changes.js";
+import { BUNDLE } from "./bundle.js";
 
 const PROMPT = "It was a fine morning, and Elizabeth";
 
@@ -126,7 +127,7 @@ test("a cache that grows gives what one that is written in place gives", async (
 test("logits that are not finite are an error", async () => {
   const manifest = await readManifest(BUNDLE);
   const tokenizer = await readTokenizer(BUNDLE, manifest);
-  const session: Session = { inPlace: true, run: async (_, outputs) => void (outputs.logits.data as Float32Array).fill(NaN), release() {} };
+  const session: Session = { inPlace: true, run: async (_, outputs) => void (outputs.logits.data as Float32Array).fill(NaN) };
   const reply = new Promise((post) => new Engine(session, manifest, tokenizer, post).receive({ call: { id: 1, prompt: "a", options: {} } }));
   const message = "the graph's logits are not finite; check the bundle with phimoe-verify";
   assert.deepEqual(await reply, { id: 1, error: { name: "GenerationError", message } });

@@ -4,11 +4,13 @@ import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 
-import { Engine, type FromWorker } from "../src/core/index.js";
+import { Engine } from "../src/core/engine.js";
+import type { FromWorker } from "../src/core/protocol.js";
 import { uniform } from "../src/core/sampler.js";
 import { readManifest, readTokenizer } from "../src/files.js";
 import { openSession } from "../src/session.js";
-import { BUNDLE, changedBundle } from "./changes.js";
+import { BUNDLE } from "./bundle.js";
+import { changedBundle } from "./changes.mjs";
 
 const MUTANTS = 300;
 const SEED = 12n;
@@ -22,7 +24,7 @@ const VALUES = [
 ];
 const WORDS = ["9".repeat(5000), "[".repeat(100_000), "{", "}", ",", ":", '"', "NaN", "-", "1e999", "\\u0000", "null"];
 
-const folder = changedBundle([]);
+const folder = changedBundle(BUNDLE, []);
 after(() => rmSync(folder, { recursive: true }));
 
 /** What the bundle in `folder` makes of a prompt, or the name of the error that it ends with. */

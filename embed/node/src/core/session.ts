@@ -19,8 +19,6 @@ export interface Session {
   readonly inPlace: boolean;
   /** Runs it once. */
   run(inputs: Record<string, Value>, outputs: Record<string, Value>): Promise<void>;
-  /** Frees it. */
-  release(): void;
 }
 
 const PROVIDED: readonly string[] = []; // what a graph may require and this release brings
