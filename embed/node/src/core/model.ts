@@ -6,7 +6,7 @@ import type { FromWorker, ToWorker } from "./protocol.js";
 import { type CallOptions, isBatch, type Prompt } from "./request.js";
 
 /** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
-interface WorkerLike {
+export interface WorkerLike {
   postMessage(message: ToWorker): void;
   ref?(): void;
   unref?(): void;
@@ -25,7 +25,7 @@ export class Model {
   #ended?: Error;
   #lastId = 0;
 
-  /** @internal */
+  /** For the platform: a worker with an Engine that is ready. */
   constructor(worker: WorkerLike, manifest: Manifest) {
     this.manifest = manifest;
     this.#worker = worker;
@@ -111,7 +111,7 @@ export class Model {
     if (!this.#ended) this.#worker.postMessage({ forget: conversation });
   }
 
-  /** @internal Takes a message of the worker. */
+  /** For the platform: takes a message of the worker. */
   receive(message: FromWorker): void {
     if ("closed" in message) this.#setClosed();
     else if ("id" in message) {
@@ -119,13 +119,13 @@ export class Model {
     }
   }
 
-  /** @internal The worker is no more, or soon will be. */
-  end(error: Error): void {
+  /** The worker is no more, or soon will be. */
+  private end(error: Error): void {
     this.#ended ??= error;
     for (const inbox of this.#inboxes.values()) inbox.push({ error });
   }
 
-  /** @internal The worker ended by itself. */
+  /** For the platform: the worker ended by itself. */
   fail(error: Error): void {
     this.end(error);
     this.#setClosed();
