@@ -26,12 +26,17 @@ export async function checkFiles(folder: string, { files }: Manifest): Promise<v
   for (const [name, expected] of Object.entries(files)) {
     const path = join(folder, name);
     const found = await stat(path).catch(() => undefined);
-    if (!found?.isFile()) throw new BundleError(`${path}: is missing; the bundle is incomplete, copy or export it again`);
+    if (!found?.isFile())
+      throw new BundleError(`${path}: is missing; the bundle is incomplete, copy or export it again`);
     if (found.size !== expected.size) {
-      throw new BundleError(`${path}: has ${found.size} bytes, the manifest says ${expected.size}; copy or export the bundle again`);
+      throw new BundleError(
+        `${path}: has ${found.size} bytes, the manifest says ${expected.size}; copy or export the bundle again`,
+      );
     }
     if (found.size <= HASH_LIMIT && (await sha256(path)) !== expected.sha256) {
-      throw new BundleError(`${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`);
+      throw new BundleError(
+        `${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`,
+      );
     }
   }
 }
@@ -39,7 +44,11 @@ export async function checkFiles(folder: string, { files }: Manifest): Promise<v
 /** Reads `folder`/tokenizer.json; throws BundleError where it is none. */
 export async function readTokenizer(folder: string, { decoding }: Manifest): Promise<Tokenizer> {
   const path = join(folder, "tokenizer.json");
-  return new Tokenizer(await readFile(path, "utf-8").catch(unreadable(path)), path, Object.values(decoding.hidden_tokens));
+  return new Tokenizer(
+    await readFile(path, "utf-8").catch(unreadable(path)),
+    path,
+    Object.values(decoding.hidden_tokens),
+  );
 }
 
 /** Reads a graph's file; throws BundleError where it cannot be read. */

@@ -24,7 +24,11 @@ export interface NativeSession extends Session {
  * @throws DeviceError: the bundle is for another device, or ONNX Runtime is too old for it or refuses its graph.
  * @throws BundleError: a file is missing or changed, or the manifest does not describe the graph.
  */
-export async function openSession(folder: string, manifest: Manifest, threads: number | undefined): Promise<NativeSession> {
+export async function openSession(
+  folder: string,
+  manifest: Manifest,
+  threads: number | undefined,
+): Promise<NativeSession> {
   checkThreads(threads);
   const ort = loadLibrary();
   const graph = chooseGraph(manifest, ort.version, true);

@@ -35,21 +35,32 @@ const STEPS = {
 
 function editBytes(path, old, text, method) {
   const [before, after] = [old, text].map((each) => Buffer.from(each).toString("latin1")); // a character a byte
-  writeFileSync(path, readFileSync(path, "latin1")[method](before, () => after), "latin1");
+  writeFileSync(
+    path,
+    readFileSync(path, "latin1")[method](before, () => after),
+    "latin1",
+  );
 }
 
 /** `change` is given what holds the place that a JSON pointer (RFC 6901) names, and the place's key there. */
 function editManifest(folder, pointer, change) {
   const path = join(folder, "manifest.json");
   const manifest = JSON.parse(readFileSync(path, "utf-8"));
-  const keys = pointer.split("/").slice(1).map((key) => key.replaceAll("~1", "/").replaceAll("~0", "~"));
-  change(keys.slice(0, -1).reduce((value, key) => value[key], manifest), keys[keys.length - 1]);
+  const keys = pointer
+    .split("/")
+    .slice(1)
+    .map((key) => key.replaceAll("~1", "/").replaceAll("~0", "~"));
+  change(
+    keys.slice(0, -1).reduce((value, key) => value[key], manifest),
+    keys[keys.length - 1],
+  );
   writeFileSync(path, JSON.stringify(manifest));
 }
 
 function put(parent, key, value) {
   if (Array.isArray(parent)) parent[key === "-" ? parent.length : Number(key)] = value;
-  else Object.defineProperty(parent, key, { value, enumerable: true, configurable: true, writable: true }); // "__proto__", too
+  // an assignment would make "__proto__" no key
+  else Object.defineProperty(parent, key, { value, enumerable: true, configurable: true, writable: true });
 }
 
 function remove(parent, key) {

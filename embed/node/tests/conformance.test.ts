@@ -29,19 +29,28 @@ function plain({ prompt_tokens, token_ids, text, finish_reason }: Generation) {
 async function fails(run: Promise<unknown>, expected: { error: string; names: string[] }): Promise<void> {
   await assert.rejects(run, (error: Error) => {
     assert.equal(error.name, expected.error, error.message);
-    assert.deepEqual(expected.names.filter((name) => !error.message.includes(name)), [], error.message);
+    assert.deepEqual(
+      expected.names.filter((name) => !error.message.includes(name)),
+      [],
+      error.message,
+    );
     return true;
   });
 }
 
 describe("generation", () => {
-  for (const { name, prompt, batch, options, expected } of CASES.cases.filter((each: any) => each.expected && !each.bundle)) {
+  for (const { name, prompt, batch, options, expected } of CASES.cases.filter(
+    (each: any) => each.expected && !each.bundle,
+  )) {
     test(name, async () => {
       const generated = await model.generate(batch ?? prompt, options);
       assert.deepEqual([generated].flat().map(plain), [expected].flat());
       const streamed: string[] = [expected].flat().map(() => "");
       for await (const piece of model.stream(batch ?? prompt, options)) streamed[piece.row] += piece.text;
-      assert.deepEqual(streamed, [expected].flat().map(({ text }) => text));
+      assert.deepEqual(
+        streamed,
+        [expected].flat().map(({ text }) => text),
+      );
     });
   }
 });
@@ -60,25 +69,43 @@ describe("changed bundles", () => {
       if (each.error) return fails(PhiMoE.load(folder, each.load), each);
       const changed = await PhiMoE.load(folder, each.load);
       context.after(() => changed.close());
-      assert.deepEqual([await changed.generate(each.batch ?? each.prompt, each.options)].flat().map(plain), [each.expected].flat());
+      assert.deepEqual(
+        [await changed.generate(each.batch ?? each.prompt, each.options)].flat().map(plain),
+        [each.expected].flat(),
+      );
     });
   }
 });
 
 test("encodings", () => {
-  for (const { text, token_ids } of CASES.encodings) assert.deepEqual(tokenizer.encode(text), token_ids, JSON.stringify(text));
+  for (const { text, token_ids } of CASES.encodings)
+    assert.deepEqual(tokenizer.encode(text), token_ids, JSON.stringify(text));
 });
 
 test("streams", () => {
   for (const { prompt, token_ids, pieces } of CASES.streams) {
     const characters = new TextStream(tokenizer, prompt);
-    assert.deepEqual(token_ids.map((id: number) => characters.add(id)), pieces);
+    assert.deepEqual(
+      token_ids.map((id: number) => characters.add(id)),
+      pieces,
+    );
   }
 });
 
 test("draws", () => {
   for (const { logits, options, token_ids } of CASES.draws) {
-    const sampling = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, ...options, seed: BigInt(options.seed) };
-    assert.deepEqual(token_ids.map((_: number, step: number) => sample(Float32Array.from(logits), sampling, step)), token_ids);
+    const sampling = {
+      temperature: 0,
+      top_k: 0,
+      top_p: 1,
+      min_p: 0,
+      repetition_penalty: 1,
+      ...options,
+      seed: BigInt(options.seed),
+    };
+    assert.deepEqual(
+      token_ids.map((_: number, step: number) => sample(Float32Array.from(logits), sampling, step)),
+      token_ids,
+    );
   }
 });

@@ -11,7 +11,10 @@ const FILES = readdirSync(SOURCE, { recursive: true, encoding: "utf-8" }).filter
 const IMPORTS = new Map(
   FILES.map((file) => {
     const found = readFileSync(join(SOURCE, file), "utf-8").matchAll(/^(?:import|export)[^;]*? from "(.+)";$/gm);
-    return [file, Array.from(found, ([, name]) => (name.startsWith(".") ? join(dirname(file), name).replace(/js$/, "ts") : name))];
+    return [
+      file,
+      Array.from(found, ([, name]) => (name.startsWith(".") ? join(dirname(file), name).replace(/js$/, "ts") : name)),
+    ];
   }),
 );
 

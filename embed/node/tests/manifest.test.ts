@@ -1,4 +1,7 @@
-/** What the conformance cases cannot say of manifests and graphs: JSON of its own kind, names that JavaScript gives a meaning. */
+/**
+ * What the conformance cases cannot say of manifests and graphs: JSON of its own kind, names that JavaScript gives a
+ * meaning.
+ */
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -58,7 +61,10 @@ describe("bad manifests", () => {
     ["files.model.data.size", (raw) => (raw.files["model.data"].size = -1)],
     ["files.model.data.sha256", (raw) => (raw.files["model.data"].sha256 = "A".repeat(64))],
     ["files.__proto__", (raw) => (raw.files = json('{"__proto__": {"size": "1"}}'))],
-    ["decoding.cache is missing", (raw) => (raw.decoding = json('{"__proto__": {"cache": {}}, "vocab_size": 1, "context": 1, "rope_boundary": 1, "prefill_chunk": 1, "eos_token_ids": [], "hidden_tokens": {}}'))],
+    [
+      "decoding.cache is missing",
+      (raw) => (raw.decoding = json(JSON.stringify(raw.decoding).replace('"cache":', '"__proto__":'))),
+    ],
     ["decoding.vocab_size", (raw) => (raw.decoding.vocab_size = 2 ** 31)],
     ["decoding.rope_boundary", (raw) => delete raw.decoding.rope_boundary],
     ["decoding.eos_token_ids\\[1\\]", (raw) => (raw.decoding.eos_token_ids[1] = -1)],
@@ -70,16 +76,22 @@ describe("bad manifests", () => {
     ["chat.turns.__proto__", (raw) => (raw.chat.turns = json('{"__proto__": ["a", 1]}'))],
     ["chat.generation is missing", (raw) => delete raw.chat.generation],
   ] as [string, (raw: any) => unknown][]) {
-    test(`${key}, ${change}`, () => breaks("BundleError", new RegExp(`^b/manifest\\.json: .*${key}`), () => parsed(change)));
+    test(`${key}, ${change}`, () =>
+      breaks("BundleError", new RegExp(`^b/manifest\\.json: .*${key}`), () => parsed(change)));
   }
 
   test("JSON that is very deep or has very long numbers", () => {
     const deep = "[".repeat(100_000) + "]".repeat(100_000);
     breaks("BundleError", /manifest\.json/, () => parseManifest(deep, "manifest.json"));
-    breaks("BundleError", /manifest\.json/, () => parseManifest(manifest().replace("{", `{"unknown": ${deep}, `), "manifest.json"));
+    breaks("BundleError", /manifest\.json/, () =>
+      parseManifest(manifest().replace("{", `{"unknown": ${deep}, `), "manifest.json"),
+    );
     const long = manifest().replace(/"vocab_size":\d+/, `"vocab_size":${"9".repeat(5000)}`);
-    breaks("BundleError", /manifest\.json: .*decoding\.vocab_size is Infinity/, () => parseManifest(long, "manifest.json"));
-    for (const text of ["", "null", "[]", "3", '"x"', "{}", "\ufeff{}"]) breaks("BundleError", /manifest\.json/, () => parseManifest(text, "manifest.json"));
+    breaks("BundleError", /manifest\.json: .*decoding\.vocab_size is Infinity/, () =>
+      parseManifest(long, "manifest.json"),
+    );
+    for (const text of ["", "null", "[]", "3", '"x"', "{}", "\ufeff{}"])
+      breaks("BundleError", /manifest\.json/, () => parseManifest(text, "manifest.json"));
   });
 });
 
@@ -87,7 +99,8 @@ test("unknown keys are ignored at every level, also where JavaScript gives them 
   const unknown = JSON.parse('{"__proto__": 1, "constructor": [], "unknown": {}}');
   const found = parsed((raw) => {
     for (const parent of [raw, raw.graphs[0], raw.decoding, raw.decoding.cache, raw.files["model.data"], raw.chat]) {
-      for (const key of Object.keys(unknown)) Object.defineProperty(parent, key, { value: unknown[key], enumerable: true });
+      for (const key of Object.keys(unknown))
+        Object.defineProperty(parent, key, { value: unknown[key], enumerable: true });
     }
   });
   assert.deepEqual(found, parsed());
@@ -110,28 +123,52 @@ test("a manifest of version 1 is read as one of version 2", () => {
     raw.target = target;
     raw.graphs = [{ file: GRAPH, minimum_onnxruntime: "1.29", optional_inputs: [] }];
   };
-  for (const target of ["cpu", "portable"]) assert.deepEqual(parsed(version1(target)), parsed((raw) => (raw.target = target)));
+  for (const target of ["cpu", "portable"])
+    assert.deepEqual(
+      parsed(version1(target)),
+      parsed((raw) => (raw.target = target)),
+    );
   breaks("DeviceError", /is for cuda, not for cpu/, () => chooseGraph(parsed(version1("cuda")), "1.30.0", true));
-  breaks("DeviceError", /is for __proto__, not for cpu/, () => chooseGraph(parsed(version1("__proto__")), "1.30.0", true));
+  breaks("DeviceError", /is for __proto__, not for cpu/, () =>
+    chooseGraph(parsed(version1("__proto__")), "1.30.0", true),
+  );
 });
 
 describe("the choice of a graph", () => {
   const graphs = (...graphs: [file: string, devices: object, requires?: string[], optional_inputs?: string[]][]) =>
     parsed((raw) => {
       for (const [file] of graphs) raw.files[file] = raw.files["model.data"];
-      raw.graphs = graphs.map(([file, devices, requires, optional_inputs = []]) => ({ file, devices, requires, optional_inputs }));
+      raw.graphs = graphs.map(([file, devices, requires, optional_inputs = []]) => ({
+        file,
+        devices,
+        requires,
+        optional_inputs,
+      }));
     });
-  const choose = (manifest: ReturnType<typeof graphs>, optional = true) => chooseGraph(manifest, "1.30.0", optional).file;
+  const choose = (manifest: ReturnType<typeof graphs>, optional = true) =>
+    chooseGraph(manifest, "1.30.0", optional).file;
 
   test("the first that fits", () => {
-    const all = graphs(["a", { cuda: "1.1" }], ["b", { cpu: "1.31" }], ["c", { cpu: "1.9" }, ["operators/1"]], ["d", { cpu: "1.9" }, [], ["x"]], ["e", { cpu: "1.30" }]);
+    const all = graphs(
+      ["a", { cuda: "1.1" }],
+      ["b", { cpu: "1.31" }],
+      ["c", { cpu: "1.9" }, ["operators/1"]],
+      ["d", { cpu: "1.9" }, [], ["x"]],
+      ["e", { cpu: "1.30" }],
+    );
     assert.equal(choose(all), "d");
     assert.equal(choose(all, false), "e");
   });
   for (const [message, manifest] of [
     [/is for cuda, not for cpu/, graphs(["a", { cuda: "99" }, ["operators/1"]])],
-    [/requires operators\/1, operators\/2/, graphs(["a", { cpu: "99" }, ["operators/1"]], ["b", { cpu: "1" }, ["operators/1", "operators/2"]])],
-    [/needs ONNX Runtime 1\.31 or newer/, graphs(["a", { cpu: "1.131" }], ["b", { cpu: "1.31" }], ["c", { cpu: "1.1" }, ["operators/1"]])],
+    [
+      /requires operators\/1, operators\/2/,
+      graphs(["a", { cpu: "99" }, ["operators/1"]], ["b", { cpu: "1" }, ["operators/1", "operators/2"]]),
+    ],
+    [
+      /needs ONNX Runtime 1\.31 or newer/,
+      graphs(["a", { cpu: "1.131" }], ["b", { cpu: "1.31" }], ["c", { cpu: "1.1" }, ["operators/1"]]),
+    ],
   ] as const) {
     test(String(message), () => breaks("DeviceError", message, () => choose(manifest)));
   }
@@ -152,19 +189,43 @@ describe("a graph and its manifest", () => {
   });
   test("external data anywhere in a model", () => {
     const field = (number: number, ...parts: Buffer[]) => {
-      const [body, varint] = [Buffer.concat(parts), (value: number): number[] => (value < 128 ? [value] : [(value & 127) | 128, ...varint(value >> 7)])];
+      const [body, varint] = [
+        Buffer.concat(parts),
+        (value: number): number[] => (value < 128 ? [value] : [(value & 127) | 128, ...varint(value >> 7)]),
+      ];
       return Buffer.concat([Buffer.from([...varint(number * 8 + 2), ...varint(body.length)]), body]);
     };
     const text = (number: number, value: string) => field(number, Buffer.from(value));
-    const tensor = (name: string) => Buffer.concat([field(13, text(1, "length"), text(2, "8")), field(13, text(1, "location"), text(2, name))]);
+    const tensor = (name: string) =>
+      Buffer.concat([field(13, text(1, "length"), text(2, "8")), field(13, text(1, "location"), text(2, name))]);
     const node = (...attribute: Buffer[]) => field(1, field(5, ...attribute));
     const model = Buffer.concat([
       field(7, field(5, tensor("initializer")), field(15, field(1, tensor("values")), field(2, tensor("indices")))),
-      field(7, node(field(5, tensor("t"))), node(field(10, tensor("tensors"))), node(field(22, field(1, tensor("sparse"))))),
-      field(7, node(field(6, field(5, tensor("subgraph")))), node(field(11, node(field(23, field(2, tensor("deep"))))))),
+      field(
+        7,
+        node(field(5, tensor("t"))),
+        node(field(10, tensor("tensors"))),
+        node(field(22, field(1, tensor("sparse")))),
+      ),
+      field(
+        7,
+        node(field(6, field(5, tensor("subgraph")))),
+        node(field(11, node(field(23, field(2, tensor("deep")))))),
+      ),
       field(25, field(7, field(5, field(5, tensor("function")))), field(11, field(5, tensor("default")))),
     ]);
-    const expected = ["initializer", "values", "indices", "t", "tensors", "sparse", "subgraph", "deep", "function", "default"];
+    const expected = [
+      "initializer",
+      "values",
+      "indices",
+      "t",
+      "tensors",
+      "sparse",
+      "subgraph",
+      "deep",
+      "function",
+      "default",
+    ];
     assert.deepEqual([...readOnnx(model).locations], expected);
     let nested = field(5, tensor("x"));
     for (let level = 0; level < 60; level++) nested = node(field(6, nested));
@@ -175,21 +236,37 @@ describe("a graph and its manifest", () => {
       assert.throws(() => readOnnx(Uint8Array.from(bytes)), Error);
       assert.deepEqual(check(Uint8Array.from(bytes)), []); // ONNX Runtime's to refuse
     }
-    for (const bytes of [BYTES.subarray(0, -1), BYTES.subarray(1)]) breaks("BundleError", /is no ONNX graph/, () => check(bytes));
+    for (const bytes of [BYTES.subarray(0, -1), BYTES.subarray(1)])
+      breaks("BundleError", /is no ONNX graph/, () => check(bytes));
   });
   for (const [message, change] of [
     [/num_hidden_layers is 1000000000, the graph has 4/, (raw) => (raw.decoding.cache.num_hidden_layers = 1e9)],
     [/num_hidden_layers is 3, the graph has 4/, (raw) => (raw.decoding.cache.num_hidden_layers = 3)],
-    [/has 2 in dimension 1 .* decoding\.cache\.num_key_value_heads/, (raw) => (raw.decoding.cache.num_key_value_heads = 4)],
+    [
+      /has 2 in dimension 1 .* decoding\.cache\.num_key_value_heads/,
+      (raw) => (raw.decoding.cache.num_key_value_heads = 4),
+    ],
     [/has 32 in dimension 3 .* decoding\.cache\.head_dim/, (raw) => (raw.decoding.cache.head_dim = 2 ** 31 - 1)],
-    [/is float32 in the graph, expected bfloat16, decoding\.cache\.dtype/, (raw) => (raw.decoding.cache.dtype = "bfloat16")],
+    [
+      /is float32 in the graph, expected bfloat16, decoding\.cache\.dtype/,
+      (raw) => (raw.decoding.cache.dtype = "bfloat16"),
+    ],
     [/logits has 2048 .* decoding\.vocab_size/, (raw) => (raw.decoding.vocab_size = 2047)],
-    [/optional_inputs has rope_length, which has no default/, (raw) => (raw.graphs[0].optional_inputs = ["rope_length"])],
+    [
+      /optional_inputs has rope_length, which has no default/,
+      (raw) => (raw.graphs[0].optional_inputs = ["rope_length"]),
+    ],
   ] as [RegExp, (raw: any) => unknown][]) {
-    test(String(message), () => breaks("BundleError", new RegExp(`^b/manifest\\.json: .*${message.source}`), () => check(BYTES, change)));
+    test(String(message), () =>
+      breaks("BundleError", new RegExp(`^b/manifest\\.json: .*${message.source}`), () => check(BYTES, change)),
+    );
   }
   test("inputs and outputs of other names", () => {
-    breaks("BundleError", /inputs lack attention_mask/, () => check(Buffer.from(BYTES.toString("latin1").replaceAll("attention_mask", "attention_masc"), "latin1")));
-    breaks("BundleError", /outputs lack present\.0\.key/, () => check(Buffer.from(BYTES.toString("latin1").replaceAll("present.0.key", "presenT.0.key"), "latin1")));
+    breaks("BundleError", /inputs lack attention_mask/, () =>
+      check(Buffer.from(BYTES.toString("latin1").replaceAll("attention_mask", "attention_masc"), "latin1")),
+    );
+    breaks("BundleError", /outputs lack present\.0\.key/, () =>
+      check(Buffer.from(BYTES.toString("latin1").replaceAll("present.0.key", "presenT.0.key"), "latin1")),
+    );
   });
 });

@@ -1,4 +1,7 @@
-/** The manifest is an untrusted file: whatever stands in it, a bundle gives its own tokens or one of the library's errors. */
+/**
+ * The manifest is an untrusted file: whatever stands in it, a bundle gives its own tokens or one of the library's
+ * errors.
+ */
 import assert from "node:assert/strict";
 import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -20,7 +23,17 @@ const VALUES = [
   ...[null, true, false, 0, 1, -1, 0.5, 1e9, 2 ** 31 - 1, 2 ** 31, 2 ** 53, 1e308, -0],
   ...["", "1", "cpu", "cuda", "int8", "bfloat16", "1.0", "99.9", "é", "\0", "x".repeat(10_000), "0".repeat(64)],
   ...[".", "..", "../model.data", "/etc/passwd", "a\\b", "config.json", "__proto__", "constructor", "hasOwnProperty"],
-  ...[[], {}, [[]], [null], ["x"], [0, 1, 2], { x: 1 }, JSON.parse('{"__proto__": 1}'), JSON.parse("[".repeat(500) + "]".repeat(500))],
+  ...[
+    [],
+    {},
+    [[]],
+    [null],
+    ["x"],
+    [0, 1, 2],
+    { x: 1 },
+    JSON.parse('{"__proto__": 1}'),
+    JSON.parse("[".repeat(500) + "]".repeat(500)),
+  ],
 ];
 const WORDS = ["9".repeat(5000), "[".repeat(100_000), "{", "}", ",", ":", '"', "NaN", "-", "1e999", "\\u0000", "null"];
 
@@ -35,8 +48,12 @@ async function outcome(): Promise<number[] | string> {
     const session = await openSession(folder, manifest, 1);
     const tokenizer = await readTokenizer(folder, manifest);
     const last = await new Promise<FromWorker>((end) => {
-      const engine = new Engine(session, manifest, tokenizer, (message) => ("piece" in message ? tokens.push(message.piece.token_id) : end(message)));
-      engine.receive({ call: { id: 1, prompt: "It was a fine morning, and Elizabeth", options: { max_new_tokens: 5 } } });
+      const engine = new Engine(session, manifest, tokenizer, (message) =>
+        "piece" in message ? tokens.push(message.piece.token_id) : end(message),
+      );
+      engine.receive({
+        call: { id: 1, prompt: "It was a fine morning, and Elizabeth", options: { max_new_tokens: 5 } },
+      });
     });
     session.release();
     return "error" in last ? last.error.name : tokens;
@@ -64,7 +81,12 @@ function mutatedValue(choose: <T>(list: readonly T[]) => T): string {
   };
   visit(manifest);
   const [parent, key] = choose(places);
-  const value = choose([() => choose(VALUES), () => choose(VALUES), () => ((other) => other[0][other[1]])(choose(places)), () => undefined])();
+  const value = choose([
+    () => choose(VALUES),
+    () => choose(VALUES),
+    () => ((other) => other[0][other[1]])(choose(places)),
+    () => undefined,
+  ])();
   const name = choose([key, key, key, "__proto__", "constructor", "unknown"]);
   if (name !== key || value === undefined) delete parent[key];
   if (value !== undefined) Object.defineProperty(parent, name, { value, enumerable: true });
@@ -94,7 +116,8 @@ test(`${MUTANTS} mutants`, async () => {
     const found = await outcome();
     const what = typeof found === "string" ? found : "tokens";
     counts[what] = (counts[what] ?? 0) + 1;
-    if (typeof found === "string") assert.ok(KINDS.includes(found), `mutant ${mutant} ends in ${found}: ${text.slice(0, 2000)}`);
+    if (typeof found === "string")
+      assert.ok(KINDS.includes(found), `mutant ${mutant} ends in ${found}: ${text.slice(0, 2000)}`);
     else assert.deepEqual(found, expected, `mutant ${mutant}: ${text.slice(0, 2000)}`);
   }
   for (const what of ["tokens", "BundleError"]) assert.ok(counts[what] > 0, JSON.stringify(counts));

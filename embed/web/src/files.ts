@@ -17,7 +17,8 @@ export interface Progress {
  */
 export async function fetchManifest(bundle: string): Promise<Manifest> {
   const path = `${bundle}manifest.json`;
-  return parseManifest(await (await get(path)).text(), path);
+  const response = await get(path);
+  return parseManifest(await response.text().catch(brokenOff(path)), path);
 }
 
 /**
@@ -35,28 +36,37 @@ export async function fetchFiles(
   const fetched = new Map<string, Uint8Array<ArrayBuffer>>();
   let before = 0;
   for (const name of names) {
-    fetched.set(name, await fetchFile(bundle + encodeURIComponent(name), files[name], (loaded) => progress({ loaded: before + loaded, total })));
+    const advance = (loaded: number) => progress({ loaded: before + loaded, total });
+    fetched.set(name, await fetchFile(bundle + encodeURIComponent(name), files[name], advance));
     before += files[name].size;
   }
   return fetched;
 }
 
 /**
- * Fetches a file and holds it against the manifest: the size always; the SHA-256 up to `HASH_LIMIT`, and only where the browser
- * computes it, which is on https and on this machine.
+ * Fetches a file and holds it against the manifest: the size always; the SHA-256 up to `HASH_LIMIT`, and only where the
+ * browser computes it, which is on https and on this machine.
  */
-async function fetchFile(path: string, { size, sha256 }: File, progress: (loaded: number) => void): Promise<Uint8Array<ArrayBuffer>> {
+async function fetchFile(
+  path: string,
+  { size, sha256 }: File,
+  progress: (loaded: number) => void,
+): Promise<Uint8Array<ArrayBuffer>> {
   const data = allocate(path, size);
   let found = 0;
   const reader = (await get(path)).body!.getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+  const read = () => reader.read().catch(brokenOff(path));
+  for (let part = await read(); !part.done; part = await read()) {
     if (found + part.value.length <= size) data.set(part.value, found);
     found += part.value.length;
     progress(Math.min(found, size));
   }
-  if (found !== size) throw new BundleError(`${path}: has ${found} bytes, the manifest says ${size}; copy or export the bundle again`);
+  if (found !== size)
+    throw new BundleError(`${path}: has ${found} bytes, the manifest says ${size}; copy or export the bundle again`);
   if (size <= HASH_LIMIT && crypto.subtle && (await hash(data)) !== sha256) {
-    throw new BundleError(`${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`);
+    throw new BundleError(
+      `${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`,
+    );
   }
   return data;
 }
@@ -65,7 +75,9 @@ function allocate(path: string, size: number): Uint8Array<ArrayBuffer> {
   try {
     return new Uint8Array(size);
   } catch {
-    throw new BundleError(`${path}: has ${size} bytes, the manifest says, which is more than a browser holds; take a smaller bundle`);
+    throw new BundleError(
+      `${path}: has ${size} bytes, the manifest says, which is more than a browser holds; take a smaller bundle`,
+    );
   }
 }
 
@@ -76,8 +88,15 @@ async function get(path: string): Promise<Response> {
   } catch (error) {
     throw new BundleError(`${path}: cannot be fetched (${(error as Error).message}); is the server running?`);
   }
-  if (!response.ok) throw new BundleError(`${path}: is missing, the server says ${response.status}; copy or export the bundle again`);
+  if (!response.ok)
+    throw new BundleError(`${path}: is missing, the server says ${response.status}; copy or export the bundle again`);
   return response;
+}
+
+function brokenOff(path: string) {
+  return (error: Error): never => {
+    throw new BundleError(`${path}: its transfer broke off (${error.message}); load the bundle again`);
+  };
 }
 
 async function hash(data: Uint8Array<ArrayBuffer>): Promise<string> {

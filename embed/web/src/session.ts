@@ -13,7 +13,9 @@ interface Adapter {
   info?: { isFallbackAdapter?: boolean };
 }
 
-/** WebGPU where there is a graphics processor for it, else WebAssembly: a processor that plays one is slower than that. */
+/**
+ * WebGPU where there is a graphics processor for it, else WebAssembly: a processor that plays one is slower than that.
+ */
 export async function bestDevice(): Promise<Device> {
   const { gpu } = navigator as { gpu?: { requestAdapter(): Promise<Adapter | null> } };
   const adapter = await gpu?.requestAdapter();
@@ -48,11 +50,17 @@ export async function openSession(
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   const refused = (what: string, error: unknown) =>
-    new DeviceError(`${name}: ONNX Runtime ${ort.env.versions.web} cannot ${what} it on ${device}: ${(error as Error).message}`);
+    new DeviceError(
+      `${name}: ONNX Runtime ${ort.env.versions.web} cannot ${what} it on ${device}: ${(error as Error).message}`,
+    );
   let session: InferenceSession;
   try {
     const externalData = Array.from(weights, ([path, data]) => ({ path, data }));
-    session = await ort.InferenceSession.create(graph, { externalData, executionProviders: [device], logSeverityLevel: 3 });
+    session = await ort.InferenceSession.create(graph, {
+      externalData,
+      executionProviders: [device],
+      logSeverityLevel: 3,
+    });
   } catch (error) {
     throw refused("load", error);
   }
@@ -77,7 +85,9 @@ function numbers({ type, data }: Tensor): Value["data"] {
 
 function tensors(ort: Runtime, values: Record<string, Value>): InferenceSession.FeedsType {
   type Type = Exclude<Value["type"], "bfloat16">; // a graph of bfloat16 was refused
-  return Object.fromEntries(Object.entries(values).map(([name, { type, data, dims }]) => [name, new ort.Tensor(type as Type, data, dims)]));
+  return Object.fromEntries(
+    Object.entries(values).map(([name, { type, data, dims }]) => [name, new ort.Tensor(type as Type, data, dims)]),
+  );
 }
 
 const { port1, port2 } = new MessageChannel();

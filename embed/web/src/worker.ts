@@ -42,8 +42,8 @@ async function load({ bundle, threads, device: wanted }: Load): Promise<void> {
   const before = first.reduce((sum, name) => sum + manifest.files[name].size, 0);
   const files = await fetchFiles(bundle, manifest, first, (progress) => post({ progress }));
   const bytes = files.get(graph.file)!;
-  // only the graph says in which files its weights are
-  const weights = await fetchFiles(bundle, manifest, checkGraph(graph, bytes, manifest, `${bundle}manifest.json`), ({ loaded, total }) =>
+  const names = checkGraph(graph, bytes, manifest, `${bundle}manifest.json`); // only the graph says where its weights are
+  const weights = await fetchFiles(bundle, manifest, names, ({ loaded, total }) =>
     post({ progress: { loaded: before + loaded, total: before + total } }),
   );
   const text = new TextDecoder().decode(files.get("tokenizer.json"));

@@ -14,8 +14,8 @@ type Expected = [type: keyof typeof ELEMENT_TYPES, dims: (number | undefined)[]]
  * @param bytes - of the graph's file.
  * @param path - of manifest.json, for errors.
  * @returns the files that the weights lie in.
- * @throws BundleError: the graph is damaged, its weights lie in a file that the manifest does not list, or an input or output is
- *   not as it says.
+ * @throws BundleError: the graph is damaged, its weights lie in a file that the manifest does not list, or an input or
+ *   output is not as it says.
  */
 export function checkGraph(graph: GraphFile, bytes: Uint8Array, manifest: Manifest, path: string): string[] {
   let file: OnnxFile;
@@ -24,12 +24,16 @@ export function checkGraph(graph: GraphFile, bytes: Uint8Array, manifest: Manife
   } catch (error) {
     // what names no other file can do no harm, and ONNX Runtime says best why it refuses it
     if (!new TextDecoder("latin1").decode(bytes).includes("location")) return [];
-    throw new BundleError(`${path}: its ${graph.file} is no ONNX graph (${(error as Error).message}); copy or export the bundle again`);
+    throw new BundleError(
+      `${path}: its ${graph.file} is no ONNX graph (${(error as Error).message}); copy or export the bundle again`,
+    );
   }
   const locations = [...file.locations];
   const foreign = locations.find((name) => !Object.hasOwn(manifest.files, name));
   if (foreign !== undefined) {
-    throw new BundleError(`${path}: files has no ${JSON.stringify(foreign)}, where weights of ${graph.file} lie; export the bundle again`);
+    throw new BundleError(
+      `${path}: files has no ${JSON.stringify(foreign)}, where weights of ${graph.file} lie; export the bundle again`,
+    );
   }
   try {
     checkInputs(graph, file, manifest.decoding);
@@ -45,12 +49,16 @@ function checkInputs({ optional_inputs }: GraphFile, { inputs, initializers }: O
   // counted before any names are made: a damaged manifest may claim a billion layers
   const layers = inputs.filter(({ name }) => name.startsWith("past_key_values.")).length / 2;
   if (layers !== cache.num_hidden_layers) {
-    throw new Disagreement(`decoding.cache.num_hidden_layers is ${cache.num_hidden_layers}, the graph has ${layers} layers`);
+    throw new Disagreement(
+      `decoding.cache.num_hidden_layers is ${cache.num_hidden_layers}, the graph has ${layers} layers`,
+    );
   }
   const defaults = inputs.map(({ name }) => name).filter((name) => initializers.has(name));
   for (const name of [...defaults, ...optional_inputs]) {
-    if (!optional_inputs.includes(name)) throw new Disagreement(`optional_inputs lacks ${name}, which has a default in the graph`);
-    if (!defaults.includes(name)) throw new Disagreement(`optional_inputs has ${name}, which has no default in the graph`);
+    if (!optional_inputs.includes(name))
+      throw new Disagreement(`optional_inputs lacks ${name}, which has a default in the graph`);
+    if (!defaults.includes(name))
+      throw new Disagreement(`optional_inputs has ${name}, which has no default in the graph`);
   }
   const expected = new Map<string, Expected>([
     ["input_ids", ["int64", [undefined, undefined]]],
@@ -64,7 +72,11 @@ function checkInputs({ optional_inputs }: GraphFile, { inputs, initializers }: O
 }
 
 function checkOutputs({ outputs }: OnnxFile, { vocab_size, cache }: Decoding): void {
-  checkValues("outputs", outputs, new Map([["logits", ["float32", [undefined, undefined, vocab_size]]], ...cacheValues(cache, "present")]));
+  checkValues(
+    "outputs",
+    outputs,
+    new Map([["logits", ["float32", [undefined, undefined, vocab_size]]], ...cacheValues(cache, "present")]),
+  );
 }
 
 function cacheValues(cache: Decoding["cache"], prefix: string): [string, Expected][] {
@@ -83,10 +95,13 @@ function checkValues(kind: "inputs" | "outputs", found: readonly Declared[], exp
       const has = Object.entries(ELEMENT_TYPES).find(([, number]) => number === type)?.[0] ?? "another type";
       throw new Disagreement(`${name} is ${has} in the graph, expected ${dtype}${keyOf(name, "dtype")}`);
     }
-    if (dims.length !== wanted.length) throw new Disagreement(`${name} has ${dims.length} dimensions in the graph, expected ${wanted.length}`);
+    if (dims.length !== wanted.length)
+      throw new Disagreement(`${name} has ${dims.length} dimensions in the graph, expected ${wanted.length}`);
     for (const [axis, size] of wanted.entries()) {
       if (size === undefined || dims[axis] === undefined || dims[axis] === size) continue;
-      throw new Disagreement(`${name} has ${dims[axis]} in dimension ${axis} of the graph, expected ${size}${keyOf(name, axis)}`);
+      throw new Disagreement(
+        `${name} has ${dims[axis]} in dimension ${axis} of the graph, expected ${size}${keyOf(name, axis)}`,
+      );
     }
   }
 }

@@ -1,5 +1,18 @@
 import { BundleError } from "./errors.js";
-import { boolean, integer, list, Mismatch, mismatch, nullable, object, oneOf, optional, type Reader, record, string } from "./schema.js";
+import {
+  boolean,
+  integer,
+  list,
+  Mismatch,
+  mismatch,
+  nullable,
+  object,
+  oneOf,
+  optional,
+  type Reader,
+  record,
+  string,
+} from "./schema.js";
 
 /** One graph file over the bundle's weights. */
 export interface GraphFile {
@@ -26,7 +39,10 @@ const CACHE_TYPES = ["float32", "float16", "bfloat16", "int8", "uint8"] as const
 /** A dtype that a cache may have. */
 export type CacheType = (typeof CACHE_TYPES)[number];
 
-/** One of the cache's arrays is [batch, num_key_value_heads, length, head_dim] of `dtype`; there are two a layer, key and value. */
+/**
+ * One of the cache's arrays is [batch, num_key_value_heads, length, head_dim] of `dtype`; there are two a layer, key
+ * and value.
+ */
 export interface CacheShape {
   num_hidden_layers: number;
   num_key_value_heads: number;
@@ -89,7 +105,10 @@ const DEEPEST = 1000; // levels of a manifest; what a reader knows has six
 const positive = integer(1, LARGEST);
 const tokenId = integer(0, LARGEST);
 const forPeople: Reader<string> = (value) => (typeof value === "string" ? value : "");
-const fileName = string('the name of a file in the bundle, without "/", "\\" and ":"', (name) => !/^$|^\.\.?$|[/\\:\0\p{Surrogate}]/u.test(name));
+const fileName = string(
+  'the name of a file in the bundle, without "/", "\\" and ":"',
+  (name) => !/^$|^\.\.?$|[/\\:\0\p{Surrogate}]/u.test(name),
+);
 const release = string('a release such as "1.31"', (text) => /^\d{1,9}(\.\d{1,9})*$/.test(text));
 const turn: Reader<[string, string]> = (value, key) => {
   const texts = list(string())(value, key);
@@ -162,7 +181,11 @@ export function parseManifest(text: string, path: string): Manifest {
   }
   try {
     const manifest = readManifest(version === 1 ? upgraded(raw) : raw, "");
-    for (const name of ["tokenizer.json", ...manifest.graphs.map(({ file }) => file), manifest.decoding.sampling_graph]) {
+    for (const name of [
+      "tokenizer.json",
+      ...manifest.graphs.map(({ file }) => file),
+      manifest.decoding.sampling_graph,
+    ]) {
       if (name !== null && !Object.hasOwn(manifest.files, name)) throw new Mismatch(`files has no ${name}`);
     }
     return manifest;
@@ -179,7 +202,8 @@ function parse(text: string, path: string): any {
   } catch (error) {
     throw new BundleError(`not a bundle of phimoe-export: ${path}: is not JSON (${(error as Error).message})`);
   }
-  if (!isFlat(raw, DEEPEST)) throw new BundleError(`not a bundle of phimoe-export: ${path}: has more than ${DEEPEST} levels`);
+  if (!isFlat(raw, DEEPEST))
+    throw new BundleError(`not a bundle of phimoe-export: ${path}: has more than ${DEEPEST} levels`);
   return raw;
 }
 
@@ -193,12 +217,20 @@ function isFlat(value: unknown, levels: number): boolean {
 function upgraded(raw: any): any {
   const target = string()(raw.target, "target");
   const device = target === "portable" ? "cpu" : target;
-  const graphs = list(object<{ file: unknown; minimum_onnxruntime: string; optional_inputs: unknown }>({
-    file: (value) => value,
-    minimum_onnxruntime: release,
-    optional_inputs: (value) => value,
-  }))(raw.graphs, "graphs");
-  return { ...raw, graphs: graphs.map(({ minimum_onnxruntime, ...graph }) => ({ ...graph, devices: { [device]: minimum_onnxruntime } })) };
+  const graphs = list(
+    object<{ file: unknown; minimum_onnxruntime: string; optional_inputs: unknown }>({
+      file: (value) => value,
+      minimum_onnxruntime: release,
+      optional_inputs: (value) => value,
+    }),
+  )(raw.graphs, "graphs");
+  return {
+    ...raw,
+    graphs: graphs.map(({ minimum_onnxruntime, ...graph }) => ({
+      ...graph,
+      devices: { [device]: minimum_onnxruntime },
+    })),
+  };
 }
 
 /** The cache's names in graph order; `prefix` is "past_key_values" or "present". */

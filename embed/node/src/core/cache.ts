@@ -2,15 +2,22 @@ import { type CacheShape, type CacheType, cacheNames, type Decoding } from "./bu
 import { GenerationError } from "./errors.js";
 import type { Session, Value } from "./session.js";
 
-const ARRAYS = { float32: Float32Array, float16: Uint16Array, bfloat16: Uint16Array, int8: Int8Array, uint8: Uint8Array };
+const ARRAYS = {
+  float32: Float32Array,
+  float16: Uint16Array,
+  bfloat16: Uint16Array,
+  int8: Int8Array,
+  uint8: Uint8Array,
+};
 
 /**
- * The KV cache of a batch and one pass of the graph over it, in one fixed buffer [B, K, capacity, D] per layer and part that is
- * past and present at once; GroupQueryAttention writes in place.
+ * The KV cache of a batch and one pass of the graph over it, in one fixed buffer [B, K, capacity, D] per layer and part
+ * that is past and present at once; GroupQueryAttention writes in place.
  *
- * The kernel takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of the
- * buffers that is the row's own memory; a step runs all rows together. decoder.ts says which tokens a row holds, this only
- * where the keys and values lie. B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim.
+ * The kernel takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of
+ * the buffers that is the row's own memory; a step runs all rows together. decoder.ts says which tokens a row holds,
+ * this only where the keys and values lie. B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D
+ * head_dim.
  */
 export class SharedCache {
   private buffers: Value[];
@@ -70,7 +77,10 @@ export class SharedCache {
   }
 }
 
-/** As SharedCache, for graphs of standard operators: each row's own [1, K, P, D], which every pass replaces by [1, K, T, D]. */
+/**
+ * As SharedCache, for graphs of standard operators: each row's own [1, K, P, D], which every pass replaces by [1, K, T,
+ * D].
+ */
 export class GrowingCache {
   private readonly rows: Value[][];
 
@@ -116,7 +126,11 @@ function roundUp(capacity: number): number {
 /** The cache's values [rows, K, length, D]; the pages of a long buffer cost no memory before they are written. */
 function zeros(shape: CacheShape, rows: number, length: number): Value[] {
   const dims = [rows, shape.num_key_value_heads, length, shape.head_dim];
-  return cacheNames(shape.num_hidden_layers, "").map(() => ({ type: shape.dtype, dims: [...dims], data: array(shape.dtype, dims) }));
+  return cacheNames(shape.num_hidden_layers, "").map(() => ({
+    type: shape.dtype,
+    dims: [...dims],
+    data: array(shape.dtype, dims),
+  }));
 }
 
 /** The value [rows, K, length, D] with another length, keeping what fits. */
@@ -135,11 +149,16 @@ function array(type: CacheType, dims: readonly number[]): InstanceType<(typeof A
   try {
     return new ARRAYS[type](dims.reduce((product, dim) => product * dim));
   } catch {
-    throw new GenerationError(`a cache of ${type} [${dims}] finds no memory; give fewer prompts, shorter ones, or a smaller max_new_tokens`);
+    throw new GenerationError(
+      `a cache of ${type} [${dims}] finds no memory; give fewer prompts, shorter ones, or a smaller max_new_tokens`,
+    );
   }
 }
 
-/** One run of the graph: new `tokens` [B, S], each row's `totals` T, and its cache; the last token's logits, float32 [V] a row. */
+/**
+ * One run of the graph: new `tokens` [B, S], each row's `totals` T, and its cache; the last token's logits, float32 [V]
+ * a row.
+ */
 async function pass(
   session: Session,
   { vocab_size, cache }: Decoding,
@@ -162,7 +181,8 @@ async function pass(
   const outputs: Record<string, Value> = {
     logits: { type: "float32", dims: [rows, 1, vocab_size], data: new Float32Array(rows * vocab_size) },
   };
-  for (const [index, name] of cacheNames(cache.num_hidden_layers, "past_key_values").entries()) inputs[name] = past[index];
+  for (const [index, name] of cacheNames(cache.num_hidden_layers, "past_key_values").entries())
+    inputs[name] = past[index];
   for (const [index, name] of cacheNames(cache.num_hidden_layers, "present").entries()) outputs[name] = present[index];
   await session.run(inputs, outputs);
   const logits = outputs.logits.data as Float32Array;

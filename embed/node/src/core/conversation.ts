@@ -38,12 +38,13 @@ export class Conversation {
   }
 
   /**
-   * As `send`, piece by piece. The message and its answer are kept once the answer has begun, as far as it came if the stream
-   * is left early.
+   * As `send`, piece by piece. The message and its answer are kept once the answer has begun, as far as it came if the
+   * stream is left early.
    */
   async *stream(content: string, options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
     if (!content) throw new GenerationError("the message is empty; give at least one character");
-    if (this.#answering) throw new GenerationError("the conversation is still answering; wait for the end of its answer, or leave it");
+    if (this.#answering)
+      throw new GenerationError("the conversation is still answering; wait for the end of its answer, or leave it");
     const messages = [...this.messages, { role: "user", content }];
     let answer = "";
     this.#answering = true;

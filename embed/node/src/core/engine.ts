@@ -67,7 +67,9 @@ export class Engine {
   private newDecoder(rows: number, capacity: number): Decoder {
     const { decoding } = this.manifest;
     const shared = decoding.cache.shared && this.session.inPlace;
-    const cache = shared ? new SharedCache(this.session, decoding, rows, capacity) : new GrowingCache(this.session, decoding, rows);
+    const cache = shared
+      ? new SharedCache(this.session, decoding, rows, capacity)
+      : new GrowingCache(this.session, decoding, rows);
     return new Decoder(cache, decoding, rows);
   }
 }

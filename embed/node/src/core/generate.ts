@@ -5,7 +5,10 @@ import { sample } from "./sampler.js";
 import { StopStrings } from "./stop.js";
 import { TextStream, type Tokenizer } from "./tokenizer.js";
 
-/** Yields every new token of every request, the rows in turn; `decoder` has a row for each, with room for all its tokens. */
+/**
+ * Yields every new token of every request, the rows in turn; `decoder` has a row for each, with room for all its
+ * tokens.
+ */
 export async function* generate(
   decoder: Decoder,
   tokenizer: Tokenizer,
@@ -54,7 +57,9 @@ class Row {
     this.characters = new TextStream(tokenizer, request.prompt);
     this.strings = new StopStrings(request.stop);
     // a hidden token has no text that a stop string could be found in
-    this.stopIds = new Set(request.stop.map((stop) => tokenizer.tokenId(stop)).filter((id) => tokenizer.hidden.has(id!)));
+    this.stopIds = new Set(
+      request.stop.map((stop) => tokenizer.tokenId(stop)).filter((id) => tokenizer.hidden.has(id!)),
+    );
   }
 
   /** Takes the row's next token. */

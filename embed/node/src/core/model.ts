@@ -49,8 +49,8 @@ export class Model {
   }
 
   /**
-   * As `generate`, piece by piece; leaving the loop that reads them ends the generation. Errors of the prompt and the options
-   * come before the first piece.
+   * As `generate`, piece by piece; leaving the loop that reads them ends the generation. Errors of the prompt and the
+   * options come before the first piece.
    */
   stream(prompt: Prompt | readonly Prompt[], options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
     return this.answer(prompt, options);
@@ -59,7 +59,11 @@ export class Model {
   /** A conversation that keeps its cache from turn to turn, opened by a system message if one is given. */
   chat(system?: string): Conversation {
     const id = ++this.#lastId;
-    return new Conversation((messages, options) => this.answer(messages, options, id), () => this.forget(id), system);
+    return new Conversation(
+      (messages, options) => this.answer(messages, options, id),
+      () => this.forget(id),
+      system,
+    );
   }
 
   /** Ends all generations and frees the memory. */

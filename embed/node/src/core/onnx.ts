@@ -1,7 +1,8 @@
 /**
  * What a bundle's reader must know of an ONNX file before ONNX Runtime opens it, read from its bytes.
  *
- * The file is a message of Protocol Buffers (https://protobuf.dev/programming-guides/encoding/) with the fields of onnx.proto3.
+ * The file is a message of Protocol Buffers (https://protobuf.dev/programming-guides/encoding/) with the fields of
+ * onnx.proto3.
  */
 
 /** A graph's input or output; `dims` has undefined where it has no number. */
@@ -33,7 +34,8 @@ const TO_TENSORS: Record<string, Record<number, string>> = {
 };
 const [MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, TENSOR_NAME] = [7, 5, 11, 12, 8];
 const [ENTRY_KEY, ENTRY_VALUE] = [1, 2]; // StringStringEntryProto
-const [VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TENSOR_ELEMENT, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE] = [1, 2, 1, 1, 2, 1, 1]; // ValueInfoProto
+const [VALUE_NAME, VALUE_TYPE] = [1, 2]; // ValueInfoProto
+const [TYPE_TENSOR, TENSOR_ELEMENT, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE] = [1, 1, 2, 1, 1]; // TypeProto and below
 const DEEPEST = 100; // messages inside messages, as for Protocol Buffers' own parsers
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 

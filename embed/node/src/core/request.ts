@@ -55,26 +55,38 @@ const RANGES: Record<string, Range> = {
   top_p: [(value) => value > 0 && value <= 1, "more than 0 and at most 1 (off)"],
   min_p: [(value) => value >= 0 && value <= 1, "between 0 (off) and 1"],
   repetition_penalty: [(value) => value > 0 && value < Infinity, "more than 0; 1 is off"],
-  seed: [(value) => typeof value === "bigint" || Number.isSafeInteger(value), "a bigint or an integer that a number holds exactly"],
+  seed: [
+    (value) => typeof value === "bigint" || Number.isSafeInteger(value),
+    "a bigint or an integer that a number holds exactly",
+  ],
 };
 
 /**
  * A request whose options are in range and whose tokens fit the context; `name` is the prompt's in errors.
  *
- * @throws GenerationError: the prompt is none, an option is unknown or out of range, or both together do not fit the context.
+ * @throws GenerationError: the prompt is none, an option is unknown or out of range, or both together do not fit the
+ *   context.
  */
-export function makeRequest(prompt: Prompt, name: string, options: Options, manifest: Manifest, tokenizer: Tokenizer): Request {
+export function makeRequest(
+  prompt: Prompt,
+  name: string,
+  options: Options,
+  manifest: Manifest,
+  tokenizer: Tokenizer,
+): Request {
   const ids = encode(prompt, name, manifest, tokenizer);
   checkOptions(options);
   const { context } = manifest.decoding;
   if (ids.length >= context) {
-    throw new GenerationError(`${name} has ${ids.length} tokens, which leaves no room in the context of ${context}; shorten it`);
+    throw new GenerationError(
+      `${name} has ${ids.length} tokens, which leaves no room in the context of ${context}; shorten it`,
+    );
   }
   const room = context - ids.length;
   const max_new_tokens = options.max_new_tokens ?? Math.min(DEFAULT_NEW_TOKENS, room);
   if (max_new_tokens > room) {
-    const together = `${name} has ${ids.length} tokens and max_new_tokens is ${max_new_tokens}, together more than the context of ${context}`;
-    throw new GenerationError(`${together}; at most ${room} new tokens fit`);
+    const found = `${name} has ${ids.length} tokens and max_new_tokens is ${max_new_tokens}`;
+    throw new GenerationError(`${found}, together more than the context of ${context}; at most ${room} new tokens fit`);
   }
   const sampling: Sampling = {
     temperature: options.temperature ?? 0,
@@ -92,7 +104,8 @@ function encode(prompt: Prompt, name: string, { chat, decoding }: Manifest, toke
   if (typeof prompt !== "string" && !Array.isArray(prompt)) {
     throw new GenerationError(`${name} is ${prompt}, expected a string, a list of messages or a list of token ids`);
   }
-  if (!prompt.length) throw new GenerationError(`${name} or the batch is empty; give at least one character, message, token or prompt`);
+  if (!prompt.length)
+    throw new GenerationError(`${name} or the batch is empty; give at least one character, message, token or prompt`);
   if (typeof prompt === "string") return tokenizer.encode(prompt);
   if (typeof prompt[0] === "object") return tokenizer.encode(render(chat, prompt as Message[]), false);
   const last = decoding.vocab_size - 1;
@@ -104,13 +117,17 @@ function encode(prompt: Prompt, name: string, { chat, decoding }: Manifest, toke
 function checkOptions(options: Options): void {
   const { stop: _, ...numbers } = options;
   for (const [option, value] of Object.entries(numbers)) {
-    if (!Object.hasOwn(RANGES, option)) throw new GenerationError(`unknown option ${option}, expected one of ${Object.keys(RANGES).join(", ")}, stop`);
+    if (!Object.hasOwn(RANGES, option))
+      throw new GenerationError(`unknown option ${option}, expected one of ${Object.keys(RANGES).join(", ")}, stop`);
     const [holds, expected] = RANGES[option];
     const fits = option === "seed" || typeof value === "number";
-    if (value != null && !(fits && holds(value as number))) throw new GenerationError(`${option} is ${value}, expected ${expected}`);
+    if (value != null && !(fits && holds(value as number)))
+      throw new GenerationError(`${option} is ${value}, expected ${expected}`);
   }
   if (!stopStrings(options).every((each) => typeof each === "string" && each)) {
-    throw new GenerationError("stop holds an empty string, which would end the text before it began, or something that is no string");
+    throw new GenerationError(
+      "stop holds an empty string, which would end the text before it began, or something that is no string",
+    );
   }
 }
 

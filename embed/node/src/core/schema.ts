@@ -65,7 +65,9 @@ export function record<T>(item: Reader<T>, name: Reader<string> = string(), leas
     const entries = Object.entries(asObject(value, key));
     if (entries.length < least) throw mismatch(key, value, `an object of ${least} or more`);
     // fromEntries makes "__proto__" a key as any other; an assignment would not
-    return Object.fromEntries(entries.map(([each, inner]) => [name(each, `${key}: a name`), item(inner, `${key}.${each}`)]));
+    return Object.fromEntries(
+      entries.map(([each, inner]) => [name(each, `${key}: a name`), item(inner, `${key}.${each}`)]),
+    );
   };
 }
 
@@ -73,13 +75,17 @@ export function record<T>(item: Reader<T>, name: Reader<string> = string(), leas
 export function object<T>(readers: { [Key in keyof T]-?: Reader<T[Key]> }): Reader<T> {
   return (value, key) => {
     const found = asObject(value, key);
-    const read = (name: string, reader: Reader<unknown>) => reader(Object.hasOwn(found, name) ? found[name] : undefined, key ? `${key}.${name}` : name);
-    return Object.fromEntries(Object.entries<Reader<unknown>>(readers).map(([name, reader]) => [name, read(name, reader)])) as T;
+    const entries = Object.entries<Reader<unknown>>(readers).map(([name, reader]) => {
+      const inner = Object.hasOwn(found, name) ? found[name] : undefined; // not what every object inherits
+      return [name, reader(inner, key ? `${key}.${name}` : name)];
+    });
+    return Object.fromEntries(entries) as T;
   };
 }
 
 function asObject(value: unknown, key: string): Record<string, unknown> {
-  if (typeof value !== "object" || value === null || Array.isArray(value)) throw mismatch(key || "it", value, "an object");
+  if (typeof value !== "object" || value === null || Array.isArray(value))
+    throw mismatch(key || "it", value, "an object");
   return value as Record<string, unknown>;
 }
 

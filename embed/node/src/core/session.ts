@@ -36,17 +36,22 @@ export function chooseGraph({ graphs }: Manifest, installed: string, optional: b
     throw new DeviceError(`the bundle is for ${others}, not for cpu; export it again with --target cpu`);
   }
   const plain = here.filter((graph) => optional || !graph.optional_inputs.length);
-  if (!plain.length) throw new DeviceError("every graph of the bundle has optional inputs, which cannot be given here; export it again");
+  if (!plain.length)
+    throw new DeviceError("every graph of the bundle has optional inputs, which cannot be given here; export it again");
   const unknown = ({ requires }: GraphFile) => requires.filter((name) => !PROVIDED.includes(name));
   const fitting = plain.filter((graph) => !unknown(graph).length);
   if (!fitting.length) {
     const missing = [...new Set(plain.flatMap(unknown))].join(", ");
-    throw new DeviceError(`the bundle requires ${missing}, which this release does not have; upgrade phimoe-onnx, or export again`);
+    throw new DeviceError(
+      `the bundle requires ${missing}, which this release does not have; upgrade phimoe-onnx, or export again`,
+    );
   }
   const graph = fitting.find(({ devices }) => compareReleases(devices.cpu, installed) <= 0);
   if (graph) return graph;
   const needed = fitting.map(({ devices }) => devices.cpu).sort(compareReleases)[0];
-  throw new DeviceError(`the bundle needs ONNX Runtime ${needed} or newer, installed is ${installed}; use a newer package of it`);
+  throw new DeviceError(
+    `the bundle needs ONNX Runtime ${needed} or newer, installed is ${installed}; use a newer package of it`,
+  );
 }
 
 /** Number by number: "1.9" is below "1.31". */
@@ -62,6 +67,8 @@ function compareReleases(a: string, b: string): number {
 /** Throws DeviceError unless it is a number of threads, or undefined. */
 export function checkThreads(threads: number | undefined): void {
   if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1)) {
-    throw new DeviceError(`threads is ${threads}, expected an integer, 1 or more, or undefined for ONNX Runtime's own choice`);
+    throw new DeviceError(
+      `threads is ${threads}, expected an integer, 1 or more, or undefined for ONNX Runtime's own choice`,
+    );
   }
 }
