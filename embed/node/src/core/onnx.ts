@@ -47,51 +47,55 @@ const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 export function readOnnx(bytes: Uint8Array): OnnxFile {
   const file: OnnxFile = { inputs: [], outputs: [], initializers: new Set(), locations: new Set() };
   addLocations(bytes, "Model", DEEPEST, file.locations);
-  for (const graph of all(bytes, MODEL_GRAPH)) {
-    for (const tensor of all(graph, GRAPH_INITIALIZER)) file.initializers.add(lastText(tensor, TENSOR_NAME));
-    file.inputs.push(...Array.from(all(graph, GRAPH_INPUT), declared));
-    file.outputs.push(...Array.from(all(graph, GRAPH_OUTPUT), declared));
+  for (const graph of messages(bytes, MODEL_GRAPH)) {
+    for (const tensor of messages(graph, GRAPH_INITIALIZER)) file.initializers.add(lastText(tensor, TENSOR_NAME));
+    file.inputs.push(...messages(graph, GRAPH_INPUT).map(declared));
+    file.outputs.push(...messages(graph, GRAPH_OUTPUT).map(declared));
   }
   return file;
 }
 
 function addLocations(bytes: Uint8Array, message: string, levels: number, locations: Set<string>): void {
   if (!levels) throw new Error(`more than ${DEEPEST} messages inside each other`);
-  for (const [number, value] of fields(bytes)) {
-    const inner = TO_TENSORS[message][number];
-    if (!inner || typeof value === "number") continue;
+  visitFields(bytes, TO_TENSORS[message], (value, inner) => {
+    if (typeof value === "number") return;
     if (inner !== "Entry") addLocations(value, inner, levels - 1, locations);
     else if (lastText(value, ENTRY_KEY) === "location") locations.add(lastText(value, ENTRY_VALUE));
-  }
+  });
 }
 
 function declared(value: Uint8Array): Declared {
-  const [tensor] = [...all(value, VALUE_TYPE)].flatMap((type) => [...all(type, TYPE_TENSOR)]);
-  const shape = tensor ? [...all(tensor, TENSOR_SHAPE)] : [];
-  const dims = shape.flatMap((each) => [...all(each, SHAPE_DIM)]).map((dim) => lastNumber(dim, DIM_VALUE));
+  const [tensor] = messages(value, VALUE_TYPE).flatMap((type) => messages(type, TYPE_TENSOR));
+  const shape = tensor ? messages(tensor, TENSOR_SHAPE) : [];
+  const dims = shape.flatMap((each) => messages(each, SHAPE_DIM)).map((dim) => lastNumber(dim, DIM_VALUE));
   return { name: lastText(value, VALUE_NAME), type: (tensor && lastNumber(tensor, TENSOR_ELEMENT)) ?? 0, dims };
 }
 
-/** The messages of a repeated field. */
-function* all(bytes: Uint8Array, field: number): Generator<Uint8Array> {
-  for (const [number, value] of fields(bytes)) if (number === field && typeof value !== "number") yield value;
+/** The values of a repeated field that are messages or texts. */
+function messages(bytes: Uint8Array, field: number): Uint8Array[] {
+  const found: Uint8Array[] = [];
+  visitFields(bytes, { [field]: true }, (value) => typeof value !== "number" && found.push(value));
+  return found;
 }
 
 /** The text of a field; where there are several, the last counts. */
 function lastText(bytes: Uint8Array, field: number): string {
-  let text = "";
-  for (const value of all(bytes, field)) text = UTF8.decode(value);
-  return text;
+  const texts = messages(bytes, field);
+  return texts.length ? UTF8.decode(texts[texts.length - 1]) : "";
 }
 
 function lastNumber(bytes: Uint8Array, field: number): number | undefined {
   let last: number | undefined;
-  for (const [number, value] of fields(bytes)) if (number === field && typeof value === "number") last = value;
+  visitFields(bytes, { [field]: true }, (value) => typeof value === "number" && (last = value));
   return last;
 }
 
-/** A message's fields: the number, and the value, of those of fixed width a 0. */
-function* fields(bytes: Uint8Array): Generator<[number: number, value: number | Uint8Array]> {
+/** Visits the fields of a message whose numbers are in `wanted`: with its value, a 0 for one of fixed width. */
+function visitFields<T>(
+  bytes: Uint8Array,
+  wanted: Record<number, T>,
+  visit: (value: number | Uint8Array, wanted: T) => void,
+): void {
   let place = 0;
   const varint = (most: number) => {
     let value = 0;
@@ -105,13 +109,15 @@ function* fields(bytes: Uint8Array): Generator<[number: number, value: number | 
   };
   while (place < bytes.length) {
     const key = varint(2 ** 32 - 1);
-    const [number, wire] = [key >>> 3, key & 7];
-    if (wire === 0) yield [number, varint(2 ** 64)];
+    const [field, wire] = [wanted[key >>> 3], key & 7];
+    let value: number | Uint8Array = 0;
+    if (wire === 0) value = varint(2 ** 64);
     else if (wire === 1 || wire === 2 || wire === 5) {
       const size = wire === 2 ? varint(2 ** 31) : wire === 1 ? 8 : 4;
       if (size > bytes.length - place) throw new Error("a field ends behind its message");
-      yield [number, wire === 2 ? bytes.subarray(place, place + size) : 0];
+      if (wire === 2 && field !== undefined) value = bytes.subarray(place, place + size);
       place += size;
     } else throw new Error(`a field of the wire type ${wire}`);
+    if (field !== undefined) visit(value, field);
   }
 }
