@@ -71,6 +71,7 @@ class DeviceCache:
         self._used: dict[int, int] = {}  # the tokens that each slot has written
         self._buffers: list[OrtValue] = []
         self._last = scalars(1, 0)
+        self.sampler: DeviceSampler
         self.resize(slots, capacity)
 
     def run_row(self, slot: int, ids: Sequence[int], past: int, keep: int, rope_length: int) -> NDArray[np.float32]:
@@ -150,6 +151,7 @@ class DeviceCache:
         sampler = DeviceSampler(self._sampling, self._device, slots, capacity, self._vocab_size)
         places = {slot: place for place, slot in enumerate(sorted(self._places, key=self._places.__getitem__))}
         if places:
+            sampler.inherit(self.sampler, {self._places[slot]: place for slot, place in places.items()})
             for before, after in zip(self._buffers, buffers, strict=True):
                 values = before.numpy()
                 larger = np.zeros(shape, values.dtype)

@@ -48,6 +48,13 @@ class DeviceSampler:
         self._lengths: dict[int, int] = {}  # by place: the ones of its mask
         self._seen: dict[int, Collection[int]] = {}  # by place: the tokens that its `seen` counts, by identity
 
+    def inherit(self, before: DeviceSampler, places: Mapping[int, int]) -> None:
+        """Takes over the logits of another sampler: `places` says which of its places becomes which here."""
+        logits, known = np.zeros((self._rows, 1, self._vocab_size), np.float32), before._values[LOGITS].numpy()
+        for old, new in places.items():
+            logits[new] = known[old]
+        self._values[LOGITS].update_inplace(logits)
+
     def touch(self) -> None:
         """The mask is to be written anew: a place holds something else now."""
         self._lengths = {}
@@ -74,7 +81,8 @@ class DeviceSampler:
         """
         if tokens != self._tokens:
             ids = np.zeros((self._rows, 1), np.int64)
-            ids[list(tokens), 0] = list(tokens.values())
+            for place, token in tokens.items():
+                ids[place] = token
             self._values[INPUT_IDS].update_inplace(ids)
             self._tokens = dict(tokens)
         self._write_mask({place: length + 1 for place, length in lengths.items()}, others)
@@ -113,12 +121,14 @@ class DeviceSampler:
         return chosen
 
     def _write_mask(self, lengths: Mapping[int, int], others: Mapping[int, int]) -> None:
-        """One for each token, and one more where a place only computes along, so that it writes behind its own."""
+        """Ones for the tokens, and one more where a place only computes along, so that it writes behind its own."""
         if all(self._lengths.get(place) == length for place, length in lengths.items()):
             return
         ones = np.ones((self._rows, 1), np.int64)
-        ones[list(others), 0] += list(others.values())
-        ones[list(lengths), 0] = list(lengths.values())
+        for place, length in others.items():
+            ones[place] = length + 1
+        for place, length in lengths.items():
+            ones[place] = length
         self._values[ATTENTION_MASK].update_inplace((np.arange(self._capacity) < ones).astype(np.int64))
         self._lengths = dict(lengths)
 
