@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,14 +31,20 @@ def step_bytes(bundle: Path, manifest: Manifest, batch: int, length: int) -> int
     """
     config = read_config(bundle)
     scale = _BITS[manifest.dtype]
-    dense = _attention(config) * _bits(manifest.weights["attention"], scale)
-    dense += config.hidden_size * config.num_local_experts * _bits(manifest.weights["router"], scale)
+    dense = _attention(config) * _bits(manifest, "self_attn.q_proj.weight", scale)
+    dense += config.hidden_size * config.num_local_experts * _bits(manifest, "block_sparse_moe.gate.weight", scale)
     experts = config.num_local_experts
     used = experts * (1 - (1 - 2 / experts) ** batch)
-    dense += used * 3 * config.hidden_size * config.intermediate_size * _bits(manifest.weights["experts"], scale)
+    dense += (
+        used
+        * 3
+        * config.hidden_size
+        * config.intermediate_size
+        * _bits(manifest, "block_sparse_moe.experts.gate_up_proj", scale)
+    )
     cache = manifest.decoding.cache
     cached = batch * min(length, config.window or length) * cache.bytes_per_token
-    head = config.vocab_size * config.hidden_size * _bits(manifest.weights["lm_head"], scale)
+    head = config.vocab_size * config.hidden_size * _bits(manifest, "lm_head.weight", scale)
     return int((config.num_hidden_layers * dense + head) / 8) + cached
 
 
@@ -61,12 +66,11 @@ def _attention(config: PhiMoEConfig) -> int:
     return config.hidden_size * heads * config.head_dim
 
 
-def _bits(stored: str, scale: float) -> float:
-    """Bits a weight of a form of the manifest takes, its share of a block's scale included: "int4, block 64" -> 4.5."""
-    if stored in _BITS:
-        return _BITS[stored]
-    if match := re.fullmatch(r"int(\d+), block (\d+)", stored):
-        return int(match[1]) + scale / int(match[2])
-    raise PhiMoEError(
-        f"the manifest stores weights as {stored!r}, expected float32, float16, bfloat16 or intN, block M"
-    )
+def _bits(manifest: Manifest, parameter: str, scale: float) -> float:
+    """Bits that a weight of a parameter takes, its share of a block's scale included."""
+    stored = next((group for group in manifest.weights if parameter in group.parameters), None)
+    if stored is None:
+        raise PhiMoEError(f"the manifest does not say how {parameter} is stored; export the bundle again")
+    if stored.block_size is None:
+        return _BITS[stored.dtype]
+    return int(stored.dtype.removeprefix("int")) + scale / stored.block_size

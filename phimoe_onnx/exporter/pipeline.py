@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -133,6 +135,7 @@ def export(
             (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         if task == "text-generation" and target == "cuda":
             ir.save(sampling_graph(), staging / bundle.SAMPLING)
+            decoding = dataclasses.replace(decoding, sampling_graph=bundle.SAMPLING)
         bundle.Manifest(
             tool_version=__version__,
             source=origin(source, folder),
@@ -140,8 +143,10 @@ def export(
             target=target,
             quantize=quantize,
             dtype=DTYPE_NAMES[activations],
-            weights=_describe(task, quantize, DTYPE_NAMES[activations], format),
-            graphs=tuple(_describe_graph(file, graph) for file, graph in models.items()),
+            weights=_weights(config, task, quantize, DTYPE_NAMES[activations], format),
+            graphs=tuple(
+                _describe_graph(file, graph, target, DTYPE_NAMES[activations]) for file, graph in models.items()
+            ),
             decoding=decoding,
             files=bundle.describe_files(staging, counter(report, "hashing", layout.nbytes)),
             chat=chat_format(folder) if task == "text-generation" else None,
@@ -150,7 +155,7 @@ def export(
     return output
 
 
-DTYPE_NAMES = {dtype: name for known in DTYPES.values() for name, dtype in known.items()}
+DTYPE_NAMES: dict[ir.DataType, Any] = {dtype: name for known in DTYPES.values() for name, dtype in known.items()}
 
 # The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is
 # slow, from 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs
@@ -160,13 +165,15 @@ MINIMUM_ONNXRUNTIME = {"QMoE": "1.31", "MoE": "1.31"}
 OTHERWISE = "1.29"
 
 
-def _describe_graph(file: str, model: ir.Model) -> bundle.Graph:
+def _describe_graph(file: str, model: ir.Model, target: str, dtype: str) -> bundle.Graph:
     minimum = next(
         (MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE
     )
-    return bundle.Graph(
-        file, minimum, tuple(name for name in bundle.OPTIONAL_INPUTS if name in model.graph.initializers)
-    )
+    devices = {"cpu": minimum, "cuda": minimum} if target == "portable" else {target: minimum}
+    if target == "cuda" and dtype == "float16":
+        devices["cpu"] = "1.32"  # the release whose float16 MoE on the CPU is right
+    optional = tuple(name for name in bundle.OPTIONAL_INPUTS if name in model.graph.initializers)
+    return bundle.Graph(file, devices, optional)
 
 
 def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format: Format | None) -> None:
@@ -233,15 +240,27 @@ def _copy(source: Path, staging: Path) -> None:
             shutil.copyfile(source / name, staging / name)
 
 
-def _describe(task: str, quantize: str, dtype: str, format: Format | None) -> dict[str, str]:
+def _weights(
+    config: PhiMoEConfig, task: str, quantize: str, dtype: str, format: Format | None
+) -> tuple[bundle.StoredWeights, ...]:
     stored = "float16" if quantize == "fp16" and dtype == "float32" else dtype
-    matrices, embeddings = (stored, stored) if format is None else (str(format), str(Format(8, format.block_size)))
-    weights = {"experts": matrices, "attention": matrices, "embeddings": embeddings, "router": "float32"}
-    if format is not None:
-        weights |= {"norms": "float32"}
-    head = {
-        "text-generation": {"lm_head": matrices},
-        "text-classification": {"score": "float32"},
-        "feature-extraction": {},
-    }
-    return weights | head[task]
+    layers = (0, config.num_hidden_layers - 1)
+
+    def group(form: Format | str, layers: tuple[int, int] | None, *names: str) -> bundle.StoredWeights:
+        if isinstance(form, str):
+            return bundle.StoredWeights(names, layers, form)
+        return bundle.StoredWeights(names, layers, f"int{form.bits}", form.block_size, dtype)
+
+    moe = "block_sparse_moe."
+    matrices = (
+        f"{moe}experts.gate_up_proj",
+        f"{moe}experts.down_proj",
+        *(f"self_attn.{p}_proj.weight" for p in "qkvo"),
+    )
+    head = {"text-generation": ("lm_head.weight",)}.get(task, ())
+    return (
+        group(format or stored, layers, *matrices),
+        group("float32", layers, f"{moe}gate.weight"),
+        group(Format(8, format.block_size) if format else stored, None, "model.embed_tokens.weight"),
+        *(group(format or stored, None, name) for name in head),
+    )

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.bundle import PREFILL_CHUNK, CacheShape, Decoding
+from phimoe_onnx.bundle import PREFILL_CHUNK, CacheDtype, CacheShape, Decoding
 from phimoe_onnx.config import PhiMoEConfig, read_token_ids
 from phimoe_onnx.errors import ConfigError
 from phimoe_onnx.files import read_json
@@ -16,7 +16,9 @@ from phimoe_onnx.files import read_json
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def read_decoding(config: PhiMoEConfig, folder: Path, target: str, kv_cache: str, dtype: str = "float32") -> Decoding:
+def read_decoding(
+    config: PhiMoEConfig, folder: Path, target: str, kv_cache: str, dtype: CacheDtype = "float32"
+) -> Decoding:
     """The manifest's section for a checkpoint in `folder`, with activations of `dtype`.
 
     Raises:
