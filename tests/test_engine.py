@@ -164,8 +164,10 @@ def pool(load: Load) -> Callable[[str], list[tuple[Request, Generation]]]:
 class Reader:
     """Reads a stream, some pieces at a time, and drops it after `leaves` of them if that is given."""
 
-    def __init__(self, engine: Engine, request: Request, expected: Generation, leaves: int | None) -> None:
-        self.stream: PieceStream | None = generate(engine, [request])
+    def __init__(
+        self, engine: Engine, request: Request, expected: Generation, leaves: int | None, session: str | None
+    ) -> None:
+        self.stream: PieceStream | None = generate(engine, [request], session)
         self.expected, self.leaves = expected, leaves
         self.pieces: list[Piece] = []
 
@@ -191,30 +193,33 @@ class Reader:
 def test_each_request_gets_the_tokens_that_it_gets_alone(
     load: Load, pool: Callable[[str], list[tuple[Request, Generation]]], quantize: str, cache: str
 ) -> None:
-    """Whatever arrives when, whoever pauses, and whoever leaves."""
+    """Whatever arrives when, whoever pauses, whoever leaves, and whatever a session has left in its slot."""
     requests, model = pool(quantize), load(quantize, cache, slots=3)
     arrivals = st.tuples(
-        st.integers(0, len(requests) - 1), st.integers(0, 12), st.none() | st.integers(0, 6)
-    )  # which request, when it comes, after how many pieces it leaves
+        st.integers(0, len(requests) - 1), st.integers(0, 12), st.none() | st.integers(0, 6),
+        st.sampled_from([None, None, "Emma", "Anne"]),
+    )  # which request, when it comes, after how many pieces it leaves, and the session  # fmt: skip
 
     @given(st.lists(arrivals, min_size=2, max_size=7), st.randoms(use_true_random=False))
     @settings(
         max_examples=EXAMPLES, deadline=None, derandomize="PHIMOE_EXAMPLES" not in os.environ, database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
-    def run(schedule: list[tuple[int, int, int | None]], random: Random) -> None:
+    def run(schedule: list[tuple[int, int, int | None, str | None]], random: Random) -> None:
         coming = sorted(schedule, key=lambda arrival: arrival[1])
         readers: list[Reader] = []
         for now in itertools.count():
             while coming and coming[0][1] <= now:
-                number, _, leaves = coming.pop(0)
-                readers.append(Reader(model.engine, *requests[number], leaves))
+                number, _, leaves, session = coming.pop(0)
+                readers.append(Reader(model.engine, *requests[number], leaves, session))
             if readers:
                 reader = random.choice(readers)  # the others pause
                 reader.read(random.randint(1, 4))
                 readers = [each for each in readers if each.stream is not None]
             if not (coming or readers):
                 break
+        for session in ("Emma", "Anne"):
+            model.engine.forget(session)
         assert_empty(model.engine)
 
     run()
