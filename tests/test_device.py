@@ -101,7 +101,7 @@ def test_a_cache_that_grows_keeps_what_it_holds(sessions: Sessions) -> None:
     found = []
     for decoder in (sessions.device(1, 1), sessions.host(1, 1)):
         decoder.prefill(0, prompt)
-        decoder.reserve(2, sessions.decoding.context)
+        decoder.reserve(2, sessions.decoding.context, 3)
         tokens = [decoder.choose({0: GREEDY})[0]]
         for _ in range(10):
             assert isinstance(tokens[-1], int)

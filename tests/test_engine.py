@@ -353,6 +353,8 @@ def test_an_error_reaches_its_own_caller_only(model: PhiMoE) -> None:
         model.generate([7], max_new_tokens=5, logits_processor=fails)
     with pytest.raises(GenerationError, match="not finite"):
         model.generate([7], max_new_tokens=5, logits_processor=nonsense)
+    with pytest.raises(GenerationError, match="in the middle of a step"):
+        model.generate([7], logits_processor=lambda *_: model.generate([8], max_new_tokens=1))  # type: ignore[arg-type]
     with pytest.raises(GenerationError, match=r"returned the shape \[3\], expected \[2048\]"):
         model.generate([7], logits_processor=lambda token_ids, logits: logits[:3])
     tokens += [piece.token_id for piece in good]

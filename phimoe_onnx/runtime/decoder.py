@@ -118,8 +118,8 @@ class Decoder:
             known.pop(slot, None)
         self._cache.release(slot)
 
-    def reserve(self, more: int, capacity: int) -> None:
-        """Makes room for so many slots more, and for `capacity` tokens in each, if there is less.
+    def reserve(self, more: int, capacity: int, most: int) -> None:
+        """Makes room for so many slots more, `most` in all, and for `capacity` tokens in each, if there is less.
 
         Raises:
             OutOfMemoryError: there is no memory for it; nothing has changed then.
@@ -129,14 +129,15 @@ class Decoder:
         capacity = max(capacity, self._cache.capacity)
         if slots > self._cache.slots:
             with suppress(OutOfMemoryError):  # twice as many at once, so that rows that come one by one move seldom
-                self._resize(max(slots, 2 * self._cache.slots), capacity)
+                self._resize(max(slots, min(2 * self._cache.slots, most)), capacity)
         if slots > self._cache.slots or capacity > self._cache.capacity:
             self._resize(slots, capacity)
 
     def trim(self) -> None:
         """Gives back what several rows needed, where few of them are left."""
         if self._cache.slots > 2 * len(self.tokens):
-            self._resize(len(self.tokens), 1 + max(map(len, self.tokens.values())))
+            with suppress(OutOfMemoryError):  # old and new are there at once
+                self._resize(len(self.tokens), 1 + max(map(len, self.tokens.values())))
 
     def _resize(self, slots: int, capacity: int) -> None:
         with memory_errors(f"a cache of {slots} x {capacity} tokens", slots * capacity * self._bytes_per_token):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
-from phimoe_onnx.errors import EngineFullError
+from phimoe_onnx.errors import EngineFullError, GenerationError
 from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.row import Piece, Row
@@ -42,7 +42,7 @@ class Engine:
         # Rows, slots and decoder belong to the driver; with the lock held and nobody driving, to the lock's holder. The
         # lock is one that its thread may take again: a finalizer may run anywhere.
         self._lock = threading.Condition(threading.RLock())
-        self._driving = False
+        self._driver = 0  # the thread that has the seat, by its ident; 0 is nobody
         self._decoder: Decoder | None = None
         self._arrived: deque[Row] = deque()
         self._left: deque[Row] = deque()  # cancelled
@@ -59,6 +59,7 @@ class Engine:
         Args:
             requests: a piece's `row` says which of them it is of.
             deliver: called by the driving thread with each piece, and with the error that ends a row before its time.
+                All rows wait for it to return.
             session: any key. The slot of a request with one stays parked when it ends, and the session's next request
                 goes on there, computing only what differs, unless others needed the slot meanwhile.
 
@@ -86,19 +87,24 @@ class Engine:
         Returns:
             Whether there is anything left to do.
 
+        Raises:
+            GenerationError: called from within a step, by `deliver` or a logits_processor.
+
         """
         with self._lock:
-            while self._driving and not unless:
+            if self._driver == threading.get_ident():
+                raise GenerationError("the engine is in the middle of a step; what it calls there must not generate")
+            while self._driver and not unless:
                 self._lock.wait()
             if unless:
                 return True
-            self._driving = True
+            self._driver = threading.get_ident()
         try:
             self._step()
         finally:
             with self._lock:
                 self._clean()
-                self._driving = False
+                self._driver = 0
                 self._lock.notify_all()
         return bool(self._running or self._prefilling or self._arrived)
 
@@ -115,12 +121,12 @@ class Engine:
     def _clean_if_idle(self) -> None:
         """Cleans up, unless somebody drives, who will."""
         with self._lock:
-            if not self._driving:
-                self._driving = True
+            if not self._driver:
+                self._driver = threading.get_ident()
                 try:
                     self._clean()
                 finally:
-                    self._driving = False
+                    self._driver = 0
                     self._lock.notify_all()
 
     def _clean(self) -> None:
@@ -174,7 +180,8 @@ class Engine:
         """Plans the rows' prompts; raises where there is no memory for all of them."""
         capacity = max(row.room for row in rows)
         if self._decoder and self._decoder.tokens:
-            self._decoder.reserve(sum(row.slot not in self._decoder.tokens for row in rows), capacity)
+            more = sum(row.slot not in self._decoder.tokens for row in rows)
+            self._decoder.reserve(more, capacity, self.slots)
         else:
             self._decoder = None  # what it has is free before more is taken
             self._decoder = self._open(len(rows), capacity)
