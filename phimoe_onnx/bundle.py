@@ -20,6 +20,7 @@ from phimoe_onnx.files import read_json, sha256
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: spec/sampling.md for the device
 PREFILL_CHUNK = {
     "cpu": 512,
@@ -230,9 +231,9 @@ class Manifest:
     parity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for file in (*(graph.file for graph in self.graphs), self.decoding.sampling_graph):
+        for file in (*(graph.file for graph in self.graphs), self.decoding.sampling_graph, TOKENIZER):
             if file is not None and file not in self.files:
-                raise ValueError(f"files has no {file}, which a graph is in")
+                raise ValueError(f"files has no {file}, which is needed")
         if self.task == "text-classification" and self.classes is None:
             raise ValueError("classes is missing, which text-classification needs")
 
@@ -261,6 +262,11 @@ def read_manifest(bundle: Path) -> Manifest:
             what = what.replace(f"`str` matching regex {pattern!r}", words)
         where = place.replace("`", "").replace("$.", "").replace("$", "")
         raise BundleError(f"{path}: is damaged ({where}: {what}); export the bundle again") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise BundleError(
+            f"{path}: is damaged (it holds {half!r}, half a character); export the bundle again"
+        ) from None
 
 
 def record(bundle: Path, key: str, value: Any) -> None:
