@@ -99,7 +99,8 @@ def test_a_slots_logits_are_those_of_its_tokens(bundle: Callable[..., Path], kin
             resting = [slot for slot in range(6) if slot not in running]
             slot = random.choice(resting)
             slots.prefill(slot, random)
-            ready.append(slot)
+            if random.random() < 0.6:  # else it was a chunk, and more of the prompt is to come
+                ready.append(slot)
         running = {}
         if ready:
             running = slots.check(ready, random.choice([1.0, 1.3]), random.random() < 0.3)
@@ -109,3 +110,19 @@ def test_a_slots_logits_are_those_of_its_tokens(bundle: Callable[..., Path], kin
                 if random.random() < 0.6:
                     slots.cache.release(slot)
                     del slots.tokens[slot], slots.seen[slot]
+
+
+@pytest.mark.parametrize("kind", ["shared", "growing", "device", "recorded"])
+def test_a_number_that_comes_again_lies_elsewhere(bundle: Callable[..., Path], kind: str) -> None:
+    slots, random = Slots(bundle("plain", "cpu", "none"), kind), Random(0)
+    slots.cache.resize(3, 40)
+    for slot in range(3):
+        slots.prefill(slot, random)
+    running = {slot: token for slot, token in slots.check(range(3), 1.0, True).items() if slot}
+    slots.step(running)
+    for slot in (0, 1):
+        slots.cache.release(slot)
+        del slots.tokens[slot]
+    slots.prefill(1, random)
+    slots.step(slots.check([1, 2], 1.0, True))
+    slots.check([1, 2], 1.0, True)

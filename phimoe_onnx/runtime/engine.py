@@ -158,13 +158,15 @@ class Engine:
             rows = [self._arrived.popleft() for _ in range(min(len(self._arrived), self.slots - busy))]
         if not rows:
             return
-        taken = set(self._decoder.tokens) if self._decoder else set()
         for row in rows:
-            parked = None if row.session is None else self._parked.pop(row.session, None)
-            row.slot = free_place(taken) if parked is None else parked
-            taken.add(row.slot)
+            row.slot = self._parked.pop(row.session, -1)
         while len(self._parked) + busy + len(rows) > self.slots:
             self._evict(next(iter(self._parked)))
+        taken = set(self._decoder.tokens) if self._decoder else set()
+        for row in rows:
+            if row.slot < 0:
+                row.slot = free_place(taken)
+                taken.add(row.slot)
         try:
             self._begin(rows)
         except Exception:  # OutOfMemoryError, or what a device says
