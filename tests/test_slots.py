@@ -70,7 +70,7 @@ class Slots:
     def prefill(self, slot: int, random: Random) -> None:
         """Some new tokens behind some of those that the slot holds."""
         held = self.tokens.setdefault(slot, [])
-        del held[random.randint(0, len(held)) :]  # a conversation's next turn keeps some of it
+        del held[random.choice([random.randint(0, len(held)), len(held)]) :]  # a next turn keeps some, a chunk all
         ids = [random.randrange(3, self.decoding.vocab_size) for _ in range(random.randint(1, 6))]
         self.cache.run_row(slot, ids, len(held), 1, 0)
         held += ids
