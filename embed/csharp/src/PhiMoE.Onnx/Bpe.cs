@@ -25,6 +25,8 @@ internal sealed class Bpe
     // found in the text as it is, by their first character, the longest first
     private readonly ILookup<char, AddedToken> _raw;
     private readonly ILookup<char, AddedToken> _normalized; // found in the normalized text
+    private readonly int _longest; // characters of a token
+    private bool _shortens; // whether the normalizer may leave fewer characters
     private Func<string, bool, string> _preTokenizer = (text, first) => text;
 
     private Bpe(Json root)
@@ -68,6 +70,7 @@ internal sealed class Bpe
         }
         added.ForEach(each => _texts[each.Id] = each.Text);
         added.ForEach(each => _added[each.Text] = each);
+        _longest = _texts.Values.Max(text => text.Length);
         _raw = Lookup(added.Where(each => !each.Normalized));
         _normalized = Lookup(added.Where(each => each.Normalized));
         if (added.Find(each => each.Normalized && Normalize(each.Text) != each.Text) is AddedToken changed)
@@ -119,6 +122,13 @@ internal sealed class Bpe
         ids.AddRange(special ? _after : Enumerable.Empty<int>());
         return ids;
     }
+
+    /// <summary>
+    /// How many tokens a text has at the least, which takes no time: white space aside, which an added token may strip,
+    /// each holds no more characters than the longest.
+    /// </summary>
+    public int LeastTokens(string text) =>
+        _shortens ? 0 : text.Count(character => !char.IsWhiteSpace(character)) / _longest;
 
     /// <summary>The text of the ids.</summary>
     public string Decode(IEnumerable<int> ids)
@@ -303,6 +313,7 @@ internal sealed class Bpe
                 break;
             case "Replace":
                 _normalizers.Add(Replace(json));
+                _shortens |= json["content"].Text().Length < json["pattern"]["String"].Text().Length;
                 break;
             default:
                 throw Unknown("normalizer", json);

@@ -163,20 +163,24 @@ public sealed class PhiMoE : IDisposable
             throw new GenerationException(
                 $"{name} is {(prompt == null ? "null" : "empty")}; give at least one character, message or token");
         }
-        return Request.Make(name, Encode(prompt), Manifest.Decoding, options ?? new GenerationOptions());
+        return Request.Make(name, Encode(prompt, name), Manifest.Decoding, options ?? new GenerationOptions());
     }
 
-    private IReadOnlyList<int> Encode(Prompt prompt)
+    private IReadOnlyList<int> Encode(Prompt prompt, string name)
     {
-        if (prompt.Text != null)
+        if (prompt.TokenIds != null)
         {
-            return Tokenizer.Encode(prompt.Text);
+            return prompt.TokenIds.ToArray();
         }
-        if (prompt.Messages != null)
+        string text = prompt.Text ?? Chat.Render(Manifest.Chat, prompt.Messages!);
+        int least = Tokenizer.LeastTokens(text);
+        if (least >= Manifest.Decoding.Context)
         {
-            return Tokenizer.Encode(Chat.Render(Manifest.Chat, prompt.Messages), special: false);
+            throw new GenerationException(
+                $"{name} has {least} tokens or more, which leaves no room in the context of "
+                + $"{Manifest.Decoding.Context}; shorten it");
         }
-        return prompt.TokenIds!.ToArray();
+        return Tokenizer.Encode(text, special: prompt.Text != null);
     }
 
     private IReadOnlyList<Generation> Results(IReadOnlyList<Request> requests, CancellationToken cancellationToken)

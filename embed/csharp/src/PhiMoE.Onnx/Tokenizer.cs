@@ -39,6 +39,9 @@ public sealed class Tokenizer
     /// <exception cref="GenerationException">The text is null.</exception>
     public int? TokenId(string token) => _bpe.TokenId(NotNull(token, nameof(token)));
 
+    /// <summary>How many tokens the text has at the least; to encode ten million characters takes seconds.</summary>
+    internal int LeastTokens(string text) => _bpe.LeastTokens(text);
+
     /// <summary>
     /// The text of the ids where they follow other text: a decoder strips the space before a text's first word only.
     /// </summary>

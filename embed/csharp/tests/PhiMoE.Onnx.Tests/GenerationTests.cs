@@ -121,6 +121,17 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         Assert.Contains(names, Assert.Throws<GenerationException>(() => call(_model)).Message);
     }
 
+    [Theory]
+    [InlineData(10_000_000)]
+    [InlineData(100_000_000)]
+    public void RefusesAPromptThatIsMuchTooLongBeforeItIsEncoded(int length)
+    {
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        string text = new string('x', length);
+        Assert.Contains("context", Assert.Throws<GenerationException>(() => _model.Generate(text)).Message);
+        Assert.InRange(GC.GetAllocatedBytesForCurrentThread() - before, 2L * length, 2L * length + 1_000_000);
+    }
+
     [Fact]
     public void KeepsTheStopStringsOfTheCall()
     {
