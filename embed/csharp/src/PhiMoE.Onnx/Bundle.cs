@@ -9,23 +9,6 @@ internal static class Bundle
     private const int FormatVersion = 2; // version 1 is read, too
     private const long HashLimit = 256L << 20; // bytes; to read 20 GB takes longer than to load them
 
-    /// <summary>manifest.json as it is on disk.</summary>
-    /// <exception cref="BundleException">There is none.</exception>
-    public static byte[] ReadManifestBytes(string folder) => Files.ReadAll(ManifestPath(folder));
-
-    /// <summary>Whether manifest.json is on disk as it was before.</summary>
-    public static bool HasManifest(string folder, byte[] before)
-    {
-        try
-        {
-            return ReadManifestBytes(folder).AsSpan().SequenceEqual(before);
-        }
-        catch (BundleException)
-        {
-            return false;
-        }
-    }
-
     /// <summary>
     /// Reads manifest.json of a bundle for text generation; keys that are not known here are ignored.
     /// </summary>
@@ -34,7 +17,7 @@ internal static class Bundle
     /// </exception>
     public static Manifest ReadManifest(string folder)
     {
-        string path = ManifestPath(folder);
+        string path = Path.Combine(folder, "manifest.json");
         return Json.Read(path, root =>
         {
             string version = root["format_version"].Raw;
@@ -73,7 +56,25 @@ internal static class Bundle
         }
     }
 
-    private static string ManifestPath(string folder) => Path.Combine(folder, "manifest.json");
+    /// <summary>What the system tells of each of the manifest's files; null where there is none.</summary>
+    public static IReadOnlyDictionary<string, FileState?> Look(string folder, Manifest manifest) =>
+        manifest.Files.Keys.ToDictionary(name => name, name => FileState.Of(Path.Combine(folder, name)));
+
+    /// <summary>Whether the files, and what manifest.json says of them, are still what they were.</summary>
+    public static bool IsAsBefore(string folder, Manifest manifest, IReadOnlyDictionary<string, FileState?> before)
+    {
+        try
+        {
+            IReadOnlyDictionary<string, BundleFile> files = ReadManifest(folder).Files;
+            return files.Count == manifest.Files.Count
+                && files.All(file => manifest.Files.GetValueOrDefault(file.Key) == file.Value)
+                && before.All(file => FileState.Of(Path.Combine(folder, file.Key)) == file.Value);
+        }
+        catch (BundleException)
+        {
+            return false;
+        }
+    }
 
     private static void CheckFile(string path, BundleFile expected)
     {

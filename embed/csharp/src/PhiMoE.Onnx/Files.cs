@@ -62,3 +62,24 @@ internal static class Files
     private static BundleException CannotRead(string path, Exception error) =>
         new BundleException($"{path}: cannot be read ({error.Message}); expected a file of a bundle", error);
 }
+
+/// <summary>What the system tells of a file without opening it; of a link, of the link itself.</summary>
+/// <param name="Size">Bytes.</param>
+/// <param name="Written">When it was last changed.</param>
+/// <param name="Link">Where a link leads; else null.</param>
+internal sealed record FileState(long Size, DateTime Written, string? Link)
+{
+    /// <summary>The state of what is at a path; null where nothing is, or no file.</summary>
+    public static FileState? Of(string path)
+    {
+        try
+        {
+            FileInfo file = new FileInfo(path);
+            return new FileState(file.Length, file.LastWriteTimeUtc, file.LinkTarget);
+        }
+        catch (Exception error) when (error is IOException or UnauthorizedAccessException)
+        {
+            return null;
+        }
+    }
+}

@@ -40,21 +40,22 @@ public sealed class PhiMoE : IDisposable
         {
             throw new BundleException("the bundle is null or has a character NUL, expected the path of a folder");
         }
-        byte[] before = Bundle.ReadManifestBytes(bundle);
+        Manifest manifest = Bundle.ReadManifest(bundle);
+        IReadOnlyDictionary<string, FileState?> before = Bundle.Look(bundle, manifest);
         try
         {
-            PhiMoE model = Open(bundle, threads);
-            if (Bundle.HasManifest(bundle, before))
+            PhiMoE model = Open(bundle, manifest, threads);
+            if (Bundle.IsAsBefore(bundle, manifest, before))
             {
                 return model;
             }
             model.Dispose();
         }
-        catch (PhiMoEException) when (!Bundle.HasManifest(bundle, before))
+        catch (PhiMoEException) when (!Bundle.IsAsBefore(bundle, manifest, before))
         {
         }
-        // its files are then some of one bundle and some of another
-        throw new BundleException($"{bundle}: was replaced while it was loaded; load it again");
+        // what was opened may be some of one bundle and some of another
+        throw new BundleException($"{bundle}: was changed while it was read; load it again");
     }
 
     /// <summary>Continues or answers one prompt.</summary>
@@ -79,7 +80,9 @@ public sealed class PhiMoE : IDisposable
     /// <returns>A result for each prompt, in their order.</returns>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
     public IReadOnlyList<Generation> Generate(
-        IEnumerable<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
+        IEnumerable<Prompt> prompts,
+        GenerationOptions? options = null,
+        CancellationToken cancellationToken = default) =>
         Results(Batch(prompts, options), cancellationToken);
 
     /// <summary>As <c>Generate</c>, on the thread pool.</summary>
@@ -125,7 +128,9 @@ public sealed class PhiMoE : IDisposable
     /// <param name="cancellationToken">As for <c>Generate</c>.</param>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
     public IAsyncEnumerable<Piece> StreamAsync(
-        IEnumerable<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
+        IEnumerable<Prompt> prompts,
+        GenerationOptions? options = null,
+        CancellationToken cancellationToken = default) =>
         RunAsync(Batch(prompts, options), cancellationToken);
 
     /// <summary>
@@ -133,9 +138,8 @@ public sealed class PhiMoE : IDisposable
     /// </summary>
     public void Dispose() => _engine.Dispose();
 
-    private static PhiMoE Open(string bundle, int? threads)
+    private static PhiMoE Open(string bundle, Manifest manifest, int? threads)
     {
-        Manifest manifest = Bundle.ReadManifest(bundle);
         Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
         Bundle.CheckFiles(bundle, manifest);
         Tokenizer tokenizer = new Tokenizer(bundle, manifest.Decoding.HiddenTokens.Values);

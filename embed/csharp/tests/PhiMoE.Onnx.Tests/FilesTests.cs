@@ -92,7 +92,8 @@ public sealed class FilesTests : IDisposable
         {
             for (int number = 0; !enough.IsCancellationRequested; number++)
             {
-                Changes.Set(other, "/comment", number); // no two bundles in a row are the same
+                // no bundle comes back as the same one
+                File.SetLastWriteTimeUtc(Path.Combine(other, "model.data"), DateTime.UnixEpoch.AddSeconds(number));
                 Directory.Move(place, place + ".old");
                 Directory.Move(other, place);
                 Directory.Move(place + ".old", other);
@@ -116,6 +117,21 @@ public sealed class FilesTests : IDisposable
         enough.Cancel();
         await swaps;
         Assert.True(loaded >= 5 && refused >= 5, $"{loaded} loaded, {refused} refused");
+    }
+
+    [Fact]
+    public void AManifestMayBeWrittenAnewMeanwhile()
+    {
+        Manifest manifest = Bundle.ReadManifest(_bundle);
+        IReadOnlyDictionary<string, FileState?> before = Bundle.Look(_bundle, manifest);
+        Changes.Set(_bundle, "/parity", "phimoe-verify writes this");
+        Assert.True(Bundle.IsAsBefore(_bundle, manifest, before));
+        Changes.Set(_bundle, "/files/config.json/size", 1);
+        Assert.False(Bundle.IsAsBefore(_bundle, manifest, before));
+        Changes.List(_bundle, "config.json");
+        Assert.True(Bundle.IsAsBefore(_bundle, manifest, before));
+        File.SetLastWriteTimeUtc(Path.Combine(_bundle, "model.data"), DateTime.UnixEpoch);
+        Assert.False(Bundle.IsAsBefore(_bundle, manifest, before));
     }
 
     public void Dispose()

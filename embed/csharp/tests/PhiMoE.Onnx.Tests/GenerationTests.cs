@@ -239,5 +239,6 @@ public sealed class GenerationTests : IClassFixture<Conformance>
             .Select(piece => piece.Result!).ToArray();
 
     private static void AssertSame(Generation[] expected, params IReadOnlyList<Generation>[] found) =>
-        Assert.Equal(expected.Select(each => each.TokenIds), found.SelectMany(each => each).Select(each => each.TokenIds));
+        Assert.Equal(
+            expected.Select(each => each.TokenIds), found.SelectMany(each => each).Select(each => each.TokenIds));
 }

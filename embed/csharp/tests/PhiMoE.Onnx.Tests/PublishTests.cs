@@ -53,7 +53,7 @@ public sealed class PublishTests : IClassFixture<Conformance>
 }
 
 /// <summary>
-/// A test that publishes; it is skipped where the packages that the SDK publishes with cannot be had, without a network.
+/// A test that publishes; skipped where the packages that the SDK publishes with cannot be had, without a network.
 /// </summary>
 [AttributeUsage(AttributeTargets.Method)]
 internal sealed class PublishFactAttribute : FactAttribute
@@ -75,7 +75,8 @@ internal sealed class PublishFactAttribute : FactAttribute
 internal static class Publishing
 {
     /// <summary>A command over tests/Published, with what it builds in a folder of its own.</summary>
-    public static (int Code, string Output) DotNet(string form, string artifacts, string command, params string[] options)
+    public static (int Code, string Output) DotNet(
+        string form, string artifacts, string command, params string[] options)
     {
         string project = Path.Combine(Conformance.Repository, "embed", "csharp", "tests", "Published");
         string[] arguments = { command, project, "--artifacts-path", artifacts, $"-p:Form={form}", "-nodeReuse:false" };
