@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from phimoe_onnx import bundle_v1
 from phimoe_onnx.errors import BundleError, ConfigError
 from phimoe_onnx.files import read_json, sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: spec/sampling.md for the device
-PREFILL_CHUNK = {
-    "cpu": 512,
-    "cuda": 4096,
-    "portable": 512,
-}  # enough to fill the matrix products, and bounds their memory
+LARGEST = 2**31 - 1  # of any number of a manifest but a file's size
 HASH_LIMIT = (
     256 << 20
 )  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
@@ -56,17 +56,36 @@ def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(num_hidden_layers) for part in ("key", "value")]
 
 
+# The types of an untrusted manifest, as spec/embedding.md states them; msgspec holds a file against them, strictly:
+# true is no number, "1" is none either.
+Count = Annotated[int, Meta(ge=1, le=LARGEST)]
+TokenId = Annotated[int, Meta(ge=0, le=LARGEST)]
+_FILE_NAME = r"\A(?!\.{1,2}\Z)[^/\\:\x00\ud800-\udfff]+\Z"
+_RELEASE = r"\A[0-9]{1,9}(\.[0-9]{1,9})*\Z"
+_SHA256 = r"\A[0-9a-f]{64}\Z"
+_WORDS = {_FILE_NAME: "a plain file name", _RELEASE: 'a release such as "1.31"', _SHA256: "64 hexadecimal digits"}
+FileName = Annotated[str, Meta(pattern=_FILE_NAME)]
+Release = Annotated[str, Meta(pattern=_RELEASE)]
+Sha256 = Annotated[str, Meta(pattern=_SHA256)]
+CacheDtype = Literal["float32", "float16", "bfloat16", "int8", "uint8"]
+
+
 @dataclass(frozen=True)
 class Graph:
-    """One graph file over the bundle's weights, and the least ONNX Runtime release that loads it.
+    """One graph file over the bundle's weights, and what it takes to run it.
 
-    `optional_inputs` have a default. ONNX Runtime's releases for Java, Node and browsers cannot give values to those,
-    so there a graph without any is to be taken: it has all inputs as plain ones.
+    Attributes:
+        file: its name.
+        devices: "cpu", "cuda" -> the least ONNX Runtime release that loads it there.
+        optional_inputs: those that have a default. ONNX Runtime's releases for Java, Node and browsers cannot give
+            values to them, so there a graph without any is to be taken: it has all inputs as plain ones.
+        requires: what it needs beyond an ONNX Runtime release; a reader passes over a graph with a name unknown to it.
     """
 
-    file: str
-    minimum_onnxruntime: str
-    optional_inputs: tuple[str, ...] = OPTIONAL_INPUTS
+    file: FileName
+    devices: Annotated[dict[str, Release], Meta(min_length=1)]
+    optional_inputs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,10 +111,10 @@ class CacheShape:
     where it is false, `present` is past + new.
     """
 
-    num_hidden_layers: int
-    num_key_value_heads: int
-    head_dim: int
-    dtype: str
+    num_hidden_layers: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    dtype: CacheDtype
     shared: bool
 
     @property
@@ -116,15 +135,17 @@ class Decoding:
         eos_token_ids: the tokens that end a text.
         hidden_tokens: the special tokens that are no text, by their own; a byte of a character is text.
         cache: its shape.
+        sampling_graph: the file of the graph that draws tokens on a device; None where the host draws them.
     """
 
-    vocab_size: int
-    context: int
-    rope_boundary: int | None
-    prefill_chunk: int
-    eos_token_ids: tuple[int, ...]
-    hidden_tokens: dict[str, int]
+    vocab_size: Count
+    context: Count
+    rope_boundary: Count | None
+    prefill_chunk: Count
+    eos_token_ids: tuple[TokenId, ...]
+    hidden_tokens: dict[str, TokenId]
     cache: CacheShape
+    sampling_graph: FileName | None = None
 
 
 @dataclass(frozen=True)
@@ -136,96 +157,144 @@ class Classes:
         function_to_apply: "softmax", "sigmoid" or "none": what makes scores of the logits.
     """
 
-    labels: tuple[str, ...]
-    function_to_apply: str
+    labels: Annotated[tuple[str, ...], Meta(min_length=1)]
+    function_to_apply: Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True)
+class StoredWeights:
+    """How some parameters are stored; the groups of a manifest cover all of them.
+
+    Attributes:
+        parameters: modeling.py's names; those of layers without "model.layers.N.".
+        layers: the first and the last of a run of layers; None where the names are whole.
+        dtype: "float32", "float16", "bfloat16", or integers of so many bits, "int8", "int4".
+        block_size: of integers, how many neighbours of a row share a scale; else None.
+        scale_dtype: of integers, their scales' dtype; else None.
+        symmetric: whether the codes lie around their middle; else each block has a zero point.
+    """
+
+    parameters: tuple[str, ...]
+    layers: tuple[int, int] | None
+    dtype: str
+    block_size: Count | None = None
+    scale_dtype: str | None = None
+    symmetric: bool = True
+
+    def names(self) -> Iterator[str]:
+        """The whole names of all its parameters."""
+        if self.layers is None:
+            yield from self.parameters
+            return
+        first, last = self.layers
+        for layer in range(first, last + 1):
+            yield from (f"model.layers.{layer}.{name}" for name in self.parameters)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file's size in bytes and its SHA-256 in hexadecimal."""
+
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """manifest.json.
 
     Attributes:
+        source: the checkpoint's name, or its hub id and commit.
         task: one of TASKS.
-        target: "cpu", "cuda" or "portable"; a portable graph's `present` is past + new, the others' may be one buffer.
-        quantize: "none", "fp16", "int8" or "int4".
-        dtype: activations, "float32", "float16" or "bfloat16".
-        weights: how each kind of weight is stored, as {"experts": "int4, block 32", ...}.
+        target: what the bundle was exported for, as the exporter calls it; for people, no reader decides by it.
+        quantize: the exporter's option; for people, too.
+        dtype: of the activations, "float32", "float16" or "bfloat16".
+        recipe: a SHA-256 of how each parameter is stored; None in bundles of version 1.
+        weights: how each parameter is stored.
         graphs: in order of preference.
-        files: size in bytes and SHA-256 of every other file, by name.
+        files: every other file, by name.
         classes: of text-classification, else None.
         parity: the summary of the last `phimoe-verify`, if one was run.
     """
 
+    format_version: int = FORMAT_VERSION
     tool_version: str
     source: str
     task: str
     target: str
     quantize: str
     dtype: str
-    weights: dict[str, str]
-    graphs: tuple[Graph, ...]
+    recipe: str | None = None
+    weights: tuple[StoredWeights, ...]
+    graphs: Annotated[tuple[Graph, ...], Meta(min_length=1)]
     decoding: Decoding
-    files: dict[str, dict[str, Any]]
     chat: ChatFormat | None = None
     classes: Classes | None = None
+    files: dict[FileName, File]
     parity: dict[str, Any] | None = None
-    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for file in (*(graph.file for graph in self.graphs), self.decoding.sampling_graph):
+            if file is not None and file not in self.files:
+                raise ValueError(f"files has no {file}, which a graph is in")
+        if self.task == "text-classification" and self.classes is None:
+            raise ValueError("classes is missing, which text-classification needs")
 
     def write(self, bundle: Path) -> None:
         """Writes manifest.json into `bundle`."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        draft = bundle / f".{MANIFEST}"  # renamed in one step, so that a reader never sees half of it
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(bundle / MANIFEST)
+        _write(bundle, dataclasses.asdict(self))
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Reads `bundle`/manifest.json.
+    """Reads `bundle`/manifest.json, of this format or of version 1; keys that it does not know are ignored.
 
     Raises:
         BundleError: there is no bundle here, or its manifest is damaged or of a newer format.
     """
+    raw, path = _read(bundle), bundle / MANIFEST
+    version = raw.get("format_version")
+    if version is True or version not in (1, FORMAT_VERSION):
+        raise BundleError(
+            f"{path}: format_version is {version!r}, this release reads 1 to {FORMAT_VERSION}; upgrade phimoe-onnx"
+        )
     try:
-        raw = read_json(bundle / MANIFEST)
+        return msgspec.convert(raw if version == FORMAT_VERSION else bundle_v1.upgrade(raw), Manifest)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at ")
+        for pattern, words in _WORDS.items():
+            what = what.replace(f"`str` matching regex {pattern!r}", words)
+        where = place.replace("`", "").replace("$.", "").replace("$", "")
+        raise BundleError(f"{path}: is damaged ({where}: {what}); export the bundle again") from None
+
+
+def record(bundle: Path, key: str, value: Any) -> None:
+    """Sets one key of `bundle`/manifest.json and leaves every other as it is, those that no one here knows, too.
+
+    Raises:
+        BundleError: the file cannot be written, or is a link into somebody else's store, as a hub's cache makes them.
+    """
+    path = bundle / MANIFEST
+    if path.is_symlink():
+        raise BundleError(
+            f"{path}: is a link to {path.resolve()}, which is left as it is; copy the bundle to change it"
+        )
+    try:
+        _write(bundle, _read(bundle) | {key: value})
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _read(bundle: Path) -> dict[str, Any]:
+    try:
+        return read_json(bundle / MANIFEST)
     except ConfigError as error:
         raise BundleError(f"not a bundle of phimoe-export: {error}") from None
-    version = raw.get("format_version")
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{bundle / MANIFEST}: format_version is {version}, this release reads {FORMAT_VERSION}; upgrade "
-            f"phimoe-onnx"
-        )
-    try:
-        raw["graphs"] = tuple(
-            Graph(**graph | {"optional_inputs": tuple(graph["optional_inputs"])}) for graph in raw["graphs"]
-        )
-        if chat := raw.get("chat"):
-            turns = {role: (prefix, suffix) for role, (prefix, suffix) in chat["turns"].items()}
-            raw["chat"] = ChatFormat(turns, chat["generation"], tuple(chat["skipped_when_empty"]))
-        if raw["task"] == "text-classification":
-            raw["classes"] = Classes(tuple(raw["classes"]["labels"]), raw["classes"]["function_to_apply"])
-        raw["decoding"] = _decoding(raw["decoding"])
-        return Manifest(**raw)
-    except (TypeError, KeyError, ValueError) as error:
-        raise BundleError(f"{bundle / MANIFEST}: is damaged ({error}); export the bundle again") from None
 
 
-def _decoding(raw: dict[str, Any]) -> Decoding:
-    decoding = Decoding(**raw | {"eos_token_ids": tuple(raw["eos_token_ids"]), "cache": CacheShape(**raw["cache"])})
-    cache = decoding.cache
-    counts = [decoding.vocab_size, decoding.context, decoding.prefill_chunk, cache.num_hidden_layers]
-    counts += [
-        cache.num_key_value_heads,
-        cache.head_dim,
-        1 if decoding.rope_boundary is None else decoding.rope_boundary,
-    ]
-    if not all(type(count) is int and count > 0 for count in counts):
-        raise ValueError("a number of its decoding section is not a positive integer")
-    if cache.dtype not in CACHE_WIDTHS:
-        raise ValueError(f"the cache's dtype is {cache.dtype!r}")
-    if not all(type(id) is int for id in (*decoding.eos_token_ids, *decoding.hidden_tokens.values())):
-        raise ValueError("a token id of its decoding section is not an integer")
-    return decoding
+def _write(bundle: Path, values: dict[str, Any]) -> None:
+    draft = bundle / f".{MANIFEST}"  # renamed in one step, so that a reader never sees half of it
+    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(bundle / MANIFEST)
 
 
 def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = False) -> None:
@@ -236,29 +305,28 @@ def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = Fal
     """
     for name, expected in manifest.files.items():
         path = bundle / name
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:  # such as a name that is too long
+            size = None
+        if size is None:
             raise BundleError(f"{path}: is missing; the bundle is incomplete, copy or export it again")
-        size = path.stat().st_size
-        if size != expected["size"]:
+        if size != expected.size:
             raise BundleError(
-                f"{path}: has {size} bytes, the manifest says {expected['size']}; copy or export the bundle again"
+                f"{path}: has {size} bytes, the manifest says {expected.size}; copy or export the bundle again"
             )
-        if (hash_everything or size <= HASH_LIMIT) and sha256(path) != expected["sha256"]:
+        if (hash_everything or size <= HASH_LIMIT) and sha256(path) != expected.sha256:
             raise BundleError(
                 f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again"
             )
 
 
-def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in `bundle` but the manifest, by name; `advance` is called with the bytes just
-    read.
-    """
+def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -> dict[str, File]:
+    """Every file in `bundle` but the manifest, by name; `advance` is called with the bytes just read."""
     paths = _files(bundle)
     with ThreadPoolExecutor(os.cpu_count()) as workers:  # hashlib lets other threads run
         hashes = workers.map(lambda path: sha256(path, advance), paths)
-        return {
-            path.name: {"size": path.stat().st_size, "sha256": hash} for path, hash in zip(paths, hashes, strict=True)
-        }
+        return {path.name: File(path.stat().st_size, hash) for path, hash in zip(paths, hashes, strict=True)}
 
 
 def _files(bundle: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from phimoe_onnx.errors import ConfigError
 from phimoe_onnx.files import read_json
@@ -78,7 +78,7 @@ class PhiMoEConfig:
         return self.sliding_window
 
     @property
-    def function_to_apply(self) -> str:
+    def function_to_apply(self) -> Literal["softmax", "sigmoid", "none"]:
         """What makes scores of a classifier's logits, "softmax", "sigmoid" or "none"; transformers' pipeline has the
         same rule.
         """

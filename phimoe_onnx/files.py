@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
         raise ConfigError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found a {type(value).__name__}")

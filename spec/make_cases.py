@@ -29,6 +29,7 @@ from phimoe_onnx import PhiMoE, export, parity
 from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.runtime.generate import Generation
 from phimoe_onnx.runtime.sampling import Sampling, draw, penalize, sample, uniform
+from spec.manifests import Steps, refused, taken
 from tests.checkpoints import MODEL
 
 HERE = Path(__file__).parent
@@ -316,8 +317,7 @@ def chats(maker: Maker) -> None:
 def errors(context: int) -> Iterator[Fields]:
     """What must fail, as which kind of error, and what its message must name.
 
-    `bundle` changes a copy of the bundle: a file is deleted, a text in it replaced, or keys of the manifest set; `load`
-    are options of `load`.
+    `bundle` changes a copy of the bundle and `load` are options of `load`, as embedding.md says.
     """
 
     def generation(name: str, *names: str, prompt: Any = "Emma", **options: Any) -> Fields:
@@ -355,28 +355,20 @@ def errors(context: int) -> Iterator[Fields]:
             yield generation(f"{option} {value}", option, **{option: value})
     yield generation("an empty stop string", "stop", "empty", stop=["a", ""])
 
-    def bundle(name: str, change: Fields, *names: str, error: str = "BundleError", **load: Any) -> Fields:
-        return {"name": name, "bundle": change, "load": load, "error": error, "names": names}
+    def bundle(name: str, *names: str, steps: Steps, error: str = "BundleError", **load: Any) -> Fields:
+        return {"name": name, "bundle": steps, "load": load, "error": error, "names": names}
 
-    yield bundle("no bundle", {"delete": "manifest.json"}, "manifest.json")
-    yield bundle("a manifest that is not JSON", {"replace": ["manifest.json", "{", "["]}, "manifest.json")
-    yield bundle("a newer format", {"manifest": {"format_version": 2}}, "manifest.json", "format_version", "2", "1")
-    yield bundle("another task", {"manifest": {"task": "translation"}}, "translation", "text-generation")
+    yield bundle("no bundle", "manifest.json", steps=[["delete", "manifest.json"]])
+    yield bundle("a manifest that is not JSON", "manifest.json", steps=[["replace", "manifest.json", "{", "["]])
     for file in ("tokenizer.json", "model.data", "model.onnx", "config.json"):
-        yield bundle(f"no {file}", {"delete": file}, file, "missing")
-    yield bundle("a file of another size", {"replace": ["config.json", "phimoe", "phimoe "]}, "config.json", "bytes")
-    yield bundle("a changed file", {"replace": ["config.json", "phimoe", "phimoE"]}, "config.json", "SHA-256")
-    yield bundle("a damaged decoding section", {"manifest": {"decoding": {}}}, "manifest.json", "damaged")
+        yield bundle(f"no {file}", file, "missing", steps=[["delete", file]])
     yield bundle(
-        "for another device", {"manifest": {"target": "cuda", "dtype": "bfloat16"}}, "cuda", error="DeviceError"
+        "a file of another size", "config.json", "bytes", steps=[["replace", "config.json", "phimoe", "phimoe "]]
     )
-    newer = [{"file": "model.onnx", "minimum_onnxruntime": "99.1", "optional_inputs": []}]
-    yield bundle("for a newer ONNX Runtime", {"manifest": {"graphs": newer}}, "99.1", error="DeviceError")
-    refused = [{"file": "config.json", "minimum_onnxruntime": "1.29", "optional_inputs": []}]
-    yield bundle(
-        "a graph that ONNX Runtime refuses", {"manifest": {"graphs": refused}}, "config.json", error="DeviceError"
-    )
-    yield bundle("no threads", {}, "threads", "0", error="DeviceError", threads=0)
+    yield bundle("a changed file", "config.json", "SHA-256", steps=[["replace", "config.json", "phimoe", "phimoE"]])
+    for name, (error, names, steps) in refused().items():
+        yield bundle(name, *names, steps=steps, error=error)
+    yield bundle("no threads", "threads", "0", steps=[], error="DeviceError", threads=0)
 
 
 def encodings(model: PhiMoE) -> Iterator[Fields]:
@@ -440,7 +432,11 @@ def main() -> None:
         "encodings": encodings(maker.model),
         "streams": streams(maker.model),
         "draws": draws(),
-        "cases": [*maker.cases, *errors(maker.model.decoding.context)],
+        "cases": [
+            *maker.cases,
+            *taken(maker.cases[0]),
+            *errors(maker.model.decoding.context),
+        ],
     }
     # one line each, so that a change is seen where it is
     lines = {

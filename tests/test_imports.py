@@ -18,7 +18,8 @@ COMMON = {"errors", "files", "progress", "_version"}
 ALLOWED = {
     "config": set(),
     "modeling": {"config"},
-    "bundle": {"config"},
+    "bundle_v1": set(),
+    "bundle": {"bundle_v1"},
     "text": set(),
     "checkpoint": {"config"},
     "reference": {"checkpoint", "config", "modeling"},

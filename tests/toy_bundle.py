@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
-from phimoe_onnx.bundle import Graph, Manifest, cache_names, describe_files
+from phimoe_onnx.bundle import OPTIONAL_INPUTS, Graph, Manifest, cache_names, describe_files
 from phimoe_onnx.config import LongRope, PhiMoEConfig, parse_config
 from phimoe_onnx.exporter.manifest.decoding import read_decoding
 
@@ -267,18 +267,17 @@ def write_bundle(folder: Path, target: str = "cpu", *, minimum_onnxruntime: str 
     }
     for name, text in (texts | files).items():
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    graphs = (Graph("model.onnx", minimum_onnxruntime),)
-    files_now = describe_files(folder)
+    devices = ("cpu", "cuda") if target == "portable" else (target,)
     Manifest(
-        "0",
-        "toy",
-        "text-generation",
-        target,
-        "none",
-        "float32",
-        {},
-        graphs,
-        read_decoding(model.config, folder, target, "none"),
-        files_now,
+        tool_version="0",
+        source="toy",
+        task="text-generation",
+        target=target,
+        quantize="none",
+        dtype="float32",
+        weights=(),
+        graphs=(Graph("model.onnx", dict.fromkeys(devices, minimum_onnxruntime), OPTIONAL_INPUTS),),
+        decoding=read_decoding(model.config, folder, target, "none"),
+        files=describe_files(folder),
     ).write(folder)
     return model

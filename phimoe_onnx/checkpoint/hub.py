@@ -176,7 +176,8 @@ def _one_sentence(model: str, revision: str | None = None) -> Iterator[None]:
         )
     except errors.RepositoryNotFoundError:
         message = (
-            "no such folder, and the hub has no such model; compare the spelling, or pass --token for a private one"
+            "no such folder, and the hub has no such model; compare the spelling, "
+            "or pass --token if the model is private"
         )
     except errors.RevisionNotFoundError:
         message = f"the hub has no revision {revision!r} of it; --revision takes a branch, a tag or a whole commit hash"

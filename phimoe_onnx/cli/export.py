@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 import phimoe_onnx
-from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.bundle import StoredWeights, read_manifest
 from phimoe_onnx.cli._common import run
 
 
@@ -121,17 +121,21 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _summarise(folder: Path, seconds: dict[str, float]) -> None:
     """Prints sizes by kind of weight, times by phase and the peak of memory."""
-    from phimoe_onnx.exporter.kinds import stored_sizes
+    from phimoe_onnx.exporter.kinds import kind, stored_sizes
 
-    forms = read_manifest(folder).weights
+    forms = {kind(name): _stored_as(group) for group in read_manifest(folder).weights for name in group.parameters}
     sizes = stored_sizes(folder)
     table = Table("weights", "stored as", "MB", "share", box=None, header_style="")
     for name in ("MB", "share"):
         next(column for column in table.columns if column.header == name).justify = "right"
-    for kind, size in sizes.items():
-        table.add_row(kind, forms.get(kind, ""), f"{size / 1e6:.2f}", f"{size / sum(sizes.values()):.1%}")
+    for name, size in sizes.items():
+        table.add_row(name, forms.get(name, ""), f"{size / 1e6:.2f}", f"{size / sum(sizes.values()):.1%}")
     Console().print(table)
     print(", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items()) + _peak_memory())
+
+
+def _stored_as(group: StoredWeights) -> str:
+    return group.dtype if group.block_size is None else f"{group.dtype}, block {group.block_size}"
 
 
 def _peak_memory() -> str:

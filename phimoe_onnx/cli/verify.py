@@ -15,7 +15,7 @@ from rich.progress import Progress
 import phimoe_onnx
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli._common import run
-from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.errors import BundleError, PhiMoEError
 
 LIMITS = ("mean_difference", "max_difference", "kernel_difference", "kl", "kernel_kl", "perplexity_ratio")
 
@@ -73,11 +73,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         _write(arguments.junit, reports.junit(report))
     try:
         reports.record(report, bundle)
-    except OSError as error:
-        print(
-            f"note: the summary is not in {bundle}/manifest.json, which cannot be written ({error.strerror})",
-            file=sys.stderr,
-        )
+    except BundleError as error:
+        print(f"note: the summary is not in the manifest: {error}", file=sys.stderr)
     if report.failures:
         raise PhiMoEError(f"{bundle}: " + "; ".join(report.failures))
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx import bundle as bundles
 from phimoe_onnx.parity.comparison import Comparison
 from phimoe_onnx.parity.verify import Report
 
@@ -82,14 +82,14 @@ def junit(report: Report) -> str:
 
 
 def record(report: Report, bundle: Path) -> None:
-    """Writes the summary into the bundle's manifest."""
+    """Writes the summary into the bundle's manifest; raises BundleError where it cannot be written."""
     summary: dict[str, Any] = {
         "tokens": report.tokens,
         "passed": not report.failures,
         "perplexity": report.perplexity,
         "bundle_to_reference": dataclasses.asdict(report.bundle_to_reference),
     }
-    dataclasses.replace(read_manifest(bundle), parity=summary).write(bundle)
+    bundles.record(bundle, "parity", summary)
 
 
 def _rows(report: Report) -> Iterator[tuple[str, ...]]:

@@ -125,9 +125,8 @@ class PhiMoE:
         tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
         template = ChatTemplate(folder)
         session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
-        on_device = device != "cpu" and manifest.task == "text-generation" and manifest.decoding.cache.shared
-        sampling = open_sampling(folder, device) if on_device else None
-        weights = sum(file["size"] for name, file in manifest.files.items() if name.endswith(".data"))
+        sampling = open_sampling(folder, manifest, device)
+        weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
         cache_limit = None if memory_limit is None else memory_limit - weights
         return cls(session, manifest, tokenizer, template, device, sampling, cache_limit, cuda_graphs)
 

@@ -25,14 +25,15 @@ def parameter(value: ir.Value | None) -> Parameter | None:
 
 
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer of that name, added where the graph lacks it; a second Weight of the same name is an error."""
+    """The initializer of that name, added where the graph lacks it; another Weight of the same name is an error."""
     assert tensor.name
-    if tensor.name not in graph.initializers or isinstance(tensor, Weight):
-        value = ir.Value(
+    known = graph.initializers.get(tensor.name)
+    if known is None or (isinstance(tensor, Weight) and known.const_value is not tensor):
+        known = ir.Value(
             name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
         )
-        graph.register_initializer(value)
-    return graph.initializers[tensor.name]
+        graph.register_initializer(known)
+    return known
 
 
 def constant(graph: ir.Graph, name: str, value: object, dtype: type = np.int64) -> ir.Value:

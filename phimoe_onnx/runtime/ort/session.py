@@ -8,15 +8,17 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from phimoe_onnx.bundle import SAMPLING, Graph, Manifest
+from phimoe_onnx.bundle import Graph, Manifest
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError
+from phimoe_onnx.runtime.ort.agreement import check_graph
 from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.external_data import check_external_data
 from phimoe_onnx.runtime.ort.mapped import released
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
-CUDA_ON_CPU = "1.32"
+PROVIDED: frozenset[str] = frozenset()  # what a graph may require and this release brings
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -28,7 +30,7 @@ def open_session(
     memory_limit: int | None = None,
     cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
-    """A session over the first graph of the manifest that the installed ONNX Runtime can load.
+    """A session over the first graph of the manifest that the installed ONNX Runtime can load on the device.
 
     Args:
         bundle: the bundle's folder.
@@ -40,29 +42,33 @@ def open_session(
 
     Raises:
         OutOfMemoryError: the device has too little memory.
-        DeviceError: the device is unknown or not available, the bundle was not exported for it, or ONNX Runtime is too
-            old for the bundle or refuses its graph.
+        DeviceError: the device is unknown or not available, the bundle was not exported for it, requires what is not
+            known here, or ONNX Runtime is too old for the bundle or refuses its graph.
+        BundleError: the graph reads files that the manifest does not list, or is not as the manifest says.
 
     """
-    check_device(device, manifest.target)
-    if device == "cpu" and manifest.dtype == "bfloat16":
-        raise DeviceError(
-            "the bundle's activations are bfloat16, which ONNX Runtime's CPU provider does not compute; use "
-            "device='cuda'"
-        )
+    check_device(device)
+    graph = choose_graph(manifest, device, ort.__version__)
     if threads is not None and threads < 1:
         raise DeviceError(f"threads is {threads}, expected 1 or more, or None for ONNX Runtime's own choice")
     for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": cuda_graphs}.items():
         if given and device != "cuda":
             raise DeviceError(f"{name} is for device='cuda', the device is {device!r}")
-    path = bundle / choose_graph(manifest, ort.__version__).file
+    path = bundle / graph.file
+    check_external_data(path, manifest.files)
     with released(bundle):
-        return _open(path, device, threads, memory_limit, cuda_graphs)
+        session = _open(path, device, threads, memory_limit, cuda_graphs)
+    check_graph(session, manifest, path, graph.optional_inputs)
+    return session
 
 
-def open_sampling(bundle: Path, device: str) -> ort.InferenceSession:
-    """A session over the bundle's sampling graph; raises DeviceError as `open_session` does."""
-    return _open(bundle / SAMPLING, device, None)
+def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.InferenceSession | None:
+    """A session over the bundle's sampling graph, if it has one; raises as `open_session` does."""
+    file = manifest.decoding.sampling_graph
+    if file is None or device == "cpu":
+        return None
+    check_external_data(bundle / file, manifest.files)
+    return _open(bundle / file, device, None)
 
 
 def _open(
@@ -105,8 +111,8 @@ def _open(
     return session
 
 
-def check_device(device: str, target: str) -> None:
-    """Raises DeviceError unless `device` is known, present, and one that a bundle of `target` runs on."""
+def check_device(device: str) -> None:
+    """Raises DeviceError unless `device` is known and the installed ONNX Runtime has its provider."""
     if device not in PROVIDERS:
         raise DeviceError(f"device is {device!r}, expected one of {', '.join(PROVIDERS)}")
     if PROVIDERS[device] not in ort.get_available_providers():
@@ -114,30 +120,32 @@ def check_device(device: str, target: str) -> None:
             f"device is {device!r}, but the installed ONNX Runtime {ort.__version__} has no {PROVIDERS[device]}; "
             "install onnxruntime-gpu in place of onnxruntime, or use device='cpu'"
         )
-    if target == "cuda" and device == "cpu":
-        if _release(ort.__version__) < _release(CUDA_ON_CPU):
-            raise DeviceError(
-                f"the CPU runs a bundle for cuda from ONNX Runtime {CUDA_ON_CPU} on, installed is {ort.__version__}"
-            )
-    elif target not in (device, "portable"):
-        raise DeviceError(
-            f"the bundle was exported for {target}, not for {device}; export it again with --target {device}"
-        )
 
 
-def choose_graph(manifest: Manifest, installed: str) -> Graph:
-    """The manifest's first graph that ONNX Runtime `installed` ("1.32.0") loads.
+def choose_graph(manifest: Manifest, device: str, installed: str) -> Graph:
+    """The manifest's first graph that ONNX Runtime `installed` ("1.32.0") loads on `device`.
 
     Raises:
-        DeviceError: every graph needs a newer release.
+        DeviceError: no graph is for the device, every one requires what is not known here, or needs a newer release.
 
     """
-    for graph in manifest.graphs:
-        if _release(graph.minimum_onnxruntime) <= _release(installed):
+    graphs = [graph for graph in manifest.graphs if device in graph.devices]
+    if not graphs:
+        known = ", ".join(sorted({name for graph in manifest.graphs for name in graph.devices}))
+        raise DeviceError(f"the bundle runs on {known}, not on {device}; export it again with --target {device}")
+    missing = sorted({name for graph in graphs for name in graph.requires if name not in PROVIDED})
+    graphs = [graph for graph in graphs if PROVIDED.issuperset(graph.requires)]
+    if not graphs:
+        raise DeviceError(
+            f"the bundle requires {', '.join(missing)}, which is not known here; upgrade phimoe-onnx, or export again"
+        )
+    for graph in graphs:
+        if _release(graph.devices[device]) <= _release(installed):
             return graph
-    needed = min((graph.minimum_onnxruntime for graph in manifest.graphs), key=_release)
+    needed = min((graph.devices[device] for graph in graphs), key=_release)
     raise DeviceError(
-        f"the bundle needs ONNX Runtime {needed} or newer, installed is {installed}; pip install --upgrade onnxruntime"
+        f"the bundle needs ONNX Runtime {needed} or newer on {device}, installed is {installed}; "
+        "pip install --upgrade onnxruntime"
     )
 
 
