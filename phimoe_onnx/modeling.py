@@ -349,4 +349,5 @@ def with_seams(model: AnyModel, seams: Seams) -> AnyModel:
         other = type(model)(model.config, seams)
     other.load_state_dict(model.state_dict(), assign=True)
     other.model.rope = model.model.rope  # its buffers are in no state_dict
-    return other.train(model.training)
+    other.train(model.training)
+    return other

@@ -42,7 +42,8 @@ from phimoe_onnx.exporter.weights import DTYPES
 from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.progress import Progress, counter
 
-EXPERTS = {"fused": FuseExperts, "branches": BranchExperts}  # by what a recipe calls them
+# by what a recipe calls them
+EXPERTS: dict[str, type[FuseExperts] | type[BranchExperts]] = {"fused": FuseExperts, "branches": BranchExperts}
 
 
 def export(

@@ -19,7 +19,7 @@ from phimoe_onnx.checkpoint.tensors import shapes
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize.format import WIDTHS, Form, Format, Plain
-from phimoe_onnx.exporter.target import Experts, Target
+from phimoe_onnx.exporter.target import Dtype, Experts, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class Recipe:
     target: Target
     task: str
     quantize: str
-    dtype: str
+    dtype: Dtype
     kv_cache: str
     rounding: str
     forms: Mapping[str, tuple[Form, ...]]
@@ -294,6 +294,6 @@ def _experts(config: PhiMoEConfig, target: Target, forms: Mapping[str, tuple[For
             continue
         others = tuple(way for way in target.experts if way != "fused")
         if not others:
-            raise ExportError(f"--target {target.name} cannot store layer {layer} so: {reason}")
+            raise ExportError(f"--target {target.name} has {reason}")
         return others
     return target.experts

@@ -19,6 +19,7 @@ from phimoe_onnx.exporter.quantize.format import Form, Plain
 # where the long factors are. branches: one If an expert, over operators that older releases have.
 EXPERTS = {"fused": "1.31", "branches": "1.29"}
 Experts = Literal["fused", "branches"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Device:
 
     name: str
     least: str
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Dtype, ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Target:
         rotates: whether GroupQueryAttention itself may rotate in a step with longrope, for a model's shape.
         skip_norm: whether a residual sum and its LayerNorm become SkipLayerNormalization.
         experts: how experts are computed, in order of preference; each is a graph, where the weights allow it.
-        plain_moe: why the fused MoE is not used for weights that are not quantised; None: it is.
+        no_plain_moe: why the fused MoE is not used for weights that are not quantised; None: it is.
         tile: what the fused QMoE needs hidden_size and intermediate_size to be multiples of.
         forms: in which weights may be stored: "none" (as activations), "fp16", "int8", "int4".
         no_form: why others are not there.
@@ -61,7 +62,7 @@ class Target:
 
     name: str
     devices: tuple[Device, ...]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Dtype, ...]
     attention: Literal["GroupQueryAttention", "standard"]
     skip_norm: bool
     experts: tuple[Experts, ...]
@@ -69,7 +70,7 @@ class Target:
     kv_cache: tuple[str, ...]
     prefill_chunk: int
     rotates: Callable[[PhiMoEConfig], bool] = lambda config: True
-    plain_moe: str | None = None
+    no_plain_moe: str | None = None
     tile: int = 1
     no_form: str = ""
     no_kv_cache: str = ""
@@ -89,7 +90,7 @@ class Target:
         """Whether Q, K and V are one matrix."""
         return self.attention == "GroupQueryAttention"
 
-    def devices_for(self, dtype: str, experts: Experts) -> dict[str, str]:
+    def devices_for(self, dtype: Dtype, experts: Experts) -> dict[str, str]:
         """The devices that run a graph with activations of `dtype`, each with its least ONNX Runtime release."""
         return {
             device.name: max(device.least, EXPERTS[experts], key=_release)
@@ -97,15 +98,18 @@ class Target:
             if dtype in device.dtypes
         }
 
-    def activations(self, dtype: str | None) -> str:
+    def activations(self, dtype: str | None) -> Dtype:
         """The dtype of activations and cache: the one that is asked for, else the first.
 
         Raises:
             ExportError: there is no such dtype here.
         """
-        if dtype not in (None, *self.dtypes):
-            raise ExportError(f"--target {self.name} has no --dtype {dtype}, expected {' or '.join(self.dtypes)}")
-        return dtype or self.dtypes[0]
+        if dtype is None:
+            return self.dtypes[0]
+        for known in self.dtypes:
+            if known == dtype:
+                return known
+        raise ExportError(f"--target {self.name} has no --dtype {dtype}, expected {' or '.join(self.dtypes)}")
 
     def check(self, config: PhiMoEConfig, forms: Collection[str], kv_cache: str) -> None:
         """Raises ExportError, with the reason, for a shape, a form of weights or a form of cache that is not taken."""
@@ -113,9 +117,7 @@ class Target:
             raise ExportError(f"--target {self.name} has no --kv-cache {kv_cache}: {self.no_kv_cache}")
         for form in forms:
             if form not in self.forms:
-                raise ExportError(
-                    f"--target {self.name} has no {form}: {self.no_form}; use {' or '.join(self.forms)}"
-                )
+                raise ExportError(f"--target {self.name} has no {form}: {self.no_form}; use {' or '.join(self.forms)}")
         if self.attention == "GroupQueryAttention" and config.head_dim % 16:
             raise ExportError(
                 f"head_dim is {config.head_dim}, ONNX Runtime's GroupQueryAttention with rope needs a multiple of 16; "
@@ -126,10 +128,10 @@ class Target:
         """Why the experts' matrices of a layer, in these forms, cannot be one MoE or QMoE; None where they can."""
         if len(set(forms)) > 1:
             found = " and ".join(sorted({str(form) for form in forms}))
-            return f"QMoE takes all experts' matrices of a layer in one form, found {found}; store them alike"
+            return f"no operator for experts of one layer in several forms, found {found}; store them alike"
         (form,) = set(forms)
         if isinstance(form, Plain):
-            return self.plain_moe
+            return self.no_plain_moe
         if config.hidden_size % self.tile or config.intermediate_size % self.tile:
             return (
                 f"no {form.dtype} for hidden_size {config.hidden_size} and intermediate_size "
@@ -159,7 +161,7 @@ CPU = Target(
     attention="GroupQueryAttention",
     skip_norm=True,
     experts=("fused", "branches"),
-    plain_moe="MoE on the CPU writes its output over its input before ONNX Runtime 1.32",
+    no_plain_moe="no MoE for plain weights: before ONNX Runtime 1.32 it writes its output over its input",
     forms=("none", "fp16", "int8", "int4"),
     kv_cache=("none", "int8", "int4"),
     prefill_chunk=512,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,10 +103,10 @@ def _attention(
     past_key: Tensor,
     past_value: Tensor,
     visible: Tensor,
-) -> Sequence[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, kv_heads, _, head_dim = past_key.shape
     present = [batch, kv_heads, visible.shape[-1], head_dim]
-    return torch.onnx.ops.symbolic_multi_out(
+    output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Attention",
         [query, key, value, cos, sin, past_key, past_value, visible],
         {"kv_heads": kv_heads, "head_dim": head_dim},
@@ -114,11 +114,12 @@ def _attention(
         shapes=[query.shape, present, present],
         version=1,
     )
+    return output, present_key, present_value
 
 
-def _sparse_mixer(scores: Tensor, jitter: float) -> Sequence[Tensor]:
+def _sparse_mixer(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     shape = [*scores.shape[:-1], 2]
-    return torch.onnx.ops.symbolic_multi_out(
+    weights, chosen = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::SparseMixer",
         [scores],
         {"jitter": jitter},
@@ -126,6 +127,7 @@ def _sparse_mixer(scores: Tensor, jitter: float) -> Sequence[Tensor]:
         shapes=[shape, shape],
         version=1,
     )
+    return weights, chosen
 
 
 def _experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

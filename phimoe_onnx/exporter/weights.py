@@ -144,14 +144,16 @@ def rounding_job(
     parts: Sequence[Part],
     format: Format,
     recipe: Recipe,
-    join: Callable[[Sequence[torch.Tensor]], torch.Tensor] = torch.cat,
+    join: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None,
 ) -> Job:
-    """Reads and rounds each part, and joins their codes, scales and zeros, each kind for itself."""
+    """Reads and rounds each part; `join` puts their codes together where there are several, then scales and zeros."""
     round_rows = recipe.round_rows()
 
     def run() -> tuple[torch.Tensor, ...]:
         stored = [round_rows(part.rows.read(), format, part.parameter, part.expert) for part in parts]
-        return stored[0] if len(stored) == 1 else tuple(join(kind) for kind in zip(*stored, strict=True))
+        if len(stored) == 1 or join is None:
+            return stored[0]
+        return tuple(join(kind) for kind in zip(*stored, strict=True))
 
     rows = sum(part.rows.shape[0] for part in parts)
     return Job(run, format.nbytes(rows, parts[0].rows.shape[-1]), parts[0].layer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from phimoe_onnx import modeling
 from phimoe_onnx.bundle import Manifest, StoredWeights
+from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import BundleError
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
@@ -75,7 +76,7 @@ def _matrices(
 
 
 def _dequantized(
-    name: str, expert: int | None, form: StoredWeights, stored: Initializers, config: modeling.PhiMoEConfig
+    name: str, expert: int | None, form: StoredWeights, stored: Initializers, config: PhiMoEConfig
 ) -> Tensor:
     """A parameter, or the matrix of one expert, from the blocks under the names that the passes gave them."""
     prefix = name.removesuffix(".weight")

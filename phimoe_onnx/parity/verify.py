@@ -174,12 +174,13 @@ def verify(
     token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
     windows = list((cut if manifest.task == "text-generation" else cut_texts)(token_ids, exact.config))
     report = _empty_report(bundle, reference, manifest, windows, thresholds or default_thresholds(manifest))
-    stored = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
     if isinstance(exact, PhiMoEForCausalLM):
+        stored = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
         _compare_tokens(report, runtime, exact, stored, windows, progress)
         report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
     else:
-        compare_texts(report, runtime, exact, stored, windows, progress)
+        stored_text = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
+        compare_texts(report, runtime, exact, stored_text, windows, progress)
     report.failures = list(_failures(report, report.thresholds))
     return report
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.bundle import SAMPLING, CacheShape, Decoding
+from phimoe_onnx.bundle import SAMPLING, CacheDtype, CacheShape, Decoding
 from phimoe_onnx.config import PhiMoEConfig, read_token_ids
 from phimoe_onnx.errors import ConfigError
 from phimoe_onnx.exporter.recipe import Recipe
@@ -24,11 +24,12 @@ def read_decoding(config: PhiMoEConfig, folder: Path, recipe: Recipe) -> Decodin
         ConfigError: generation_config.json or tokenizer.json is damaged.
     """
     rope = config.longrope
+    dtypes: dict[str, CacheDtype] = {"none": recipe.dtype, "int8": "int8", "int4": "uint8"}
     cache = CacheShape(
         num_hidden_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim // 2 if recipe.kv_cache == "int4" else config.head_dim,
-        dtype={"none": recipe.dtype, "int8": "int8", "int4": "uint8"}[recipe.kv_cache],
+        dtype=dtypes[recipe.kv_cache],
         shared=recipe.target.shared_cache,
     )
     return Decoding(

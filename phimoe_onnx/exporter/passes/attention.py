@@ -194,7 +194,9 @@ def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weigh
         return (values * mscale.flatten()).to(FLOATS[dtype])
 
     def weight(name: str, function: np.ufunc) -> Weight:
-        pieces = [job_piece(partial(table, function, rows, length), (rows, half), dtype, -1) for rows, length in sections]
+        pieces = [
+            job_piece(partial(table, function, rows, length), (rows, half), dtype, -1) for rows, length in sections
+        ]
         return Weight(name, dtype, (sum(rows for rows, _ in sections), half), pieces)
 
     return weight("cos_cache", np.cos), weight("sin_cache", np.sin)

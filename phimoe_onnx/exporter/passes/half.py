@@ -47,8 +47,6 @@ class StoreHalf(ir.passes.InPlacePass):
 
     def _half(self, piece: Piece) -> Piece:
         if piece not in self.halves:
-            job = Job(
-                lambda: (piece.job.run()[piece.index].to(torch.float16),), (piece.nbytes // 2,), piece.job.layer
-            )
+            job = Job(lambda: (piece.job.run()[piece.index].to(torch.float16),), (piece.nbytes // 2,), piece.job.layer)
             self.halves[piece] = Piece(job, 0)
         return self.halves[piece]

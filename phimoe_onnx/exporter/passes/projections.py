@@ -5,7 +5,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from phimoe_onnx.checkpoint.data import read_rows
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, Nodes, by_block, initializer, nodes, only_user, parameter, replace
+from phimoe_onnx.exporter.passes._edit import (
+    MICROSOFT,
+    Nodes,
+    by_block,
+    initializer,
+    nodes,
+    only_user,
+    parameter,
+    replace,
+)
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe
 from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, job_piece, parts_of

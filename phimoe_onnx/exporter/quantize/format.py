@@ -81,7 +81,8 @@ class Format:
         if self.bits == 8:
             return codes
         low, high = pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2)).unbind(-1)
-        return low | high << 4
+        packed: Tensor = low | high << 4
+        return packed
 
     def unpack(self, packed: Tensor, count: int) -> Tensor:
         """What `pack` was given: uint8 [..., count], a code a byte."""
@@ -89,7 +90,8 @@ class Format:
 
         if self.bits == 4:
             packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-        return packed[..., :count]
+        codes: Tensor = packed[..., :count]
+        return codes
 
     def dequantize(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """The float32 rows [..., K] that the three parts of a stored weight stand for."""
