@@ -265,6 +265,11 @@ def read_manifest(bundle: Path) -> Manifest:
             what = what.replace(f"`str` matching regex {pattern!r}", words)
         where = place.replace("`", "").replace("$.", "").replace("$", "")
         raise BundleError(f"{path}: is damaged ({where}: {what}); export the bundle again") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise BundleError(
+            f"{path}: is damaged (it holds {half!r}, half a character); export the bundle again"
+        ) from None
 
 
 def record(bundle: Path, key: str, value: Any) -> None:

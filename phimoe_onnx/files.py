@@ -1,4 +1,4 @@
-"""Files as every part of the package reads them: a JSON object, and a SHA-256."""
+"""Files as every part of the package reads them: a text, a JSON object, and a SHA-256."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from phimoe_onnx.errors import ConfigError
 _HASH_BLOCK = 1 << 20  # bytes
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`.
 
     Raises:
-        ConfigError: the file is missing, unreadable, a Git LFS pointer, or holds no JSON object.
+        ConfigError: the file is missing, unreadable or a Git LFS pointer.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -27,6 +27,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if text.startswith("version https://git-lfs"):
         raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder")
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ConfigError: as for `read_text`, or the file holds no JSON object.
+    """
+    text = read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # too many digits, too deep

@@ -18,7 +18,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from onnx.reference import ReferenceEvaluator
 
 from phimoe_onnx import export, reference
@@ -398,41 +397,10 @@ def test_the_bundle_carries_the_checkpoints_files(bundle: Bundle, checkpoint: Ch
         assert (bundle("plain", "cpu", "none") / name).read_bytes() == (checkpoint("plain") / name).read_bytes()
 
 
-def test_the_chat_format_is_the_template(bundle: Bundle) -> None:
-    folder = bundle("plain", "cpu", "none")
-    chat = read_manifest(folder).chat
+def test_the_bundle_says_the_chat_template_in_plain_strings(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    chat = read_manifest(bundle("plain", "cpu", "none")).chat
     assert chat is not None
-    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    compiled = environment.from_string(template)
-    assert chat.skipped_when_empty == ("system",)
-    for contents in (["Be\nbrief. ", "", "hi\n", "a"], ["", "b", "", "c"]):
-        messages = [
-            {"role": role, "content": text}
-            for role, text in zip(("system", "user", "assistant", "user"), contents, strict=True)
-        ]
-        rendered = compiled.render(messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
-        turns = [(chat.turns[m["role"]], m["content"]) for m in messages if m["content"] or m["role"] != "system"]
-        assert "".join(prefix + content + suffix for (prefix, suffix), content in turns) + chat.generation == rendered
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages | length }}",
-        "{{ raise_exception('no') }}",
-        "{% for",
-        "{{ messages[3].content }}",
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}",
-        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
-        None,
-    ],
-)
-def test_a_template_that_plain_strings_cannot_say(tmp_path: Path, template: str | None) -> None:
-    folder = write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1, num_local_experts=2)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": template}))
-    assert chat_format(folder) is None
+    assert chat == chat_format(checkpoint("plain"))
 
 
 def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:

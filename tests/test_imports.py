@@ -6,11 +6,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import phimoe_onnx
+from tests.checkpoints import MODEL
 
 PACKAGE = Path(phimoe_onnx.__file__).parent
 COMMON = {"errors", "files", "progress", "_version"}
@@ -60,10 +62,30 @@ def test_every_part_has_its_rule() -> None:
     assert parts - {"__init__"} == {*ALLOWED, *COMMON}
 
 
+def test_no_circles() -> None:
+    """Not within a part either, nor for a type checker's eyes alone."""
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    graph = {
+        name: {found if found in files else found.rpartition(".")[0] for found in imported(file)} - {"phimoe_onnx"}
+        for name, file in files.items()
+    }
+    TopologicalSorter(graph).prepare()  # a CycleError names the modules of a circle
+
+
+def test_one_module_sets_jinja2_up() -> None:
+    naming = [file for file in PACKAGE.rglob("*.py") if "jinja2.sandbox" in file.read_text(encoding="utf-8")]
+    assert naming == [PACKAGE / "text" / "template.py"]
+
+
 def python(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
-    ).stdout.strip()
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PACKAGE.parent
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,17 @@ def python(code: str) -> str:
 )
 def test_these_imports_are_light(statement: str) -> None:
     assert python(f"import sys\n{statement}\nprint([name for name in {HEAVY} if name in sys.modules])") == "[]"
+
+
+def test_plan_needs_no_package_of_the_exporter() -> None:
+    code = f"""
+import sys
+for name in ("torch", "psutil", "filelock", "safetensors", "onnx", "onnx_ir", "onnxscript"):
+    sys.modules[name] = None  # importing it now raises ModuleNotFoundError
+from phimoe_onnx.cli.export import main
+print(main([{str(MODEL)!r}, "--plan"]))
+"""
+    assert python(code).splitlines()[-1] == "0"
 
 
 def test_export_is_the_function_whatever_was_imported_before() -> None:

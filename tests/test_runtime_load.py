@@ -11,10 +11,9 @@ import onnxruntime
 import pytest
 
 from phimoe_onnx.bundle import File, Graph, describe_files, read_manifest
-from phimoe_onnx.errors import BundleError, DeviceError, GenerationError
+from phimoe_onnx.errors import BundleError, DeviceError
 from phimoe_onnx.runtime import PhiMoE
 from phimoe_onnx.runtime.ort.session import choose_graph
-from phimoe_onnx.text.template import ChatTemplate
 from tests.toy_bundle import write_bundle
 
 
@@ -151,50 +150,3 @@ def test_a_damaged_decoding_section_is_named(bundle: Path, section: dict[str, An
 def rewrite_manifest(bundle: Path) -> None:
     """Makes the manifest agree with the files as they are now."""
     replace(read_manifest(bundle), files=describe_files(bundle)).write(bundle)
-
-
-def template(folder: Path, config: object, jinja: str | None = None) -> ChatTemplate:
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if jinja is not None:
-        (folder / "chat_template.jinja").write_text(jinja)
-    return ChatTemplate(folder)
-
-
-USER = [{"role": "user", "content": "a"}]
-
-
-def test_where_a_chat_template_comes_from(tmp_path: Path) -> None:
-    assert (
-        template(tmp_path, {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": "<s>"}).render(
-            USER
-        )
-        == "<s>a"
-    )
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ eos_token }}"}]
-    assert template(tmp_path, {"chat_template": named, "eos_token": {"content": "</s>"}}).render(USER) == "</s>"
-    assert template(tmp_path, {"chat_template": "no"}, jinja="yes").render(USER) == "yes"
-
-
-def test_blocks_are_trimmed_as_in_transformers(tmp_path: Path) -> None:
-    source = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
-    assert template(tmp_path, {"chat_template": source}).render(USER) == "a\n"
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (None, "has no chat template"),
-        ("{{ raise_exception('only users') }}", "only users"),
-        ("{{ messages.append(1) }}", "refuses"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages[0].content + 1 }}", "refuses"),
-    ],
-)
-def test_what_a_template_may_not_do(tmp_path: Path, source: str | None, message: str) -> None:
-    with pytest.raises(GenerationError, match=message):
-        template(tmp_path, {"chat_template": source}).render(USER)
-
-
-def test_a_template_that_does_not_parse_is_the_bundles_fault(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="does not parse"):
-        template(tmp_path, {"chat_template": "{% if %}"})

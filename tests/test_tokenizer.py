@@ -1,16 +1,16 @@
 """Text to ids and back: whole characters in a stream, first space, special tokens, and stop strings across pieces."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimoe_onnx.errors import BundleError
-from phimoe_onnx.exporter.manifest.decoding import hidden_tokens
+from phimoe_onnx.errors import BundleError, ConfigError
 from phimoe_onnx.runtime.stop import StopStrings
-from phimoe_onnx.text.tokenizer import Tokenizer
-from tests.toy_bundle import make_tokenizer
+from phimoe_onnx.text.tokenizer import Tokenizer, hidden_tokens
+from tests.toy_bundle import SPECIAL, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,35 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path, hidden=())
+
+
+def test_byte_tokens_marked_as_special_are_text(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_added_tokens_decoder()[3].content == "<0x00>"
+    assert hidden_tokens(tmp_path) == {token: tokenizer.token_to_id(token) for token in SPECIAL}
+
+
+def test_a_checkpoint_without_a_tokenizer_hides_nothing(tmp_path: Path) -> None:
+    assert hidden_tokens(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        [{"id": 1}],
+        ["<s>"],
+        None,
+        5,
+        [{"content": 1, "id": 1, "special": True}],
+        [{"content": "<s>", "id": "1", "special": True}],
+        [{"content": "<s>", "id": True, "special": True}],
+    ],
+)
+def test_damaged_special_tokens_are_named(tmp_path: Path, added: object) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: its added_tokens are damaged.*download"):
+        hidden_tokens(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""Text to token ids and back, from a bundle's tokenizer.json; back also as a stream of whole characters."""
+"""tokenizer.json: which tokens are no text, and text to token ids and back, also as a stream of whole characters."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from phimoe_onnx.errors import BundleError
+from phimoe_onnx.errors import BundleError, ConfigError
+from phimoe_onnx.files import read_json
 
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of half a character
 
 
@@ -87,3 +90,30 @@ class TextStream:
         self._waiting.clear()
         self._follows = True
         return text
+
+
+def hidden_tokens(folder: Path) -> dict[str, int]:
+    """The special tokens of a checkpoint's tokenizer.json with their ids, but for the bytes `<0x00>` to `<0xFF>`.
+
+    A checkpoint may mark its byte tokens as special; to skip those would drop newlines and emoji. Empty where there is
+    no tokenizer.json.
+
+    Raises:
+        ConfigError: tokenizer.json cannot be read, or its added_tokens are damaged.
+
+    """
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    try:
+        special = {
+            token["content"]: token["id"]
+            for token in added
+            if token["special"] and not _BYTE_TOKEN.fullmatch(token["content"])
+        }
+        if bad := [id for id in special.values() if type(id) is not int]:
+            raise TypeError(f"the id {bad[0]!r}")
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: its added_tokens are damaged ({error!r}); download the checkpoint's file again"
+        ) from None
+    return special

@@ -4,17 +4,14 @@ it.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from phimoe_onnx.bundle import SAMPLING, CacheDtype, CacheShape, Decoding
 from phimoe_onnx.config import PhiMoEConfig, read_token_ids
-from phimoe_onnx.errors import ConfigError
 from phimoe_onnx.exporter.recipe import Recipe
 from phimoe_onnx.files import read_json
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+from phimoe_onnx.text.tokenizer import hidden_tokens
 
 
 def read_decoding(config: PhiMoEConfig, folder: Path, recipe: Recipe) -> Decoding:
@@ -53,22 +50,3 @@ def read_generation(folder: Path) -> dict[str, Any]:
 def eos_token_ids(config: PhiMoEConfig, generation: dict[str, Any]) -> tuple[int, ...]:
     """The end tokens: generation_config.json's, for it has those that end an answer in a chat; else config.json's."""
     return read_token_ids(generation, "eos_token_id", "generation_config.json") or config.eos_token_id
-
-
-def hidden_tokens(folder: Path) -> dict[str, int]:
-    """tokenizer.json's special tokens with their ids, but for the bytes `<0x00>` to `<0xFF>`.
-
-    A checkpoint may mark its byte tokens as special; to skip those would drop newlines and emoji.
-    """
-    path = folder / "tokenizer.json"
-    added = read_json(path).get("added_tokens", []) if path.is_file() else []
-    try:
-        return {
-            token["content"]: token["id"]
-            for token in added
-            if token["special"] and not _BYTE_TOKEN.fullmatch(token["content"])
-        }
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: its added_tokens are damaged ({error!r}); download the checkpoint's file again"
-        ) from None

@@ -1,0 +1,189 @@
+"""The manifest as an untrusted file: what is read, refused, kept; spec/cases.json has more, for all languages."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phimoe_onnx import PhiMoE, bundle_v1
+from phimoe_onnx.bundle import StoredWeights, read_manifest, record
+from phimoe_onnx.errors import BundleError, DeviceError, PhiMoEError
+from phimoe_onnx.runtime.ort.external_data import check_external_data, locations
+
+BUNDLE = Path(__file__).parents[1] / "spec" / "bundle"
+MANIFEST = json.loads((BUNDLE / "manifest.json").read_text(encoding="utf-8"))
+MUTANTS = int(os.environ.get("PHIMOE_MUTANTS", "400"))
+PROMPT = {"prompt": [5, 6, 7], "max_new_tokens": 4}
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 3, 1.5, 10**9, 2**31, 2**63, 10**400, 1e308, "", "1", "cpu", "../x", "a/b",
+    "\ud800", "x" * 300, [], [1], ["a"], [[]], {}, {"a": 1}, "9" * 5000, "1.29", "float16", "int8", "model.data",
+]  # fmt: skip
+
+
+def linked(folder: Path, manifest: Any) -> Path:
+    """The bundle with another manifest, its files as links."""
+    folder.mkdir()
+    for path in BUNDLE.iterdir():
+        if path.name != "manifest.json":
+            (folder / path.name).symlink_to(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def mutant(seed: int) -> tuple[dict[str, Any], str]:
+    """A manifest with one to three changes: values put, removed, renamed, copied to another place."""
+    pick, manifest, said = random.Random(seed), copy.deepcopy(MANIFEST), []
+    for _ in range(pick.choice((1, 1, 1, 2, 3))):
+        *way, last = pick.choice(list(places(manifest)))
+        parent = manifest
+        for key in way:
+            parent = parent[key]
+        action = pick.choice(("put", "put", "put", "remove", "rename", "copy"))
+        said.append(f"{action} {way} {last}")
+        if action == "put":
+            parent[last] = pick.choice(VALUES)
+        elif action == "remove":
+            del parent[last]
+        elif action == "rename" and isinstance(parent, dict):
+            parent[f"{last}x"] = parent.pop(last)
+        else:
+            *other, place = pick.choice(list(places(manifest)))
+            target = manifest
+            for key in other:
+                target = target[key]
+            target[place] = copy.deepcopy(parent[last])
+    return manifest, ", ".join(said)
+
+
+def test_a_mutated_manifest_gives_the_same_tokens_or_one_of_our_errors(tmp_path: Path) -> None:
+    """Where a mutant is read its tokens are those of the bundle, but where it changed what ends or bounds a text."""
+    expected = PhiMoE.load(BUNDLE).generate(**PROMPT).token_ids
+    refused = 0
+    for seed in range(MUTANTS):
+        manifest, said = mutant(seed)
+        folder = linked(tmp_path / str(seed), manifest)
+        try:
+            found = PhiMoE.load(folder).generate(**PROMPT).token_ids
+        except PhiMoEError:
+            refused += 1
+        else:
+            assert found == expected[: len(found)], f"seed {seed}: {said}"
+        shutil.rmtree(folder)
+    assert MUTANTS // 3 < refused < MUTANTS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"format_version": ' + "9" * 5000 + "}", "null", "[]", '"a"', "{", "", "\x00", "NaN", "\ufeff{}"],
+)
+def test_a_manifest_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_what_a_tool_writes_back_keeps_every_key(tmp_path: Path) -> None:
+    strange = {"a": [1, {"b": None}]}
+    folder = linked(tmp_path / "bundle", MANIFEST | {"comment": strange})
+    record(folder, "parity", {"passed": True})
+    written = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert written == MANIFEST | {"comment": strange, "parity": {"passed": True}}
+    assert read_manifest(folder).parity == {"passed": True}
+
+
+def test_a_link_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_text(json.dumps(MANIFEST), encoding="utf-8")
+    folder = linked(tmp_path / "bundle", {})
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to(blob)
+    with pytest.raises(BundleError, match=r"is a link to .*blob, which is left as it is"):
+        record(folder, "parity", {})
+    assert (folder / "manifest.json").is_symlink()
+    assert json.loads(blob.read_text(encoding="utf-8")) == MANIFEST
+
+
+def test_another_device_is_said_before_a_dtype_that_this_one_lacks(tmp_path: Path) -> None:
+    changed = copy.deepcopy(MANIFEST)
+    changed["graphs"] = [{"file": "model.onnx", "devices": {"cuda": "1.31"}}]
+    changed["decoding"]["cache"]["dtype"] = "bfloat16"
+    with pytest.raises(DeviceError, match="runs on cuda, not on cpu; export it again with --target cpu"):
+        PhiMoE.load(linked(tmp_path / "bundle", changed))
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "devices"),
+    [
+        ("cpu", "float32", {"cpu": "1.30"}),
+        ("portable", "float32", {"cpu": "1.30", "cuda": "1.30"}),
+        ("cuda", "float16", {"cuda": "1.30", "cpu": "1.32"}),
+        ("cuda", "bfloat16", {"cuda": "1.30"}),
+    ],
+)
+def test_version_1(tmp_path: Path, target: str, dtype: str, devices: dict[str, str]) -> None:
+    old = copy.deepcopy(MANIFEST) | {"format_version": 1, "target": target, "dtype": dtype}
+    old["graphs"] = [{"file": "model.onnx", "minimum_onnxruntime": "1.30", "optional_inputs": []}]
+    old["weights"] = {"experts": "int4, block 32", "lm_head": "float16", "norms": "float32"}
+    manifest = read_manifest(linked(tmp_path / "bundle", old))
+    assert [graph.devices for graph in manifest.graphs] == [devices]
+    experts = ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")
+    assert manifest.weights == (
+        StoredWeights(experts, (0, 3), "int4", 32, dtype),
+        StoredWeights(("lm_head.weight",), None, "float16"),
+    )
+
+
+def test_damage_to_version_1_is_found_like_any_other(tmp_path: Path) -> None:
+    for key in ("graphs", "decoding", "files"):
+        for value in (None, [], [1], {"a": 1}, "a", 5):
+            old = copy.deepcopy(MANIFEST) | {"format_version": 1, key: value}
+            bundle_v1.upgrade(old)
+            with pytest.raises(BundleError, match=key):
+                read_manifest(linked(tmp_path / f"{key}{value!r:.3}".replace("/", ""), old))
+
+
+def test_external_data_is_found_in_subgraphs_and_functions() -> None:
+    """Written field by field, as onnx.proto3 numbers them: a branch of an If, and an attribute of a function's node."""
+
+    def field(number: int, *parts: bytes) -> bytes:
+        inner = b"".join(parts)
+        key = number << 3 | 2
+        return bytes([key] if key < 0x80 else [key & 0x7F | 0x80, key >> 7]) + bytes([len(inner)]) + inner
+
+    def tensor(location: bytes) -> bytes:
+        return field(13, field(2, location), field(1, b"location"))  # the value before the key
+
+    branch = field(1, field(5, field(6, field(5, tensor(b"a")))))
+    sparse = field(15, field(1, tensor(b"b")), field(2, tensor(b"c")))
+    function = field(25, field(7, field(5, field(5, tensor(b"d")))))
+    assert list(locations(field(7, branch, sparse, field(5, tensor(b"e"))) + function)) == ["a", "b", "c", "e", "d"]
+
+
+def test_a_damaged_graph_is_one_of_our_errors(tmp_path: Path) -> None:
+    graph = (BUNDLE / "model.onnx").read_bytes()
+    pick = random.Random(0)
+    path = tmp_path / "model.onnx"
+    for _ in range(200):
+        damaged = bytearray(graph)
+        for _ in range(pick.randint(1, 20)):
+            damaged[pick.randrange(len(graph))] = pick.randrange(256)
+        path.write_bytes(damaged[: pick.choice((len(graph), pick.randrange(len(graph))))])
+        with contextlib.suppress(BundleError):
+            check_external_data(path, MANIFEST["files"])

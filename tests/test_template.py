@@ -1,0 +1,148 @@
+"""Chat templates: where one comes from, what it may do, and how it is said as plain strings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
+from phimoe_onnx.exporter.manifest.chat_format import chat_format
+from phimoe_onnx.text.template import ChatTemplate
+from tests.checkpoints import MODEL
+
+USER = [{"role": "user", "content": "a"}]
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+LOOP_CONTROL = "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}" + PLAIN.split("%}", 1)[1]
+
+
+def write(folder: Path, config: object, jinja: str | None = None) -> Path:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (folder / "chat_template.jinja").write_text(jinja)
+    return folder
+
+
+def template(folder: Path, config: object, jinja: str | None = None) -> ChatTemplate:
+    return ChatTemplate(write(folder, config, jinja))
+
+
+def named(**templates: str) -> dict[str, Any]:
+    return {"chat_template": [{"name": name, "template": source} for name, source in templates.items()]}
+
+
+def test_where_a_chat_template_comes_from(tmp_path: Path) -> None:
+    source = "{{ bos_token }}{{ messages[0].content }}"
+    assert template(tmp_path, {"chat_template": source, "bos_token": "<s>"}).render(USER) == "<s>a"
+    config = named(tool_use="no", default="{{ eos_token }}") | {"eos_token": {"content": "</s>"}}
+    assert template(tmp_path, config).render(USER) == "</s>"
+    assert template(tmp_path, {"chat_template": "no"}, jinja="yes").render(USER) == "yes"
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert ChatTemplate(tmp_path).render(USER) == "yes"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"chat_template": ""},
+        {"chat_template": 5},
+        {"chat_template": ["a", {"name": "default"}]},
+        named(tool_use="no"),
+        {"bos_token": {}, "eos_token": 5},
+    ],
+)
+def test_no_chat_template(tmp_path: Path, config: object) -> None:
+    with pytest.raises(GenerationError, match="has no chat template"):
+        template(tmp_path, config).render(USER)
+    assert chat_format(tmp_path) is None
+
+
+def test_blocks_are_trimmed_as_in_transformers(tmp_path: Path) -> None:
+    source = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
+    assert template(tmp_path, {"chat_template": source}).render(USER) == "a\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('only users') }}", "only users"),
+        ("{{ messages.append(1) }}", "refuses"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages[0].content + 1 }}", "refuses"),
+        ("{{ messages[0].nothing.nothing }}", "refuses"),
+    ],
+)
+def test_what_a_template_may_not_do(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        template(tmp_path, {"chat_template": source}).render(USER)
+    assert chat_format(tmp_path) is None
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{% for", "{{" + 5000 * "9" + "}}", "{{" + 4000 * "(" + "}}"])
+def test_a_template_that_does_not_parse_is_the_bundles_fault(tmp_path: Path, source: str) -> None:
+    with pytest.raises(BundleError, match="does not parse"):
+        template(tmp_path, {"chat_template": source})
+    assert chat_format(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(("data", "message"), [(b"\xff", "cannot be read"), (b"version https://git-lfs", "git lfs")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BundleError, match=rf"{name}.*{message}"):
+        ChatTemplate(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{name}.*{message}"):
+        chat_format(tmp_path)
+
+
+def test_the_chat_format_is_the_template() -> None:
+    chat = chat_format(MODEL)
+    assert chat is not None
+    template = json.loads((MODEL / "tokenizer_config.json").read_text())["chat_template"]
+    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    assert chat.skipped_when_empty == ("system",)
+    for contents in (["Be\nbrief. ", "", "hi\n", "a"], ["", "b", "", "c"]):
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(("system", "user", "assistant", "user"), contents, strict=True)
+        ]
+        rendered = compiled.render(messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+        turns = [(chat.turns[m["role"]], m["content"]) for m in messages if m["content"] or m["role"] != "system"]
+        assert "".join(prefix + content + suffix for (prefix, suffix), content in turns) + chat.generation == rendered
+
+
+@pytest.mark.parametrize(
+    ("config", "jinja"),
+    [
+        ({"chat_template": PLAIN}, None),
+        ({"chat_template": "no"}, PLAIN),
+        (named(tool_use="no", default=PLAIN), None),
+        ({"chat_template": LOOP_CONTROL}, None),
+    ],
+)
+def test_the_chat_format_is_that_of_the_template_that_the_runtime_takes(
+    tmp_path: Path, config: object, jinja: str | None
+) -> None:
+    chat = chat_format(write(tmp_path, config, jinja))
+    assert chat is not None
+    assert chat.turns == {role: (f"<|{role}|>", "<|end|>") for role in ("system", "user", "assistant")}
+    assert chat.generation == "<|assistant|>"
+    assert chat.turns["user"][0] + "a" + chat.turns["user"][1] + chat.generation == ChatTemplate(tmp_path).render(USER)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | length }}",
+        "{{ messages[3].content }}",
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
+    ],
+)
+def test_a_template_that_plain_strings_cannot_say(tmp_path: Path, source: str) -> None:
+    assert chat_format(write(tmp_path, {"chat_template": source})) is None
