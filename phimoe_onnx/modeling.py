@@ -4,8 +4,8 @@ Dimensions: B batch, S new tokens, P cached tokens, T = P + S, H hidden_size, N 
 num_key_value_heads, D head_dim, E num_local_experts, I intermediate_size, V vocab_size. Everything but the router is
 computed in the dtype of the weights.
 
-The three functions `attention`, `sparse_mixer` and `experts` are the seams: a model takes others in their place, so that
-tracing keeps each as one node of the graph, and routing can be recorded or replayed.
+The three functions `attention`, `sparse_mixer` and `experts` are the seams: a model takes others in their place, so
+that tracing keeps each as one node of the graph, and routing can be recorded or replayed.
 """
 
 from __future__ import annotations
@@ -348,6 +348,8 @@ def with_seams(model: AnyModel, seams: Seams) -> AnyModel:
     with torch.device("meta"):
         other = type(model)(model.config, seams)
     other.load_state_dict(model.state_dict(), assign=True)
+    if isinstance(model, PhiMoEForCausalLM) and model.lm_head.weight is model.model.embed_tokens.weight:
+        other.lm_head.weight = other.model.embed_tokens.weight
     other.model.rope = model.model.rope  # its buffers are in no state_dict
     other.train(model.training)
     return other

@@ -88,10 +88,10 @@ def test_what_is_representable_is_exact(format: Format) -> None:
 
 def test_the_first_of_two_codes_is_in_the_low_nibble() -> None:
     weight = torch.tensor([[-8.0, -7, 0, 7, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, -1]])
-    codes, scales = Format(4, 16).quantize(weight)
+    codes, scales = rounded(Format(4, 16), weight)
     assert scales.tolist() == [[1.0]]
     assert [f"{code:02x}" for code in codes[0].tolist()] == ["10", "f8", "a9", "cb", "88", "88", "88", "78"]
-    codes, scales = Format(8, 16).quantize(weight * 16)
+    codes, scales = rounded(Format(8, 16), weight * 16)
     assert codes[0].tolist() == [0, 16, 128, 240, 144, 160, 176, 192, *[128] * 7, 112]
 
 
@@ -141,7 +141,7 @@ def test_matmul_nbits_reads_it(format: Format) -> None:
     x, weight, bias = torch.randn(3, 256), torch.randn(40, 256), torch.randn(40)
     codes, scales = rounded(format, weight)
     blocks = 256 // format.block_size
-    attributes = format.attributes(40, blocks) | {"accuracy_level": 0}
+    attributes = {"N": 40, "K": 256, "bits": format.bits, "block_size": format.block_size, "accuracy_level": 0}
     got = run("MatMulNBits", [x, codes.view(40, blocks, -1), scales, None, None, bias], **attributes)
     np.testing.assert_allclose(got, x @ format.dequantize(codes, scales).T + bias, atol=1e-4)
 
@@ -209,3 +209,44 @@ def test_qmoe_reads_it(format: Format) -> None:
     )
     got = got * weights.sum(dim=1, keepdim=True).numpy()
     np.testing.assert_allclose(got, expected, atol=2e-5 * float(expected.std()), rtol=1e-4)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_unpacking_is_the_inverse_of_packing(data: st.DataObject) -> None:
+    bits, count = data.draw(st.sampled_from([4, 8])), data.draw(st.integers(1, 9))
+    format = Format(bits, 16, symmetric=False)
+    codes = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count)))
+    packed = format.pack(codes.to(torch.uint8)[None])
+    assert packed.shape == (1, format.widths(16 * count)[2])
+    assert format.unpack(packed, count)[0].tolist() == codes.tolist()
+
+
+def with_zeros(format: Format, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each block's own range, from its smallest to its largest number."""
+    blocks = weight.unflatten(-1, (-1, format.block_size))
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    largest = (1 << format.bits) - 1
+    scales = (high - low) / largest
+    zeros = (-low / scales).round().clamp(0, largest)
+    codes = (blocks / scales[..., None] + zeros[..., None]).round().clamp(0, largest)
+    return format.pack(codes.flatten(-2).to(torch.uint8)), scales, format.pack(zeros.to(torch.uint8))
+
+
+ASYMMETRIC = [Format(bits, block, symmetric=False) for bits in (4, 8) for block in (16, 64)]
+
+
+@pytest.mark.parametrize("format", ASYMMETRIC, ids=str)
+@pytest.mark.parametrize("k", [192, 256])  # the first has an odd number of blocks of 64: zeros end in half a byte
+def test_the_operators_read_zero_points(format: Format, k: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, k), torch.randn(40, k) + 0.5
+    codes, scales, zeros = with_zeros(format, weight)
+    assert tuple(part.shape[-1] for part in (codes, scales, zeros)) == format.widths(k)
+    assert sum(part.nbytes for part in (codes, scales, zeros)) == sum(format.nbytes(40, k))
+    expected = format.dequantize(codes, scales, zeros)
+    step = scales.repeat_interleave(format.block_size, dim=1)
+    assert ((expected - weight).abs() <= step * 1.01).all()
+    attributes = {"N": 40, "K": k, "bits": format.bits, "block_size": format.block_size, "accuracy_level": 0}
+    got = run("MatMulNBits", [x, codes.view(40, k // format.block_size, -1), scales, zeros], **attributes)
+    np.testing.assert_allclose(got, x @ expected.T, atol=1e-4)

@@ -149,7 +149,7 @@ def _summarise(folder: Path, seconds: dict[str, float]) -> None:
 
     forms: dict[str, dict[str, None]] = {}  # of each kind, in order
     for group in read_manifest(folder).weights:
-        for name in group.parameters:
+        for name in group.names():
             if not name.endswith(".bias"):
                 forms.setdefault(kind(name), {})[_stored_as(group)] = None
     sizes = stored_sizes(folder)

@@ -160,7 +160,7 @@ def recipe_for(
         ExportError: an option is unknown, or the target or its operators do not take it; it says why.
     """
     store = store or {}
-    _check_options(task, kv_cache, quantize, store)
+    _check_options(task, kv_cache, quantize, store, rounding)
     target.check(config, (quantize, *store.values()), kv_cache)
     activations = target.activations(dtype)
     blocks = any(form.startswith("int") for form in (quantize, *store.values()))
@@ -204,7 +204,7 @@ def bits_per_weight(form: Form) -> float:
     return form.bits + beside / form.block_size
 
 
-def _check_options(task: str, kv_cache: str, quantize: str, store: Mapping[str, str]) -> None:
+def _check_options(task: str, kv_cache: str, quantize: str, store: Mapping[str, str], rounding: str) -> None:
     if task not in TASKS:
         raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     if quantize not in QUANTIZE:
@@ -214,6 +214,8 @@ def _check_options(task: str, kv_cache: str, quantize: str, store: Mapping[str, 
             raise ExportError(f"--store {pattern}={form}: expected one of the forms {', '.join(QUANTIZE)}")
     if kv_cache not in ("none", "int8", "int4"):
         raise ExportError(f"kv_cache is {kv_cache!r}, expected one of none, int8, int4")
+    if rounding not in ROUNDINGS:
+        raise ExportError(f"rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
     if task != "text-generation" and kv_cache != "none":
         raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 
@@ -110,13 +111,13 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
         ExportError: the disk is full or the folder cannot be written.
         CheckpointError: a source tensor cannot be read.
     """
-    files: dict[str, _File] = {}
+    files: dict[str, DataFile] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the cores are busy with a job each
     workers = ThreadPoolExecutor(os.cpu_count())  # begins in the order of submission
     try:
         for name, size in layout.sizes.items():
-            files[name] = _File(folder / name, size)
+            files[name] = DataFile(folder / name, size)
         jobs = list(enumerate(layout.jobs().items()))  # the journal's numbers are those of the files' order
         advance(sum(sum(job.nbytes) for number, (job, _) in jobs if number in journal.done))
         running = {
@@ -140,12 +141,12 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
             file.close()
 
 
-class _File:
+class DataFile:
     """A data file of a known size that several threads write into, on every system."""
 
     def __init__(self, path: Path, size: int) -> None:
         path.touch()
-        self._file = path.open("r+b", buffering=0)
+        self._file = FileIO(path, "r+")
         self._lock = Lock()
         self._file.truncate(size)
 
@@ -161,7 +162,7 @@ class _File:
         self._file.close()
 
 
-def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, _File]) -> None:
+def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, DataFile]) -> None:
     outputs = job.run()
     for index, name, offset in places:
         data = tensor_bytes(outputs[index])

@@ -81,16 +81,25 @@ def _dequantized(
     """A parameter, or the matrix of one expert, from the blocks under the names that the passes gave them."""
     prefix = name.removesuffix(".weight")
     if name.endswith("experts.gate_up_proj"):
-        interleaved = _read(prefix.replace("gate_up_proj", "fc1"), expert, form, stored)  # gate and up in turns
-        return torch.cat((interleaved[..., ::2, :], interleaved[..., 1::2, :]), dim=-2)
+        turns = _read_experts(prefix.replace("gate_up_proj", "fc1"), expert, form, stored, config)
+        return torch.cat((turns[..., ::2, :], turns[..., 1::2, :]), dim=-2)  # gate and up in turns
     if name.endswith("experts.down_proj"):
-        return _read(prefix.replace("down_proj", "fc2"), expert, form, stored)
+        return _read_experts(prefix.replace("down_proj", "fc2"), expert, form, stored, config)
     packed = f"{prefix.rpartition('.')[0]}.qkv_proj"
     if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.codes" in stored:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         parts = torch.split(_read(packed, None, form, stored), [number * config.head_dim for number in heads])
         return parts["qkv".index(prefix.rpartition(".")[2][0])]
     return _read(prefix, None, form, stored)
+
+
+def _read_experts(
+    prefix: str, expert: int | None, form: StoredWeights, stored: Initializers, config: PhiMoEConfig
+) -> Tensor:
+    """A matrix [N, K], or the stack of all, which a graph of branches has as a matrix an expert."""
+    if expert is not None or f"{prefix}.codes" in stored:
+        return _read(prefix, expert, form, stored)
+    return torch.stack([_read(prefix, e, form, stored) for e in range(config.num_local_experts)])
 
 
 def _read(prefix: str, expert: int | None, form: StoredWeights, stored: Initializers) -> Tensor:

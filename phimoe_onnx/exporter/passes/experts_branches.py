@@ -125,7 +125,8 @@ def _project(layer: _Layer, new: Nodes, a: ir.Value, stored: tuple[Weight, ...],
     form = layer.recipe.form(stored[0].parameter, e)
     weights = [_slice(weight, e) for weight in stored if weight.expert in (None, e)]
     if isinstance(form, Format):
-        weights[0] = by_block(weights[0], form)
+        if stored[0].expert is None:
+            weights[0] = by_block(weights[0], form)
         inputs = [initializer(layer.graph, weight) for weight in weights]
         return new.matmul_nbits(a, inputs, f"{name}/MatMulNBits", form)
     (weight,) = weights

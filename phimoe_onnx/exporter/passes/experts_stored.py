@@ -12,7 +12,7 @@ import torch
 from phimoe_onnx.checkpoint.tensors import Rows
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.functions import DOMAIN
-from phimoe_onnx.exporter.passes._edit import expect, initializer, nodes, parameter
+from phimoe_onnx.exporter.passes._edit import by_block, expect, initializer, nodes, parameter
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import Recipe
 from phimoe_onnx.exporter.weights import FLOATS, Parameter, Part, Weight, block_weights, job_piece, rounding_job
@@ -72,7 +72,8 @@ class StoreExperts(ir.passes.InPlacePass):
         form = self.recipe.form(weight.parameter, expert)
         if isinstance(form, Format):
             job = rounding_job(parts, form, self.recipe, _interleave)
-            return block_weights(name, [job], shape, form, weight.parameter, expert)
+            codes, *others = block_weights(name, [job], shape, form, weight.parameter, expert)
+            return [by_block(codes, form), *others]
         piece = _plain(parts, weight.dtype)
         return [Weight(f"{name}.weight.{expert}", weight.dtype, shape, [piece], weight.parameter, expert)]
 
