@@ -45,8 +45,8 @@ def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
         raise next(iter(refused.values()))
     console.print(f"{source}: {_count(sum(counts.values()))} parameters")
     console.print(", ".join(f"{kind} {count / 1e6:.1f} M" for kind, count in counts.items()))
-    for row, error in refused.items():
-        console.print(f"{row}: {error}", soft_wrap=True)
+    for row, reason in refused.items():
+        console.print(f"{row}: {reason}", soft_wrap=True)
     console.print(table)
     gpu = "no NVIDIA GPU" if machine.gpu is None else f"{decimal(machine.gpu)} on the GPU"
     memory = "an unknown amount" if machine.memory is None else decimal(machine.memory)

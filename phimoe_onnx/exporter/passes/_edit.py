@@ -111,7 +111,8 @@ def replace(
 ) -> None:
     """Puts `new` in the place of `old`; `values` pairs each old value that is used elsewhere with its successor.
 
-    Its new nodes stand behind the last of the old. A successor keeps its own name unless the old value is an output of the graph.
+    The new nodes stand behind the last of the old. A successor keeps its own name unless the old value is an output of
+    the graph.
     """
     graph.insert_after(old[-1], new)
     for before, after in values:
