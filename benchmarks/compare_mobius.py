@@ -313,10 +313,6 @@ def speed_row(case: Case, name: str, candidate: Candidate) -> Sequence[object]:
 
 def conditions(mobius: Path) -> str:
     """The date, the processor and the versions."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     code = "from importlib.metadata import version as v; "
     code += "print('mobius-onnx', v('mobius-onnx'), 'on transformers', v('transformers'))"
     theirs = subprocess.run(
@@ -324,7 +320,16 @@ def conditions(mobius: Path) -> str:
     ).stdout.strip()
     date = datetime.datetime.now(datetime.UTC).date()
     ours = f"phimoe-onnx {__version__}, {theirs}, ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}"
-    return f"{date}, {cpu}; {ours}"
+    return f"{date}, {processor()}; {ours}"
+
+
+def processor() -> str:
+    """Its name."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, random_layers: int) 
         name = f"model-{number + 1:05d}-of-{layers:05d}.safetensors"
         _write_shard(folder / name, tensors, pool if number < random_layers else None, random)
         weight_map.update(dict.fromkeys(tensors, name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(int(np.prod(shape)) for tensors in shards for shape in tensors.values())
 
 

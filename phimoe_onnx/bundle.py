@@ -20,6 +20,7 @@ from phimoe_onnx.files import read_json, sha256
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: spec/sampling.md for the device
 LARGEST = 2**31 - 1  # of any number of a manifest but a file's size
 HASH_LIMIT = (
@@ -234,9 +235,9 @@ class Manifest:
     parity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for file in (*(graph.file for graph in self.graphs), self.decoding.sampling_graph):
+        for file in (*(graph.file for graph in self.graphs), self.decoding.sampling_graph, TOKENIZER):
             if file is not None and file not in self.files:
-                raise ValueError(f"files has no {file}, which a graph is in")
+                raise ValueError(f"files has no {file}, which is needed")
         if self.task == "text-classification" and self.classes is None:
             raise ValueError("classes is missing, which text-classification needs")
 

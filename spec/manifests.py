@@ -92,6 +92,7 @@ def _structure() -> dict[str, tuple[str, Steps]]:
         "requires a number": ("requires", _graph(requires=[1])),
         "optional inputs that are a text": ("optional_inputs", _graph(optional_inputs="rope_length")),
         "a graph that is not listed": ("other.onnx", _graph(file="other.onnx")),
+        "a tokenizer that is not listed": ("tokenizer.json", [["remove", "/files/tokenizer.json"]]),
         "no files": ("files", [["remove", "/files"]]),
         "files that are a list": ("files", _set("/files", [])),
         "a file without a size": ("files", [["remove", "/files/config.json/size"]]),

@@ -176,6 +176,14 @@ def test_external_data_is_found_in_subgraphs_and_functions() -> None:
     assert list(locations(field(7, branch, sparse, field(5, tensor(b"e"))) + function)) == ["a", "b", "c", "e", "d"]
 
 
+def test_a_field_number_that_other_parsers_read_otherwise_is_refused(tmp_path: Path) -> None:
+    """A key of more than 32 bits: ONNX Runtime drops the upper ones, and would read field 7 here."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\xba\x80\x80\x80\x10\x08location")
+    with pytest.raises(BundleError, match=r"model\.onnx: is damaged"):
+        check_external_data(path, {})
+
+
 def test_a_damaged_graph_is_one_of_our_errors(tmp_path: Path) -> None:
     graph = (BUNDLE / "model.onnx").read_bytes()
     pick = random.Random(0)

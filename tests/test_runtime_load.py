@@ -36,7 +36,7 @@ def test_the_runtime_imports_neither_torch_nor_transformers_nor_the_exporter() -
 
 def test_the_first_graph_that_the_installed_release_loads_is_taken(bundle: Path) -> None:
     graphs = (Graph("new.onnx", {"cpu": "1.31"}), Graph("old.onnx", {"cpu": "1.29.1", "cuda": "1.31"}))
-    files = dict.fromkeys(("new.onnx", "old.onnx"), File(0, "0" * 64))
+    files = dict.fromkeys(("new.onnx", "old.onnx", "tokenizer.json"), File(0, "0" * 64))
     manifest = replace(read_manifest(bundle), graphs=graphs, files=files)
     taken = {
         release: choose_graph(manifest, "cpu", release).file

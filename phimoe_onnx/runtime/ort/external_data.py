@@ -81,6 +81,8 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]
     place = start
     while place < end:
         key, place = _varint(data, place)
+        if key >> 32:  # some parsers drop these bits, and would see another field than this one
+            raise ValueError(f"field {key >> 3}")
         number, wire = key >> 3, key & 7
         first = place
         if wire == _VARINT:

@@ -5,7 +5,9 @@ using PhiMoEOnnx;
 /// <summary>How fast a bundle is, and whether memory comes back.</summary>
 internal static class Measure
 {
-    /// <summary>One line of JSON for benchmarks/compare_languages.py: seconds of loading, tokens a second, and MiB in memory.</summary>
+    /// <summary>
+    /// One line of JSON for benchmarks/compare_languages.py: seconds of loading, tokens a second, and MiB in memory.
+    /// </summary>
     public static void Benchmark(string bundle, int threads, int promptTokens, int newTokens)
     {
         int[] ids = Enumerable.Range(0, promptTokens).Select(place => 300 + place * 7 % 1000).ToArray();
@@ -18,11 +20,16 @@ internal static class Measure
         Console.WriteLine(string.Create(
             CultureInfo.InvariantCulture,
             $"{{\"load\": {load:F3}, \"prefill\": {promptTokens / generation.FirstTokenSeconds:F1}, "
-            + $"\"decode\": {generation.TokensPerSecond:F2}, \"new_tokens\": {generation.TokenIds.Count}, \"resident\": {Resident()}}}"));
+            + $"\"decode\": {generation.TokensPerSecond:F2}, \"new_tokens\": {generation.TokenIds.Count}, "
+            + $"\"resident\": {Resident()}}}"));
     }
 
-    /// <summary>Prints the memory of so many short generations; false where it grew by more than a tenth after the first fifth.</summary>
-    /// <remarks>A fifth are batches, a fifth are streams that are left early, one in a hundred loads the bundle anew.</remarks>
+    /// <summary>
+    /// Prints the memory of so many short generations; false where it grew by more than a tenth after the first fifth.
+    /// </summary>
+    /// <remarks>
+    /// A fifth are batches, a fifth are streams that are left early, one in a hundred loads the bundle anew.
+    /// </remarks>
     public static async Task<bool> Soak(string bundle, int count)
     {
         Random random = new Random(0);

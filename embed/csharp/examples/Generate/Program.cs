@@ -1,10 +1,11 @@
-// Continues a prompt with a PhiMoE bundle, or answers it as a chat message, and streams the text; or measures (Measure.cs).
+// Continues a prompt with a PhiMoE bundle, or answers it as a chat message, and streams the text.
+// Or measures: Measure.cs.
 using System.Globalization;
 using System.Text;
 using PhiMoEOnnx;
 
-const string Usage = "usage: Generate BUNDLE PROMPT [--chat] [--system TEXT] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] "
-    + "[--min-p P] [--repetition-penalty X] [--seed N] [--stop TEXT]... [--threads N]\n"
+const string Usage = "usage: Generate BUNDLE PROMPT [--chat] [--system TEXT] [--max-new-tokens N] [--temperature T] "
+    + "[--top-k K] [--top-p P] [--min-p P] [--repetition-penalty X] [--seed N] [--stop TEXT]... [--threads N]\n"
     + "       Generate benchmark BUNDLE THREADS PROMPT_TOKENS NEW_TOKENS\n       Generate soak BUNDLE COUNT";
 
 Console.OutputEncoding = new UTF8Encoding(false);
@@ -72,8 +73,8 @@ try
             Console.WriteLine();
             Console.Error.WriteLine(string.Create(
                 CultureInfo.InvariantCulture,
-                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} tokens/s, "
-                + $"ended by {result.FinishReason}]"));
+                $"[{result.PromptTokens} prompt tokens, {result.TokenIds.Count} new, {result.TokensPerSecond:F1} "
+                + $"tokens/s, ended by {result.FinishReason}]"));
         }
     }
     return 0;

@@ -1,48 +1,65 @@
 using System.Globalization;
 using System.Text;
-using System.Text.Json;
 using System.Text.Unicode;
 
 namespace PhiMoEOnnx;
 
-/// <summary>tokenizer.json as Llama's and Phi-3's are: BPE over characters, with a token for every byte of those it lacks.</summary>
-/// <remarks>Does what the library "tokenizers" does with such a file, and refuses a file that asks for anything else.</remarks>
+/// <summary>
+/// tokenizer.json as Llama's and Phi-3's are: BPE over characters, with a token for every byte of those it lacks.
+/// </summary>
+/// <remarks>
+/// Does what the library "tokenizers" does with such a file, and refuses a file that asks for anything else.
+/// </remarks>
 internal sealed class Bpe
 {
     private readonly Dictionary<string, int> _vocabulary;
-    private readonly Dictionary<int, string> _texts;
-    private readonly Dictionary<string, AddedToken> _added;
+    private readonly Dictionary<int, string> _texts = new Dictionary<int, string>();
+    private readonly Dictionary<string, AddedToken> _added = new Dictionary<string, AddedToken>();
     private readonly int[] _bytes;
-    private readonly Dictionary<(int Left, int Right), (int Rank, int Id)> _merges = new Dictionary<(int, int), (int, int)>();
+    private readonly Dictionary<(int Left, int Right), (int Rank, int Id)> _merges =
+        new Dictionary<(int, int), (int, int)>();
     private readonly List<Func<string, string>> _normalizers = new List<Func<string, string>>();
     private readonly List<Func<List<string>, List<string>>> _decoders = new List<Func<List<string>, List<string>>>();
     private readonly List<int> _before = new List<int>(); // the tokens around a text
     private readonly List<int> _after = new List<int>();
-    private readonly ILookup<char, AddedToken> _raw; // found in the text as it is, by their first character, the longest first
+    // found in the text as it is, by their first character, the longest first
+    private readonly ILookup<char, AddedToken> _raw;
     private readonly ILookup<char, AddedToken> _normalized; // found in the normalized text
     private Func<string, bool, string> _preTokenizer = (text, first) => text;
 
-    private Bpe(JsonElement root)
+    private Bpe(Json root)
     {
-        JsonElement model = Bundle.Get(root, "model");
+        Json model = root["model"];
         Expect(model, "type", "\"BPE\"");
         Expect(model, "byte_fallback", "true");
         Expect(model, "dropout", "null", "0.0");
         Expect(model, "continuing_subword_prefix", "null", "\"\"");
         Expect(model, "end_of_word_suffix", "null", "\"\"");
         Expect(model, "ignore_merges", "false", "null");
-        _vocabulary = Bundle.Members(model, "vocab").ToDictionary(token => token.Name, token => token.Value.GetInt32());
-        _texts = _vocabulary.ToDictionary(token => token.Value, token => token.Key);
-        _bytes = Enumerable.Range(0, 256).Select(value => _vocabulary[$"<0x{value:X2}>"]).ToArray();
+        _vocabulary = model["vocab"].Members(id => id.Integer(0));
+        foreach (KeyValuePair<string, int> token in _vocabulary)
+        {
+            _texts[token.Value] = token.Key;
+        }
+        _bytes = Enumerable.Range(0, 256).Select(value => Id($"<0x{value:X2}>")).ToArray();
         ReadMerges(model);
-        ReadNormalizer(Optional(root, "normalizer"));
-        ReadPreTokenizer(Optional(root, "pre_tokenizer"));
-        ReadPostProcessor(Optional(root, "post_processor"));
-        ReadDecoder(Bundle.Get(root, "decoder"));
-        List<AddedToken> added = Bundle.Items(root, "added_tokens").Select(each => new AddedToken(each)).ToList();
+        if (root.FindValue("normalizer") is Json normalizer)
+        {
+            ReadNormalizer(normalizer);
+        }
+        if (root.FindValue("pre_tokenizer") is Json preTokenizer)
+        {
+            ReadPreTokenizer(preTokenizer);
+        }
+        if (root.FindValue("post_processor") is Json postProcessor)
+        {
+            ReadPostProcessor(postProcessor);
+        }
+        ReadDecoder(root["decoder"]);
+        List<AddedToken> added = root["added_tokens"].Items(each => new AddedToken(each)).ToList();
         added.RemoveAll(each => each.Text.Length == 0);
         added.ForEach(each => _texts[each.Id] = each.Text);
-        _added = added.ToDictionary(each => each.Text);
+        added.ForEach(each => _added[each.Text] = each);
         _raw = Lookup(added.Where(each => !each.Normalized));
         _normalized = Lookup(added.Where(each => each.Normalized));
         if (added.Find(each => each.Normalized && Normalize(each.Text) != each.Text) is AddedToken changed)
@@ -56,18 +73,14 @@ internal sealed class Bpe
     /// <exception cref="BundleException">It is missing or damaged, or has a part that is not known here.</exception>
     public static Bpe Read(string path)
     {
-        using JsonDocument document = Bundle.ReadJson(path, "cannot be read as a tokenizer");
         try
         {
-            return new Bpe(document.RootElement);
-        }
-        catch (Exception error) when (Bundle.IsMalformed(error))
-        {
-            throw new BundleException($"{path}: cannot be read as a tokenizer ({error.Message}); copy or export the bundle again", error);
+            return Json.Read(path, root => new Bpe(root));
         }
         catch (NotSupportedException error)
         {
-            throw new BundleException($"{path}: {error.Message}; PhiMoE.Onnx reads byte-fallback BPE as PhiMoE checkpoints have it", error);
+            throw new BundleException(
+                $"{path}: {error.Message}; PhiMoE.Onnx reads byte-fallback BPE as PhiMoE checkpoints have it", error);
         }
     }
 
@@ -123,7 +136,9 @@ internal sealed class Bpe
         return _vocabulary.TryGetValue(token, out int id) ? id : null;
     }
 
-    /// <summary>Appends the ids of a text: its characters, or their bytes, merged in pairs, by rank and then from the left.</summary>
+    /// <summary>
+    /// Appends the ids of a text: its characters, or their bytes, merged in pairs, by rank and then from the left.
+    /// </summary>
     private void Merge(string text, List<int> ids)
     {
         List<int> symbols = new List<int>();
@@ -224,34 +239,36 @@ internal sealed class Bpe
 
     private string Normalize(string text) => _normalizers.Aggregate(text, (before, normalizer) => normalizer(before));
 
-    private void ReadMerges(JsonElement model)
+    private void ReadMerges(Json model)
     {
         int rank = 0;
-        foreach (JsonElement merge in Bundle.Items(model, "merges"))
+        foreach ((string left, string right) in model["merges"].Items(ReadPair))
         {
-            // a pair, or in older files a string with a space between
-            string[] pair = merge.ValueKind == JsonValueKind.String
-                ? Bundle.Text(merge).Split(' ')
-                : merge.EnumerateArray().Select(Bundle.Text).ToArray();
-            if (pair.Length != 2)
-            {
-                throw new FormatException($"the merge {merge} is no pair");
-            }
-            _merges[(_vocabulary[pair[0]], _vocabulary[pair[1]])] = (rank++, _vocabulary[pair[0] + pair[1]]);
+            _merges[(Id(left), Id(right))] = (rank++, Id(left + right));
         }
     }
 
-    private void ReadNormalizer(JsonElement json)
+    /// <summary>A pair, or in older files a string with a space between.</summary>
+    private static (string Left, string Right) ReadPair(Json merge)
     {
-        switch (Type(json))
+        IReadOnlyList<string> pair = merge.IsText ? merge.Text().Split(' ') : merge.Items(each => each.Text());
+        return pair.Count == 2 ? (pair[0], pair[1]) : throw merge.Unexpected("a pair");
+    }
+
+    private int Id(string text) =>
+        _vocabulary.TryGetValue(text, out int id)
+            ? id
+            : throw new NotSupportedException($"its vocabulary lacks {text}");
+
+    private void ReadNormalizer(Json json)
+    {
+        switch (json["type"].Text())
         {
-            case "":
-                break;
             case "Sequence":
-                Bundle.Items(json, "normalizers").ToList().ForEach(ReadNormalizer);
+                json["normalizers"].Items(each => each).ToList().ForEach(ReadNormalizer);
                 break;
             case "Prepend":
-                string prefix = Bundle.Text(json, "prepend");
+                string prefix = json["prepend"].Text();
                 _normalizers.Add(text => text.Length == 0 ? text : prefix + text);
                 break;
             case "Replace":
@@ -262,21 +279,21 @@ internal sealed class Bpe
         }
     }
 
-    private void ReadPreTokenizer(JsonElement json)
+    private void ReadPreTokenizer(Json json)
     {
-        switch (Type(json))
+        switch (json["type"].Text())
         {
-            case "":
-                break;
             case "Metaspace":
                 Expect(json, "split", "false");
-                string space = Bundle.Text(json, "replacement");
-                string scheme = Bundle.Text(json, "prepend_scheme");
+                string space = json["replacement"].Text();
+                string scheme = json["prepend_scheme"].Text();
                 _preTokenizer = (text, first) =>
                 {
                     string replaced = text.Replace(" ", space);
                     bool prepends = scheme == "always" || (scheme == "first" && first);
-                    return prepends && !replaced.StartsWith(space, StringComparison.Ordinal) ? space + replaced : replaced;
+                    return prepends && !replaced.StartsWith(space, StringComparison.Ordinal)
+                        ? space + replaced
+                        : replaced;
                 };
                 break;
             default:
@@ -284,20 +301,18 @@ internal sealed class Bpe
         }
     }
 
-    private void ReadPostProcessor(JsonElement json)
+    private void ReadPostProcessor(Json json)
     {
-        switch (Type(json))
+        switch (json["type"].Text())
         {
-            case "":
-                break;
             case "TemplateProcessing":
                 List<int> around = _before;
-                foreach (JsonElement each in Bundle.Items(json, "single"))
+                foreach (Json each in json["single"].Items(each => each))
                 {
-                    if (each.TryGetProperty("SpecialToken", out JsonElement special))
+                    if (each.Find("SpecialToken") is Json special)
                     {
-                        JsonElement token = Bundle.Get(Bundle.Get(json, "special_tokens"), Bundle.Text(special, "id"));
-                        around.AddRange(Bundle.Items(token, "ids").Select(id => id.GetInt32()));
+                        Json token = json["special_tokens"][special["id"].Text()];
+                        around.AddRange(token["ids"].Items(id => id.Integer(0)));
                     }
                     else
                     {
@@ -310,12 +325,12 @@ internal sealed class Bpe
         }
     }
 
-    private void ReadDecoder(JsonElement json)
+    private void ReadDecoder(Json json)
     {
-        switch (Type(json))
+        switch (json["type"].Text())
         {
             case "Sequence":
-                Bundle.Items(json, "decoders").ToList().ForEach(ReadDecoder);
+                json["decoders"].Items(each => each).ToList().ForEach(ReadDecoder);
                 break;
             case "Replace":
                 Func<string, string> replace = Replace(json);
@@ -330,8 +345,9 @@ internal sealed class Bpe
             case "Strip":
                 Expect(json, "start", "1");
                 Expect(json, "stop", "0");
-                string content = Bundle.Text(json, "content");
-                string Strip(string text) => text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
+                string content = json["content"].Text();
+                string Strip(string text) =>
+                    text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
                 _decoders.Add(texts => texts.Select(Strip).ToList());
                 break;
             default:
@@ -339,7 +355,9 @@ internal sealed class Bpe
         }
     }
 
-    /// <summary>Puts runs of bytes together to text, or to a replacement character each where they are no UTF-8.</summary>
+    /// <summary>
+    /// Puts runs of bytes together to text, or to a replacement character each where they are no UTF-8.
+    /// </summary>
     private static List<string> JoinBytes(List<string> texts)
     {
         List<string> joined = new List<string>();
@@ -358,7 +376,7 @@ internal sealed class Bpe
         foreach (string text in texts)
         {
             if (text.Length == 6 && text.StartsWith("<0x", StringComparison.Ordinal) && text[5] == '>'
-                && byte.TryParse(text.AsSpan(3, 2), NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out byte value))
+                && byte.TryParse(text.AsSpan(3, 2), NumberStyles.AllowHexSpecifier, null, out byte value))
             {
                 bytes.Add(value);
                 continue;
@@ -370,14 +388,10 @@ internal sealed class Bpe
         return joined;
     }
 
-    private static Func<string, string> Replace(JsonElement json)
+    private static Func<string, string> Replace(Json json)
     {
-        if (!Bundle.Get(json, "pattern").TryGetProperty("String", out JsonElement pattern))
-        {
-            throw Unknown("pattern", json);
-        }
-        string before = Bundle.Text(pattern);
-        string after = Bundle.Text(json, "content");
+        string before = json["pattern"].Find("String")?.Text() ?? "";
+        string after = json["content"].Text();
         if (before.Length == 0)
         {
             throw Unknown("pattern", json);
@@ -385,38 +399,30 @@ internal sealed class Bpe
         return text => text.Replace(before, after);
     }
 
-    /// <summary>The part under a key; undefined where there is none.</summary>
-    private static JsonElement Optional(JsonElement json, string key) =>
-        json.TryGetProperty(key, out JsonElement value) ? value : default;
-
-    /// <summary>A part's type; empty where there is no part.</summary>
-    private static string Type(JsonElement json) =>
-        json.ValueKind == JsonValueKind.Undefined || json.ValueKind == JsonValueKind.Null ? "" : Bundle.Text(json, "type");
-
-    private static void Expect(JsonElement json, string key, params string[] expected)
+    private static void Expect(Json json, string key, params string[] expected)
     {
-        string found = json.TryGetProperty(key, out JsonElement value) ? value.GetRawText() : "null";
+        string found = json.Find(key)?.Raw ?? "null";
         if (!expected.Contains(found))
         {
             throw new NotSupportedException($"its {key} is {found}, expected {expected[0]}");
         }
     }
 
-    private static NotSupportedException Unknown(string part, JsonElement json) =>
-        new NotSupportedException($"its {part} {json.GetRawText()} is not known");
+    private static NotSupportedException Unknown(string part, Json json) =>
+        new NotSupportedException($"its {part} {json.Raw} is not known");
 
     private sealed record Part(string Text, int Start, AddedToken? Token);
 
     /// <summary>A token that is found in a text before anything else.</summary>
     private sealed record AddedToken(string Text, int Id, bool StripsLeft, bool StripsRight, bool Normalized)
     {
-        public AddedToken(JsonElement json)
+        public AddedToken(Json json)
             : this(
-                Bundle.Text(json, "content"),
-                Bundle.Get(json, "id").GetInt32(),
-                Bundle.Get(json, "lstrip").GetBoolean(),
-                Bundle.Get(json, "rstrip").GetBoolean(),
-                Bundle.Get(json, "normalized").GetBoolean())
+                json["content"].Text(),
+                json["id"].Integer(0),
+                json["lstrip"].Boolean(),
+                json["rstrip"].Boolean(),
+                json["normalized"].Boolean())
         {
             Expect(json, "single_word", "false");
         }

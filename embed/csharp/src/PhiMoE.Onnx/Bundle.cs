@@ -1,106 +1,49 @@
 using System.Security.Cryptography;
-using System.Text.Json;
+using System.Text.RegularExpressions;
 
 namespace PhiMoEOnnx;
 
-/// <summary>One graph file over the bundle's weights.</summary>
-/// <param name="File">Its name.</param>
-/// <param name="MinimumOnnxRuntime">The least ONNX Runtime release that loads it.</param>
-public sealed record Graph(string File, string MinimumOnnxRuntime);
-
-/// <summary>What stands around the content of one role's message.</summary>
-/// <param name="Prefix">Before it.</param>
-/// <param name="Suffix">After it.</param>
-public sealed record Turn(string Prefix, string Suffix);
-
-/// <summary>The chat template as plain strings.</summary>
-/// <param name="Turns">The turn of each role.</param>
-/// <param name="Generation">Opens the answer.</param>
-/// <param name="SkippedWhenEmpty">The roles that have no turn where the content is empty.</param>
-public sealed record ChatFormat(IReadOnlyDictionary<string, Turn> Turns, string Generation, IReadOnlySet<string> SkippedWhenEmpty);
-
-/// <summary>One of the cache's arrays is [batch, NumKeyValueHeads, length, HeadDim] of Dtype; a layer has two, key and value.</summary>
-/// <param name="NumHiddenLayers">How many layers.</param>
-/// <param name="NumKeyValueHeads">How many heads.</param>
-/// <param name="HeadDim">Numbers a head; of an int4 cache half as many, for each holds two channels.</param>
-/// <param name="Dtype">"float32", "float16", "int8" or "uint8".</param>
-/// <param name="Shared">Whether past and present may be one buffer that the graph writes in place; else present is past + new.</param>
-public sealed record CacheShape(int NumHiddenLayers, int NumKeyValueHeads, int HeadDim, string Dtype, bool Shared);
-
-/// <summary>What a generation loop must know.</summary>
-/// <param name="VocabSize">The logits' width.</param>
-/// <param name="Context">The most tokens of a sequence, the prompt's and the new ones.</param>
-/// <param name="RopeBoundary">The length beyond which longrope rotates every position by other factors; null without longrope.</param>
-/// <param name="PrefillChunk">How many tokens of a prompt run at once.</param>
-/// <param name="EosTokenIds">The tokens that end a text.</param>
-/// <param name="HiddenTokens">The special tokens that are no text, by their own.</param>
-/// <param name="Cache">The cache's shape.</param>
-public sealed record Decoding(
-    int VocabSize,
-    int Context,
-    int? RopeBoundary,
-    int PrefillChunk,
-    IReadOnlySet<int> EosTokenIds,
-    IReadOnlyDictionary<string, int> HiddenTokens,
-    CacheShape Cache);
-
-/// <summary>What the manifest says of a file.</summary>
-/// <param name="Size">Bytes.</param>
-/// <param name="Sha256">In hexadecimal.</param>
-public sealed record BundleFile(long Size, string Sha256);
-
-/// <summary>manifest.json, as far as running a bundle needs it.</summary>
-/// <param name="Task">"text-generation".</param>
-/// <param name="Target">"cpu", "cuda" or "portable".</param>
-/// <param name="Graphs">In order of preference.</param>
-/// <param name="Decoding">What a generation loop must know.</param>
-/// <param name="Files">Every other file, by name.</param>
-/// <param name="Chat">The chat format; null where there is none.</param>
-public sealed record Manifest(
-    string Task,
-    string Target,
-    IReadOnlyList<Graph> Graphs,
-    Decoding Decoding,
-    IReadOnlyDictionary<string, BundleFile> Files,
-    ChatFormat? Chat);
-
-/// <summary>A bundle on disk: its manifest and its files.</summary>
+/// <summary>A bundle on disk: its manifest, held against the rules of spec/embedding.md, and its files.</summary>
 internal static class Bundle
 {
-    private const int FormatVersion = 1;
+    private const int FormatVersion = 2; // version 1 is read, too
     private const long HashLimit = 256L << 20; // bytes; to read 20 GB takes longer than to load them
 
-    /// <summary>Reads manifest.json of a bundle for text generation.</summary>
-    /// <exception cref="BundleException">There is no bundle here, it is for another task, or its manifest is damaged or newer.</exception>
+    /// <summary>
+    /// Reads manifest.json of a bundle for text generation; keys that are not known here are ignored.
+    /// </summary>
+    /// <exception cref="BundleException">
+    /// There is no bundle here, it is for another task, or its manifest is damaged or newer.
+    /// </exception>
     public static Manifest ReadManifest(string folder)
     {
         string path = Path.Combine(folder, "manifest.json");
-        using JsonDocument document = ReadJson(path, "not a bundle of phimoe-export");
-        JsonElement root = document.RootElement;
-        try
+        return Json.Read(path, root =>
         {
-            string version = Get(root, "format_version").GetRawText();
-            if (version != $"{FormatVersion}")
+            string version = root["format_version"].Raw;
+            if (version != "1" && version != $"{FormatVersion}")
             {
-                throw new BundleException($"{path}: format_version is {version}, this release reads {FormatVersion}; upgrade PhiMoE.Onnx");
+                throw new BundleException(
+                    $"{path}: format_version is {version}, this release reads 1 to {FormatVersion}; "
+                    + "upgrade PhiMoE.Onnx");
             }
-            string task = Text(root, "task");
+            string task = root["task"].Text();
             if (task != "text-generation")
             {
-                throw new BundleException($"{path}: is a bundle for {task}, expected one for text-generation");
+                throw new BundleException(
+                    $"{path}: task is {task}, expected text-generation; PhiMoE.Onnx runs no other");
             }
-            return new Manifest(
-                task,
-                Text(root, "target"),
-                Items(root, "graphs").Select(each => new Graph(Text(each, "file"), Text(each, "minimum_onnxruntime"))).ToArray(),
-                ReadDecoding(Get(root, "decoding")),
-                Members(root, "files").ToDictionary(each => each.Name, each => ReadFile(each.Value)),
-                ReadChat(root));
-        }
-        catch (Exception error) when (IsMalformed(error))
-        {
-            throw new BundleException($"{path}: is damaged ({error.Message}); export the bundle again", error);
-        }
+            Dictionary<string, BundleFile> files = ReadFiles(root["files"]);
+            string? target = version == "1" ? root["target"].Text() : null;
+            IReadOnlyList<Graph> graphs = root["graphs"].Items(each => ReadGraph(each, target, files));
+            if (graphs.Count == 0)
+            {
+                throw root["graphs"].Unexpected("a graph or more");
+            }
+            Decoding decoding = ReadDecoding(root["decoding"], files);
+            ChatFormat? chat = root.FindValue("chat") is Json format ? ReadChat(format) : null;
+            return new Manifest(task, graphs, decoding, files, chat);
+        });
     }
 
     /// <summary>Holds every file against the manifest: its size always, its SHA-256 up to 256 MiB.</summary>
@@ -119,89 +62,118 @@ internal static class Bundle
             if (file.Length != expected.Size)
             {
                 throw new BundleException(
-                    $"{path}: has {file.Length} bytes, the manifest says {expected.Size}; copy or export the bundle again");
+                    $"{path}: has {file.Length} bytes, the manifest says {expected.Size}; "
+                    + "copy or export the bundle again");
             }
-            if (file.Length <= HashLimit && !Sha256(path).Equals(expected.Sha256, StringComparison.OrdinalIgnoreCase))
+            if (file.Length <= HashLimit && Sha256(path) != expected.Sha256)
             {
-                throw new BundleException($"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
+                throw new BundleException(
+                    $"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
             }
         }
     }
 
-    /// <summary>A JSON file; <c>problem</c> opens the message where it cannot be read.</summary>
-    /// <exception cref="BundleException">It cannot be read.</exception>
-    public static JsonDocument ReadJson(string path, string problem)
+    private static Dictionary<string, BundleFile> ReadFiles(Json json)
     {
-        try
+        Dictionary<string, BundleFile> files = json.Members(file => new BundleFile(
+            file["size"].Size(), Matching(file["sha256"], "[0-9a-f]{64}", "64 digits from 0 to f")));
+        foreach (string name in files.Keys)
         {
-            return JsonDocument.Parse(File.ReadAllText(path));
+            if (!IsPlain(name))
+            {
+                throw json.Unexpected($"plain names of files, which {name} is not");
+            }
         }
-        catch (Exception error) when (error is IOException || error is UnauthorizedAccessException || error is JsonException)
-        {
-            throw new BundleException($"{path}: {problem} ({error.Message}); copy or export the bundle again", error);
-        }
+        return files;
     }
 
-    /// <summary>Whether this is what JsonElement throws where a key is missing or a value is of another kind.</summary>
-    public static bool IsMalformed(Exception error)
+    /// <summary>A graph; of version 1 with the <c>target</c> that stood for its devices, else null.</summary>
+    private static Graph ReadGraph(Json json, string? target, IReadOnlyDictionary<string, BundleFile> files)
     {
-        return error is KeyNotFoundException || error is InvalidOperationException || error is FormatException
-            || error is ArgumentException || error is IndexOutOfRangeException;
+        Dictionary<string, string> devices;
+        if (target == null)
+        {
+            devices = json["devices"].Members(ReadRelease);
+        }
+        else
+        {
+            devices = new Dictionary<string, string>
+            {
+                [target == "portable" ? "cpu" : target] = ReadRelease(json["minimum_onnxruntime"]),
+            };
+        }
+        if (devices.Count == 0)
+        {
+            throw json["devices"].Unexpected("a device or more");
+        }
+        return new Graph(
+            ListedFile(json["file"], files),
+            devices,
+            json["optional_inputs"].Items(each => each.Text()),
+            json.Find("requires")?.Items(each => each.Text()) ?? Array.Empty<string>());
     }
 
-    /// <summary>What stands under a key.</summary>
-    public static JsonElement Get(JsonElement json, string key) =>
-        json.TryGetProperty(key, out JsonElement value) ? value : throw new FormatException($"{key} is missing");
-
-    /// <summary>The string under a key.</summary>
-    public static string Text(JsonElement json, string key) => Text(Get(json, key));
-
-    /// <summary>A string.</summary>
-    public static string Text(JsonElement json) => json.GetString() ?? throw new FormatException("null, expected a string");
-
-    /// <summary>The items of the list under a key.</summary>
-    public static IEnumerable<JsonElement> Items(JsonElement json, string key) => Get(json, key).EnumerateArray();
-
-    /// <summary>The members of the object under a key.</summary>
-    public static IEnumerable<JsonProperty> Members(JsonElement json, string key) => Get(json, key).EnumerateObject();
-
-    private static BundleFile ReadFile(JsonElement json) => new BundleFile(Get(json, "size").GetInt64(), Text(json, "sha256"));
-
-    private static Decoding ReadDecoding(JsonElement json)
+    private static Decoding ReadDecoding(Json json, IReadOnlyDictionary<string, BundleFile> files)
     {
-        JsonElement cache = Get(json, "cache");
-        JsonElement boundary = Get(json, "rope_boundary");
+        if (json.FindValue("sampling_graph") is Json sampling)
+        {
+            ListedFile(sampling, files);
+        }
+        Json boundary = json["rope_boundary"];
+        Json cache = json["cache"];
+        string dtype = cache["dtype"].Text();
+        if (!Tensors.CacheDtypes.ContainsKey(dtype))
+        {
+            throw cache["dtype"].Unexpected($"one of {string.Join(", ", Tensors.CacheDtypes.Keys)}");
+        }
         return new Decoding(
-            Count(json, "vocab_size"),
-            Count(json, "context"),
-            boundary.ValueKind == JsonValueKind.Null ? null : Count(json, "rope_boundary"),
-            Count(json, "prefill_chunk"),
-            Items(json, "eos_token_ids").Select(id => id.GetInt32()).ToHashSet(),
-            Members(json, "hidden_tokens").ToDictionary(token => token.Name, token => token.Value.GetInt32()),
+            json["vocab_size"].Integer(1),
+            json["context"].Integer(1),
+            boundary.IsNull ? null : boundary.Integer(1),
+            json["prefill_chunk"].Integer(1),
+            json["eos_token_ids"].Items(id => id.Integer(0)).ToHashSet(),
+            json["hidden_tokens"].Members(id => id.Integer(0)),
             new CacheShape(
-                Count(cache, "num_hidden_layers"),
-                Count(cache, "num_key_value_heads"),
-                Count(cache, "head_dim"),
-                Text(cache, "dtype"),
-                Get(cache, "shared").GetBoolean()));
+                cache["num_hidden_layers"].Integer(1),
+                cache["num_key_value_heads"].Integer(1),
+                cache["head_dim"].Integer(1),
+                dtype,
+                cache["shared"].Boolean()));
     }
 
-    private static ChatFormat? ReadChat(JsonElement root)
+    private static ChatFormat ReadChat(Json json) => new ChatFormat(
+        json["turns"].Members(ReadTurn),
+        json["generation"].Text(),
+        json["skipped_when_empty"].Items(role => role.Text()).ToHashSet());
+
+    private static Turn ReadTurn(Json json)
     {
-        if (!root.TryGetProperty("chat", out JsonElement chat) || chat.ValueKind == JsonValueKind.Null)
-        {
-            return null;
-        }
-        return new ChatFormat(
-            Members(chat, "turns").ToDictionary(turn => turn.Name, turn => new Turn(Text(turn.Value[0]), Text(turn.Value[1]))),
-            Text(chat, "generation"),
-            Items(chat, "skipped_when_empty").Select(role => Text(role)).ToHashSet());
+        IReadOnlyList<string> turn = json.Items(each => each.Text());
+        return turn.Count == 2 ? new Turn(turn[0], turn[1]) : throw json.Unexpected("a prefix and a suffix");
     }
 
-    private static int Count(JsonElement json, string key)
+    private static string ReadRelease(Json json) =>
+        Matching(json, @"[0-9]{1,9}(\.[0-9]{1,9})*", "a release, numbers with dots between");
+
+    /// <summary>The plain name of a file that the manifest lists.</summary>
+    private static string ListedFile(Json json, IReadOnlyDictionary<string, BundleFile> files)
     {
-        int count = Get(json, key).GetInt32();
-        return count > 0 ? count : throw new FormatException($"{key} is {count}, expected a positive integer");
+        string name = json.Text();
+        return IsPlain(name) && files.ContainsKey(name)
+            ? name
+            : throw json.Unexpected("the plain name of one of the manifest's files");
+    }
+
+    /// <summary>
+    /// Whether a name leads nowhere but into the bundle's own folder; a colon leads elsewhere on Windows.
+    /// </summary>
+    private static bool IsPlain(string name) =>
+        name.Length > 0 && name != "." && name != ".." && name.IndexOfAny(new[] { '/', '\\', ':', '\0' }) < 0;
+
+    private static string Matching(Json json, string pattern, string expected)
+    {
+        string text = json.Text();
+        return Regex.IsMatch(text, $@"\A(?:{pattern})\z") ? text : throw json.Unexpected(expected);
     }
 
     private static string Sha256(string path)
@@ -209,7 +181,7 @@ internal static class Bundle
         try
         {
             using FileStream stream = File.OpenRead(path);
-            return Convert.ToHexString(SHA256.HashData(stream));
+            return Convert.ToHexString(SHA256.HashData(stream)).ToLowerInvariant();
         }
         catch (Exception error) when (error is IOException || error is UnauthorizedAccessException)
         {

@@ -6,14 +6,18 @@ namespace PhiMoEOnnx;
 
 /// <summary>The KV cache of a batch, and one pass of the graph over it.</summary>
 /// <remarks>
-/// Dimensions: B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim, V vocab_size. Decoder says
-/// which tokens a row holds, a cache only where their keys and values lie.
+/// Dimensions: B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim, V vocab_size.
+/// Decoder says which tokens a row holds, a cache only where their keys and values lie.
 /// </remarks>
 internal interface ICache : IDisposable
 {
-    /// <summary>Runs new tokens [B, S] of the rows from <c>first</c> on, and keeps the logits of each row's last one.</summary>
+    /// <summary>
+    /// Runs new tokens [B, S] of the rows from <c>first</c> on, and keeps the logits of each row's last one.
+    /// </summary>
     /// <param name="first">The first of the rows; they are all, or one.</param>
-    /// <param name="ids">The tokens, S of the first row, S of the next one; S is 1 where there are several rows.</param>
+    /// <param name="ids">
+    /// The tokens, S of the first row, S of the next one; S is 1 where there are several rows.
+    /// </param>
     /// <param name="totals">T of each row.</param>
     /// <param name="ropeLength">Rows count as at least this long when longrope's factors are chosen.</param>
     void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength);
@@ -25,10 +29,12 @@ internal interface ICache : IDisposable
     void Drop(int row);
 }
 
-/// <summary>One buffer [B, K, capacity, D] per layer and part that is past and present at once; the graph writes in place.</summary>
+/// <summary>
+/// One buffer [B, K, capacity, D] per layer and part that is past and present at once; the graph writes in place.
+/// </summary>
 /// <remarks>
-/// The operator takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of the
-/// buffers that is the row's own memory; a step runs all rows together.
+/// The operator takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice
+/// of the buffers that is the row's own memory; a step runs all rows together.
 /// </remarks>
 internal sealed class SharedCache : ICache
 {
@@ -52,14 +58,16 @@ internal sealed class SharedCache : ICache
         _shape = decoding.Cache;
         _vocabSize = decoding.VocabSize;
         _rows = rows;
-        _capacity = (capacity + 7) / 8 * 8; // a row is then a whole number of longs, whatever the dtype
-        (_dtype, int size) = Tensors.Dtype(_shape.Dtype);
-        long rowSize = (long)_shape.NumKeyValueHeads * _capacity * _shape.HeadDim * size / sizeof(long);
+        long room = (capacity + 7L) / 8 * 8; // a row is then a whole number of longs, whatever the dtype
+        (_dtype, int size) = Tensors.CacheDtypes[_shape.Dtype];
+        Int128 rowSize = (Int128)room * _shape.NumKeyValueHeads * _shape.HeadDim * size / sizeof(long);
         if (rows * rowSize > Array.MaxLength)
         {
             throw new GenerationException(
-                $"{rows} rows of {capacity} tokens need a buffer of more than 16 GiB; give fewer prompts or a smaller MaxNewTokens");
+                $"{rows} rows of {capacity} tokens need a buffer of more than 16 GiB; "
+                + "give fewer prompts or a smaller MaxNewTokens");
         }
+        _capacity = (int)room;
         _rowSize = (int)rowSize;
         _buffers = new long[2 * _shape.NumHiddenLayers][];
         for (int i = 0; i < _buffers.Length; i++)
@@ -113,12 +121,14 @@ internal sealed class SharedCache : ICache
         long[] shape = { rows, _shape.NumKeyValueHeads, _capacity, _shape.HeadDim };
         for (int i = 0; i < _buffers.Length; i++)
         {
-            using OrtValue buffer = Over(_buffers[i], first * _rowSize, _dtype, shape, (long)rows * _rowSize * sizeof(long));
+            using OrtValue buffer =
+                Over(_buffers[i], first * _rowSize, _dtype, shape, (long)rows * _rowSize * sizeof(long));
             _binding.BindInput(Tensors.Past(i), buffer);
             _binding.BindOutput(Tensors.Present(i), buffer);
         }
         shape = new long[] { rows, 1, _vocabSize };
-        using OrtValue logits = Over(_logits, first * _vocabSize, TensorElementType.Float, shape, (long)rows * _vocabSize * sizeof(float));
+        using OrtValue logits =
+            Over(_logits, first * _vocabSize, TensorElementType.Float, shape, (long)rows * _vocabSize * sizeof(float));
         _binding.BindOutput(Tensors.Logits, logits);
     }
 
@@ -131,7 +141,9 @@ internal sealed class SharedCache : ICache
     }
 }
 
-/// <summary>Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for standard operators.</summary>
+/// <summary>
+/// Each row's own keys and values [1, K, P, D], which every pass replaces by [1, K, T, D]; for standard operators.
+/// </summary>
 internal sealed class GrowingCache : ICache
 {
     private readonly InferenceSession _session;
@@ -148,9 +160,12 @@ internal sealed class GrowingCache : ICache
         _session = session;
         _run = run;
         _vocabSize = decoding.VocabSize;
-        _outputs = Enumerable.Range(0, 2 * shape.NumHiddenLayers).Select(Tensors.Present).Append(Tensors.Logits).ToArray();
+        _outputs =
+            Enumerable.Range(0, 2 * shape.NumHiddenLayers).Select(Tensors.Present).Append(Tensors.Logits).ToArray();
         _nothing = OrtValue.CreateAllocatedTensorValue(
-            OrtAllocator.DefaultInstance, Tensors.Dtype(shape.Dtype).Type, new long[] { 1, shape.NumKeyValueHeads, 0, shape.HeadDim });
+            OrtAllocator.DefaultInstance,
+            Tensors.CacheDtypes[shape.Dtype].Type,
+            new long[] { 1, shape.NumKeyValueHeads, 0, shape.HeadDim });
         _rows = Enumerable.Repeat<IDisposableReadOnlyCollection<OrtValue>?>(null, rows).ToList();
         _logits = new float[rows * _vocabSize];
     }
@@ -199,57 +214,4 @@ internal sealed class GrowingCache : ICache
             Tensors.Free(small.Values);
         }
     }
-}
-
-/// <summary>The graph's names, and its inputs but the cache.</summary>
-internal static class Tensors
-{
-    public const string Logits = "logits"; // float32 [B, logits_to_keep, V]
-
-    /// <summary>The name of the cache's array number <c>index</c>, key and value of each layer in turn, as an input.</summary>
-    public static string Past(int index) => "past_key_values" + Part(index);
-
-    /// <summary>The same as an output.</summary>
-    public static string Present(int index) => "present" + Part(index);
-
-    /// <summary>New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last ones alone are asked for.</summary>
-    public static Dictionary<string, OrtValue> Inputs(IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
-    {
-        int rows = totals.Count;
-        int longest = totals.Max();
-        long[] mask = new long[rows * longest]; // rows are padded on the right
-        for (int row = 0; row < rows; row++)
-        {
-            Array.Fill(mask, 1, row * longest, totals[row]);
-        }
-        return new Dictionary<string, OrtValue>
-        {
-            ["input_ids"] = Tensor(ids.Select(id => (long)id).ToArray(), rows, ids.Count / rows),
-            ["attention_mask"] = Tensor(mask, rows, longest),
-            ["logits_to_keep"] = Tensor(new[] { 1L }, 1),
-            ["rope_length"] = Tensor(new[] { (long)ropeLength }, 1),
-        };
-    }
-
-    public static void Free(IEnumerable<OrtValue> values)
-    {
-        foreach (OrtValue value in values)
-        {
-            value.Dispose();
-        }
-    }
-
-    /// <summary>The cache's dtype, and its bytes.</summary>
-    public static (TensorElementType Type, int Size) Dtype(string name) => name switch
-    {
-        "float32" => (TensorElementType.Float, 4),
-        "float16" => (TensorElementType.Float16, 2),
-        "int8" => (TensorElementType.Int8, 1),
-        "uint8" => (TensorElementType.UInt8, 1),
-        _ => throw new BundleException($"manifest.json: the cache's dtype is {name}, expected float32, float16, int8 or uint8"),
-    };
-
-    private static string Part(int index) => $".{index / 2}.{(index % 2 == 0 ? "key" : "value")}";
-
-    private static OrtValue Tensor(long[] values, params long[] shape) => OrtValue.CreateTensorValueFromMemory(values, shape);
 }

@@ -2,10 +2,12 @@ using Microsoft.ML.OnnxRuntime;
 
 namespace PhiMoEOnnx;
 
-/// <summary>The tokens that each row of a batch holds, and how they go on: prefill one row, or step all rows by a token.</summary>
+/// <summary>
+/// The tokens that each row of a batch holds, and how they go on: prefill one row, or step all rows by a token.
+/// </summary>
 /// <remarks>
-/// Longrope's change of factors is handled here and nowhere above: a sequence that passes the rope boundary rotates every
-/// position by other factors, so its cached keys are then worth nothing and the row is prefilled again.
+/// Longrope's change of factors is handled here and nowhere above: a sequence that passes the rope boundary rotates
+/// every position by other factors, so its cached keys are then worth nothing and the row is prefilled again.
 /// </remarks>
 internal sealed class Decoder : IDisposable
 {
@@ -17,8 +19,12 @@ internal sealed class Decoder : IDisposable
     private readonly CancellationTokenRegistration _registration;
     private readonly List<List<int>> _held;
 
-    /// <summary>Empty caches for <c>rows</c> rows of up to <c>capacity</c> tokens; a cancellation ends a pass between two operators.</summary>
-    public Decoder(InferenceSession session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
+    /// <summary>
+    /// Empty caches for <c>rows</c> rows of up to <c>capacity</c> tokens; a cancellation ends a pass between two
+    /// operators.
+    /// </summary>
+    public Decoder(
+        InferenceSession session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
     {
         _decoding = decoding;
         _held = Enumerable.Range(0, rows).Select(row => new List<int>()).ToList();

@@ -1,6 +1,8 @@
 namespace PhiMoEOnnx;
 
-/// <summary>Base of every error thrown on purpose; the message says what was found, what was expected and what to do.</summary>
+/// <summary>
+/// Base of every error thrown on purpose; the message says what was found, what was expected and what to do.
+/// </summary>
 public abstract class PhiMoEException : Exception
 {
     private protected PhiMoEException(string message, Exception? inner = null)

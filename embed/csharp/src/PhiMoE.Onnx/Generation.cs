@@ -14,16 +14,23 @@ public sealed record GenerationOptions
     /// <summary>Keeps the k most likely tokens; 0, the default, keeps all.</summary>
     public int TopK { get; init; }
 
-    /// <summary>Keeps the fewest most likely tokens whose probabilities reach this (nucleus sampling); 1, the default, keeps all.</summary>
+    /// <summary>
+    /// Keeps the fewest most likely tokens whose probabilities reach this (nucleus sampling); 1, the default, keeps
+    /// all.
+    /// </summary>
     public double TopP { get; init; } = 1;
 
     /// <summary>Keeps tokens at least this times as likely as the most likely one; 0, the default, keeps all.</summary>
     public double MinP { get; init; }
 
-    /// <summary>Divides the positive logits of seen tokens and multiplies the others; 1, the default, changes nothing.</summary>
+    /// <summary>
+    /// Divides the positive logits of seen tokens and multiplies the others; 1, the default, changes nothing.
+    /// </summary>
     public double RepetitionPenalty { get; init; } = 1;
 
-    /// <summary>The same seed gives the same tokens, in every language; null, the default, is a fresh one for each row.</summary>
+    /// <summary>
+    /// The same seed gives the same tokens, in every language; null, the default, is a fresh one for each row.
+    /// </summary>
     public long? Seed { get; init; }
 
     /// <summary>Strings at which the text ends, themselves left out.</summary>
@@ -33,7 +40,8 @@ public sealed record GenerationOptions
     internal void Check()
     {
         Expect(nameof(MaxNewTokens), MaxNewTokens ?? 1, MaxNewTokens is null or >= 1, "1 or more");
-        Expect(nameof(Temperature), Temperature, Temperature >= 0 && double.IsFinite(Temperature), "0 (greedy) or more");
+        bool isTemperature = Temperature >= 0 && double.IsFinite(Temperature);
+        Expect(nameof(Temperature), Temperature, isTemperature, "0 (greedy) or more");
         Expect(nameof(TopK), TopK, TopK >= 0, "0 (off) or more");
         Expect(nameof(TopP), TopP, TopP > 0 && TopP <= 1, "more than 0 and at most 1 (off)");
         Expect(nameof(MinP), MinP, MinP >= 0 && MinP <= 1, "between 0 (off) and 1");
@@ -49,7 +57,8 @@ public sealed record GenerationOptions
     {
         if (!holds)
         {
-            throw new GenerationException($"{name} is {value.ToString(null, CultureInfo.InvariantCulture)}, expected {expected}");
+            throw new GenerationException(
+                $"{name} is {value.ToString(null, CultureInfo.InvariantCulture)}, expected {expected}");
         }
     }
 }
@@ -89,6 +98,8 @@ public sealed record Generation(
 /// <summary>One new token of a stream.</summary>
 /// <param name="Row">Which prompt of the batch; 0 for a single one.</param>
 /// <param name="TokenId">The token.</param>
-/// <param name="Text">The text that became certain with it; empty while a character is incomplete or a stop string may have begun.</param>
+/// <param name="Text">
+/// The text that became certain with it; empty while a character is incomplete or a stop string may have begun.
+/// </param>
 /// <param name="Result">On the row's last piece, all of it; else null.</param>
 public sealed record Piece(int Row, int TokenId, string Text, Generation? Result);

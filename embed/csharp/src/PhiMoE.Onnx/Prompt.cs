@@ -1,6 +1,8 @@
 namespace PhiMoEOnnx;
 
-/// <summary>What a model continues or answers: a text, the messages of a chat, or token ids; each converts to it by itself.</summary>
+/// <summary>
+/// What a model continues or answers: a text, the messages of a chat, or token ids; each converts to it by itself.
+/// </summary>
 public sealed class Prompt
 {
     /// <summary>A text to continue.</summary>

@@ -3,23 +3,91 @@ using Microsoft.ML.OnnxRuntime;
 
 namespace PhiMoEOnnx;
 
-/// <summary>Opens a bundle's graph in ONNX Runtime, on the CPU.</summary>
+/// <summary>Chooses a bundle's graph and opens it in ONNX Runtime, on the CPU.</summary>
 internal static class Session
 {
-    /// <summary>A session over the first graph of the manifest that the installed ONNX Runtime can load.</summary>
-    /// <exception cref="DeviceException">The bundle is for another device, or ONNX Runtime is too old or refuses its graph.</exception>
-    public static InferenceSession Open(string folder, Manifest manifest, int? threads)
+    private const string Device = "cpu";
+    // of what a graph may require: nothing yet
+    private static readonly IReadOnlySet<string> Provided = new HashSet<string>();
+
+    /// <summary>The manifest's first graph that runs here, on ONNX Runtime <c>installed</c> ("1.32.0").</summary>
+    /// <exception cref="DeviceException">
+    /// None is for the CPU, or each requires what is unknown here or a newer release.
+    /// </exception>
+    public static Graph ChooseGraph(string folder, Manifest manifest, string installed)
     {
-        if (manifest.Target != "cpu" && manifest.Target != "portable")
+        Graph[] here = manifest.Graphs.Where(graph => graph.Devices.ContainsKey(Device)).ToArray();
+        if (here.Length == 0)
         {
-            throw new DeviceException($"{folder}: was exported for {manifest.Target}, not for cpu; export it again with --target cpu");
+            string others = string.Join(", ", manifest.Graphs.SelectMany(graph => graph.Devices.Keys).Distinct());
+            throw new DeviceException(
+                $"{folder}: was exported for {others}, not for {Device}; export it again with --target {Device}");
         }
+        Graph[] understood = here.Where(graph => graph.Requires.All(Provided.Contains)).ToArray();
+        if (understood.Length == 0)
+        {
+            string unknown = string.Join(", ", here.SelectMany(graph => graph.Requires).Except(Provided));
+            throw new DeviceException(
+                $"{folder}: its graphs require {unknown}, which this release does not know; upgrade PhiMoE.Onnx");
+        }
+        int[] release = Release(installed);
+        Graph? graph = understood.FirstOrDefault(each => Compare(Release(each.Devices[Device]), release) <= 0);
+        if (graph == null)
+        {
+            Comparer<string> byRelease = Comparer<string>.Create((one, other) => Compare(Release(one), Release(other)));
+            string? needed = understood.Select(each => each.Devices[Device]).Min(byRelease);
+            throw new DeviceException(
+                $"{folder}: needs ONNX Runtime {needed} or newer, installed is {installed}; "
+                + "upgrade the package Microsoft.ML.OnnxRuntime");
+        }
+        return graph;
+    }
+
+    /// <summary>
+    /// A session over a graph of the bundle, once its weights' files and its inputs and outputs are what the manifest
+    /// says.
+    /// </summary>
+    /// <exception cref="BundleException">They are not.</exception>
+    /// <exception cref="DeviceException">ONNX Runtime refuses the graph, or <c>threads</c> is less than 1.</exception>
+    public static InferenceSession Open(string folder, Manifest manifest, Graph graph, int? threads)
+    {
         if (threads < 1)
         {
-            throw new DeviceException($"threads is {threads}, expected 1 or more, or null for ONNX Runtime's own choice");
+            throw new DeviceException(
+                $"threads is {threads}, expected 1 or more, or null for ONNX Runtime's own choice");
         }
-        string installed = Installed();
-        string path = Path.Combine(folder, ChooseGraph(manifest, installed).File);
+        string path = Path.Combine(folder, graph.File);
+        ExternalData.Check(path, manifest.Files);
+        InferenceSession session = Open(path, threads);
+        try
+        {
+            Agreement.Check(folder, graph, session, manifest.Decoding);
+            return session;
+        }
+        catch
+        {
+            session.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>The release of the installed ONNX Runtime.</summary>
+    /// <exception cref="DeviceException">There is none for this system.</exception>
+    public static string Installed()
+    {
+        try
+        {
+            return OrtEnv.Instance().GetVersionString();
+        }
+        catch (Exception error) when (error is TypeInitializationException || error is DllNotFoundException)
+        {
+            throw new DeviceException(
+                "ONNX Runtime's native library does not load; its package serves Windows, Linux and macOS", error);
+        }
+    }
+
+    private static InferenceSession Open(string path, int? threads)
+    {
         using SessionOptions options = new SessionOptions
         {
             LogSeverityLevel = OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR,
@@ -31,44 +99,25 @@ internal static class Session
         }
         catch (OnnxRuntimeException error)
         {
-            throw new DeviceException($"{path}: ONNX Runtime {installed} cannot load it: {error.Message}", error);
+            throw new DeviceException($"{path}: ONNX Runtime {Installed()} cannot load it: {error.Message}", error);
         }
     }
 
-    /// <summary>The manifest's first graph that ONNX Runtime <c>installed</c> ("1.32.0") loads.</summary>
-    /// <exception cref="DeviceException">Every graph needs a newer release.</exception>
-    public static Graph ChooseGraph(Manifest manifest, string installed)
+    /// <summary>The numbers of a release: "1.32.0+cu13" -> 1, 32, 0.</summary>
+    private static int[] Release(string version) =>
+        Regex.Match(version, @"^[0-9]+(\.[0-9]+)*").Value.Split('.').Select(int.Parse).ToArray();
+
+    /// <summary>Compares number by number; those that are not there count as 0.</summary>
+    private static int Compare(int[] one, int[] other)
     {
-        Graph? graph = manifest.Graphs.FirstOrDefault(each => Release(each.MinimumOnnxRuntime) <= Release(installed));
-        if (graph == null)
+        for (int i = 0; i < Math.Max(one.Length, other.Length); i++)
         {
-            string? needed = manifest.Graphs.Select(each => each.MinimumOnnxRuntime).MinBy(Release);
-            throw new DeviceException(
-                $"the bundle needs ONNX Runtime {needed} or newer, installed is {installed}; upgrade the package Microsoft.ML.OnnxRuntime");
+            int difference = one.ElementAtOrDefault(i).CompareTo(other.ElementAtOrDefault(i));
+            if (difference != 0)
+            {
+                return difference;
+            }
         }
-        return graph;
+        return 0;
     }
-
-    private static string Installed()
-    {
-        try
-        {
-            return OrtEnv.Instance().GetVersionString();
-        }
-        catch (Exception error) when (error is TypeInitializationException || error is DllNotFoundException)
-        {
-            throw new DeviceException("ONNX Runtime's native library does not load; its package serves Windows, Linux and macOS", error);
-        }
-    }
-
-    /// <summary>The numbers of a release: "1.32.0+cu13" -> 1.32.0.</summary>
-    private static Version Release(string version)
-    {
-        Match match = Regex.Match(version, @"^([0-9]{1,9})\.([0-9]{1,9})(?:\.([0-9]{1,9}))?");
-        return match.Success
-            ? new Version(Number(match.Groups[1]), Number(match.Groups[2]), Number(match.Groups[3]))
-            : throw new BundleException($"manifest.json: minimum_onnxruntime is {version}, expected a release; export the bundle again");
-    }
-
-    private static int Number(Group group) => group.Success ? int.Parse(group.Value) : 0;
 }

@@ -20,7 +20,9 @@ public sealed class Tokenizer
 
     /// <summary>The text's token ids.</summary>
     /// <param name="text">The text.</param>
-    /// <param name="special">Whether to add the tokens that tokenizer.json puts around a text, such as the first &lt;s&gt;.</param>
+    /// <param name="special">
+    /// Whether to add the tokens that tokenizer.json puts around a text, such as the first &lt;s&gt;.
+    /// </param>
     /// <returns>The ids; half of a surrogate pair counts as U+FFFD.</returns>
     public IReadOnlyList<int> Encode(string text, bool special = true) => _bpe.Encode(text, special);
 
@@ -30,14 +32,16 @@ public sealed class Tokenizer
     /// <summary>The id of a token by its own text; null where there is no such token.</summary>
     public int? TokenId(string token) => _bpe.TokenId(token);
 
-    /// <summary>The text of the ids where they follow other text: a decoder strips the space before a text's first word only.</summary>
+    /// <summary>
+    /// The text of the ids where they follow other text: a decoder strips the space before a text's first word only.
+    /// </summary>
     internal string Continue(IEnumerable<int> tokenIds) => Decode(_anchor.Concat(tokenIds)).Substring(_anchorLength);
 }
 
 /// <summary>Token ids in, text out: each character once, and only when it is whole.</summary>
 /// <remarks>
-/// A character may be spread over several byte tokens, so ids wait until they decode without a replacement character. Only
-/// those that wait are decoded, so a token costs the same however long the text is.
+/// A character may be spread over several byte tokens, so ids wait until they decode without a replacement character.
+/// Only those that wait are decoded, so a token costs the same however long the text is.
 /// </remarks>
 internal sealed class TextStream
 {

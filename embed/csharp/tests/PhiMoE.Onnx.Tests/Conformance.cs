@@ -1,5 +1,4 @@
 using System.Text.Json;
-using System.Text.Json.Nodes;
 
 namespace PhiMoEOnnx.Tests;
 
@@ -7,7 +6,8 @@ namespace PhiMoEOnnx.Tests;
 public sealed class Conformance : IDisposable
 {
     private static readonly string Folder = Find();
-    private static readonly JsonElement Root = JsonDocument.Parse(File.ReadAllText(Path.Combine(Folder, "cases.json"))).RootElement;
+    private static readonly JsonElement Root =
+        JsonDocument.Parse(File.ReadAllText(Path.Combine(Folder, "cases.json"))).RootElement;
 
     public PhiMoE Model { get; } = PhiMoE.Load(Path.Combine(Folder, "bundle"), threads: 1);
 
@@ -17,11 +17,14 @@ public sealed class Conformance : IDisposable
 
     /// <summary>The names of the cases that have this key, each the only argument of a test.</summary>
     public static IEnumerable<object[]> Names(string key) =>
-        Section("cases").Where(each => each.TryGetProperty(key, out _)).Select(each => new object[] { Text(each, "name") });
+        Section("cases")
+            .Where(each => each.TryGetProperty(key, out _))
+            .Select(each => new object[] { Text(each, "name") });
 
     public static string Text(JsonElement json, string key) => json.GetProperty(key).GetString()!;
 
-    public static int[] Ids(JsonElement json, string key) => json.GetProperty(key).EnumerateArray().Select(id => id.GetInt32()).ToArray();
+    public static int[] Ids(JsonElement json, string key) =>
+        json.GetProperty(key).EnumerateArray().Select(id => id.GetInt32()).ToArray();
 
     public static Prompt Prompt(JsonElement json)
     {
@@ -64,38 +67,31 @@ public sealed class Conformance : IDisposable
     /// <summary>An option by the name that it has in C#; other words as they are.</summary>
     public static string NameHere(string name)
     {
-        string pascal = string.Concat(name.Split('_').Select(word => char.ToUpperInvariant(word[0]) + word.Substring(1)));
+        string pascal =
+            string.Concat(name.Split('_').Select(word => char.ToUpperInvariant(word[0]) + word.Substring(1)));
         return typeof(GenerationOptions).GetProperty(pascal) == null ? name : pascal;
     }
 
     /// <summary>A copy of the bundle, changed as a case says; the caller deletes it.</summary>
-    public static string ChangedBundle(JsonElement change)
+    public static string ChangedBundle(JsonElement given)
     {
         string copy = CopyBundle();
-        if (change.TryGetProperty("delete", out JsonElement deleted))
+        if (given.TryGetProperty("bundle", out JsonElement steps))
         {
-            File.Delete(Path.Combine(copy, deleted.GetString()!));
-        }
-        if (change.TryGetProperty("replace", out JsonElement replaced))
-        {
-            string[] texts = Strings(replaced);
-            string path = Path.Combine(copy, texts[0]);
-            string text = File.ReadAllText(path);
-            int place = text.IndexOf(texts[1], StringComparison.Ordinal);
-            File.WriteAllText(path, text.Substring(0, place) + texts[2] + text.Substring(place + texts[1].Length));
-        }
-        if (change.TryGetProperty("manifest", out JsonElement keys))
-        {
-            ChangeManifest(copy, manifest =>
-            {
-                foreach (JsonProperty key in keys.EnumerateObject())
-                {
-                    manifest[key.Name] = JsonNode.Parse(key.Value.GetRawText());
-                }
-            });
+            Changes.Apply(copy, steps);
         }
         return copy;
     }
+
+    /// <summary>Whether a case loads a bundle of its own.</summary>
+    public static bool LoadsItsOwn(JsonElement given) =>
+        given.TryGetProperty("bundle", out _) || given.TryGetProperty("load", out _);
+
+    /// <summary>The case's option of loading.</summary>
+    public static int? Threads(JsonElement given) =>
+        given.TryGetProperty("load", out JsonElement load) && load.TryGetProperty("threads", out JsonElement threads)
+            ? threads.GetInt32()
+            : 1;
 
     /// <summary>A copy of the bundle; the caller deletes it.</summary>
     public static string CopyBundle()
@@ -109,23 +105,17 @@ public sealed class Conformance : IDisposable
         return copy;
     }
 
-    /// <summary>A copy of the bundle whose cache grows with every pass, as a portable bundle's does; the caller deletes it.</summary>
+    /// <summary>
+    /// A copy of the bundle whose cache grows with every pass, as a portable bundle's does; the caller deletes it.
+    /// </summary>
     public static string GrowingBundle()
     {
         string copy = CopyBundle();
-        ChangeManifest(copy, manifest => manifest["decoding"]!["cache"]!["shared"] = false);
+        Changes.Set(copy, "/decoding/cache/shared", false);
         return copy;
     }
 
     public void Dispose() => Model.Dispose();
-
-    private static void ChangeManifest(string bundle, Action<JsonNode> change)
-    {
-        string path = Path.Combine(bundle, "manifest.json");
-        JsonNode manifest = JsonNode.Parse(File.ReadAllText(path))!;
-        change(manifest);
-        File.WriteAllText(path, manifest.ToJsonString());
-    }
 
     private static string[] Strings(JsonElement json)
     {
@@ -136,7 +126,8 @@ public sealed class Conformance : IDisposable
 
     private static string Find()
     {
-        for (DirectoryInfo? folder = new DirectoryInfo(AppContext.BaseDirectory); folder != null; folder = folder.Parent)
+        DirectoryInfo here = new DirectoryInfo(AppContext.BaseDirectory);
+        for (DirectoryInfo? folder = here; folder != null; folder = folder.Parent)
         {
             string found = Path.Combine(folder.FullName, "spec");
             if (File.Exists(Path.Combine(found, "cases.json")))
@@ -144,6 +135,7 @@ public sealed class Conformance : IDisposable
                 return found;
             }
         }
-        throw new DirectoryNotFoundException($"no spec above {AppContext.BaseDirectory}; run the tests inside the repository");
+        throw new DirectoryNotFoundException(
+            $"no spec above {AppContext.BaseDirectory}; run the tests inside the repository");
     }
 }

@@ -15,9 +15,10 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
 
     public static IEnumerable<object[]> Generations => Conformance.Names("expected");
 
-    public static IEnumerable<object[]> GenerationErrors => Conformance.Names("error").Where(each => !HasBundle(each));
+    public static IEnumerable<object[]> GenerationErrors =>
+        Conformance.Names("error").Where(each => !LoadsItsOwn(each));
 
-    public static IEnumerable<object[]> BundleErrors => Conformance.Names("error").Where(HasBundle);
+    public static IEnumerable<object[]> LoadErrors => Conformance.Names("error").Where(LoadsItsOwn);
 
     [Fact]
     public void EncodesAsExpected()
@@ -48,7 +49,8 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
             GenerationOptions options = Conformance.Options(each.GetProperty("options"));
             int[] expected = Conformance.Ids(each, "token_ids");
             long seed = options.Seed!.Value;
-            Assert.Equal(expected, expected.Select((token, step) => Sampling.Sample(logits, options, seed, step, Array.Empty<int>())));
+            int Draw(int token, int step) => Sampler.Sample(logits, options, seed, step, Array.Empty<int>());
+            Assert.Equal(expected, expected.Select(Draw));
         }
     }
 
@@ -57,19 +59,20 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
     public async Task GeneratesAsExpected(string name)
     {
         JsonElement given = Conformance.Case(name);
-        JsonElement expected = given.GetProperty("expected");
-        GenerationOptions options = Conformance.Options(given.GetProperty("options"));
-        if (given.TryGetProperty("batch", out JsonElement batch))
+        if (!Conformance.LoadsItsOwn(given))
         {
-            Prompt[] prompts = Conformance.Batch(batch);
-            AssertSame(expected.EnumerateArray(), _model.Generate(prompts, options));
-            AssertSame(expected.EnumerateArray(), await Collect(_model.GenerateAsync(prompts, options)));
+            await AssertGenerates(_model, given);
+            return;
         }
-        else
+        string bundle = Conformance.ChangedBundle(given);
+        try
         {
-            Prompt prompt = Conformance.Prompt(given.GetProperty("prompt"));
-            AssertSame(new[] { expected }, new[] { _model.Generate(prompt, options) });
-            AssertSame(new[] { expected }, await Collect(_model.GenerateAsync(prompt, options)));
+            using PhiMoE model = PhiMoE.Load(bundle, Conformance.Threads(given));
+            await AssertGenerates(model, given);
+        }
+        finally
+        {
+            Directory.Delete(bundle, recursive: true);
         }
     }
 
@@ -80,7 +83,11 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
         try
         {
             using PhiMoE model = PhiMoE.Load(bundle, threads: 1);
-            foreach (string name in new[] { "greedy", "a batch around the boundary", "rows that end at different steps", "a sampled chat" })
+            string[] names =
+            {
+                "greedy", "a batch around the boundary", "rows that end at different steps", "a sampled chat",
+            };
+            foreach (string name in names)
             {
                 JsonElement given = Conformance.Case(name);
                 JsonElement expected = given.GetProperty("expected");
@@ -111,15 +118,14 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
     }
 
     [Theory]
-    [MemberData(nameof(BundleErrors))]
+    [MemberData(nameof(LoadErrors))]
     public void RefusesWhatCannotBeLoaded(string name)
     {
         JsonElement given = Conformance.Case(name);
-        int? threads = given.GetProperty("load").TryGetProperty("threads", out JsonElement value) ? value.GetInt32() : null;
-        string bundle = Conformance.ChangedBundle(given.GetProperty("bundle"));
+        string bundle = Conformance.ChangedBundle(given);
         try
         {
-            AssertError(given, Record.Exception(() => PhiMoE.Load(bundle, threads).Dispose()));
+            AssertError(given, Record.Exception(() => PhiMoE.Load(bundle, Conformance.Threads(given)).Dispose()));
         }
         finally
         {
@@ -127,7 +133,25 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
         }
     }
 
-    private static bool HasBundle(object[] name) => Conformance.Case((string)name[0]).TryGetProperty("bundle", out _);
+    private static bool LoadsItsOwn(object[] name) => Conformance.LoadsItsOwn(Conformance.Case((string)name[0]));
+
+    private static async Task AssertGenerates(PhiMoE model, JsonElement given)
+    {
+        JsonElement expected = given.GetProperty("expected");
+        GenerationOptions options = Conformance.Options(given.GetProperty("options"));
+        if (given.TryGetProperty("batch", out JsonElement batch))
+        {
+            Prompt[] prompts = Conformance.Batch(batch);
+            AssertSame(expected.EnumerateArray(), model.Generate(prompts, options));
+            AssertSame(expected.EnumerateArray(), await Collect(model.GenerateAsync(prompts, options)));
+        }
+        else
+        {
+            Prompt prompt = Conformance.Prompt(given.GetProperty("prompt"));
+            AssertSame(new[] { expected }, new[] { model.Generate(prompt, options) });
+            AssertSame(new[] { expected }, await Collect(model.GenerateAsync(prompt, options)));
+        }
+    }
 
     private static async Task<IReadOnlyList<Generation>> Collect(IAsyncEnumerable<Piece> pieces)
     {
@@ -158,7 +182,8 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
             Assert.Equal(Conformance.Ids(rows[row], "token_ids"), generations[row].TokenIds);
             Assert.Equal(Conformance.Text(rows[row], "text"), generations[row].Text);
             Assert.Equal(rows[row].GetProperty("prompt_tokens").GetInt32(), generations[row].PromptTokens);
-            Assert.Equal(Conformance.Text(rows[row], "finish_reason"), generations[row].FinishReason.ToString().ToLowerInvariant());
+            string reason = generations[row].FinishReason.ToString().ToLowerInvariant();
+            Assert.Equal(Conformance.Text(rows[row], "finish_reason"), reason);
         }
     }
 

@@ -77,12 +77,31 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         try
         {
             PhiMoE model = PhiMoE.Load(bundle, threads: 1);
-            using IEnumerator<Piece> pieces = model.GenerateAsync("It was", Short).ToBlockingEnumerable().GetEnumerator();
+            using IEnumerator<Piece> pieces =
+                model.GenerateAsync("It was", Short).ToBlockingEnumerable().GetEnumerator();
             Assert.True(pieces.MoveNext());
             model.Dispose();
             model.Dispose();
             Assert.Throws<ObjectDisposedException>(() => pieces.MoveNext());
             Assert.Throws<ObjectDisposedException>(() => model.Generate("It was", Short));
+        }
+        finally
+        {
+            Directory.Delete(bundle, recursive: true);
+        }
+    }
+
+    [Fact]
+    public void RefusesMoreTokensThanABufferHolds()
+    {
+        string bundle = Conformance.CopyBundle();
+        try
+        {
+            Changes.Set(bundle, "/decoding/context", int.MaxValue);
+            using PhiMoE model = PhiMoE.Load(bundle, threads: 1);
+            GenerationOptions most = new GenerationOptions { MaxNewTokens = int.MaxValue - 1 };
+            GenerationException error = Assert.Throws<GenerationException>(() => model.Generate(new[] { 5 }, most));
+            Assert.Contains("16 GiB", error.Message);
         }
         finally
         {
@@ -101,7 +120,8 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     [Fact]
     public void RefusesARoleThatTheFormatLacks()
     {
-        GenerationException error = Assert.Throws<GenerationException>(() => _model.Generate(new[] { new Message("tool", "3") }));
+        GenerationException error =
+            Assert.Throws<GenerationException>(() => _model.Generate(new[] { new Message("tool", "3") }));
         Assert.Contains("tool", error.Message);
         Assert.Contains("user", error.Message);
     }
@@ -111,16 +131,17 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     {
         foreach (float bad in new[] { float.NaN, float.PositiveInfinity })
         {
-            Assert.Throws<GenerationException>(() => Sampling.Sample(new[] { 0f, bad, 1f }, Short, 0, 0, Array.Empty<int>()));
+            float[] logits = { 0f, bad, 1f };
+            Assert.Throws<GenerationException>(() => Sampler.Sample(logits, Short, 0, 0, Array.Empty<int>()));
         }
         float[] some = { float.NegativeInfinity, 1f };
-        Assert.Equal(1, Sampling.Sample(some, Short, 0, 0, Array.Empty<int>()));
+        Assert.Equal(1, Sampler.Sample(some, Short, 0, 0, Array.Empty<int>()));
     }
 
     [Fact]
     public void DrawsTheNumbersOfSplitMix64()
     {
-        Assert.Equal((6457827717110365317UL >> 11) / Math.Pow(2, 53), Sampling.Uniform(1234567, 0));
-        Assert.Equal((3203168211198807973UL >> 11) / Math.Pow(2, 53), Sampling.Uniform(1234567, 1));
+        Assert.Equal((6457827717110365317UL >> 11) / Math.Pow(2, 53), Sampler.Uniform(1234567, 0));
+        Assert.Equal((3203168211198807973UL >> 11) / Math.Pow(2, 53), Sampler.Uniform(1234567, 1));
     }
 }

@@ -28,7 +28,7 @@ final class Decoder implements AutoCloseable {
     private final ByteBuffer mask;
     private final ByteBuffer logits; // [rows, vocab_size], of the last run
     private final float[] scores;
-    private final ByteBuffer ropeLength = Session.allocate(Long.BYTES);
+    private final ByteBuffer ropeLength = Session.allocate(OnnxJavaType.INT64, 1);
     private final Map<String, OnnxTensor> inputs = new HashMap<>();
     private final Map<String, OnnxTensor> outputs = new HashMap<>();
     private final RunOptions options;
@@ -36,25 +36,30 @@ final class Decoder implements AutoCloseable {
     private int boundRows;
     private boolean closed;
 
-    /** Empty caches for `rows` rows of up to `capacity` tokens. */
+    /**
+     * Empty caches for `rows` rows of up to `capacity` tokens.
+     *
+     * @throws GenerationException there is no memory for them
+     */
     Decoder(Session session, Manifest.Decoding decoding, int rows, int capacity) throws OrtException {
         this.session = session;
         this.decoding = decoding;
         this.capacity = capacity;
         Manifest.CacheShape cache = decoding.cache();
-        dtype = cache.type();
-        rowBytes = (long) cache.numKeyValueHeads() * capacity * cache.headDim() * dtype.size;
-        memory = session.takeMemory(2 * cache.numHiddenLayers(), rows * rowBytes);
-        ids = Session.allocate(Math.max(rows, decoding.prefillChunk()) * Long.BYTES);
-        mask = Session.allocate(rows * capacity * Long.BYTES);
-        logits = Session.allocate(rows * decoding.vocabSize() * Float.BYTES);
+        dtype = cache.dtype();
+        rowBytes = Session.bytes(dtype, cache.numKeyValueHeads(), capacity, cache.headDim());
+        ids = Session.allocate(OnnxJavaType.INT64, Math.max(rows, Math.min(decoding.prefillChunk(), capacity)));
+        mask = Session.allocate(OnnxJavaType.INT64, rows, capacity);
+        logits = Session.allocate(OnnxJavaType.FLOAT, rows, decoding.vocabSize());
+        memory = session.takeMemory(
+                2 * cache.numHiddenLayers(), dtype, rows, cache.numKeyValueHeads(), capacity, cache.headDim());
         options = new RunOptions();
         scores = new float[decoding.vocabSize()];
         for (int row = 0; row < rows; row++) {
             held.add(List.of());
         }
         inputs.put("rope_length", Session.tensor(ropeLength, 0, OnnxJavaType.INT64, 1));
-        ByteBuffer one = Session.allocate(Long.BYTES).putLong(0, 1);
+        ByteBuffer one = Session.allocate(OnnxJavaType.INT64, 1).putLong(0, 1);
         inputs.put("logits_to_keep", Session.tensor(one, 0, OnnxJavaType.INT64, 1));
     }
 
@@ -101,8 +106,9 @@ final class Decoder implements AutoCloseable {
     }
 
     private void prefill(int row, List<Integer> tokens, int length) throws OrtException {
-        for (int start = 0; start < tokens.size(); start += decoding.prefillChunk()) {
-            int end = Math.min(start + decoding.prefillChunk(), tokens.size());
+        int chunk = Math.min(decoding.prefillChunk(), tokens.size());
+        for (int start = 0; start < tokens.size(); start += chunk) {
+            int end = Math.min(start + chunk, tokens.size());
             for (int place = 0; place < end; place++) {
                 put(mask, place, 1);
             }

@@ -1,32 +1,61 @@
 package phimoe;
 
 import ai.onnxruntime.OnnxJavaType;
-import com.google.gson.FieldNamingPolicy;
-import com.google.gson.Gson;
-import com.google.gson.GsonBuilder;
-import com.google.gson.JsonParseException;
-import java.io.IOException;
-import java.io.InputStream;
-import java.nio.file.Files;
 import java.nio.file.Path;
-import java.security.DigestInputStream;
-import java.security.MessageDigest;
-import java.security.NoSuchAlgorithmException;
-import java.util.Arrays;
-import java.util.HexFormat;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
-import java.util.regex.MatchResult;
-import java.util.regex.Pattern;
-import java.util.stream.IntStream;
-import java.util.stream.Stream;
+import java.util.TreeMap;
 
-/** manifest.json; spec/embedding.md says what each key means. */
-record Manifest(
-        int formatVersion, String task, String target, List<Graph> graphs, Decoding decoding, Map<String, Entry> files, Chat chat) {
-    record Graph(String file, String minimumOnnxruntime, List<String> optionalInputs) {}
+/**
+ * manifest.json, held against the rules of spec/embedding.md, which also says what each key means.
+ *
+ * @param chat null where the bundle has no chat format
+ */
+record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files, ChatFormat chat) {
+    static final String FILE = "manifest.json";
+    private static final int FORMAT_VERSION = 2;
+    private static final String TASK = "text-generation";
+    private static final Map<String, OnnxJavaType> CACHE_DTYPES = new TreeMap<>(Map.of(
+            "float32", OnnxJavaType.FLOAT,
+            "float16", OnnxJavaType.FLOAT16,
+            "bfloat16", OnnxJavaType.BFLOAT16,
+            "int8", OnnxJavaType.INT8,
+            "uint8", OnnxJavaType.UINT8));
 
+    /**
+     * One graph file over the bundle's weights, and what it takes to run it.
+     *
+     * @param devices "cpu", "cuda" and the least ONNX Runtime release that loads it there
+     * @param optionalInputs the inputs that have a default
+     * @param requires what it needs beyond an ONNX Runtime release
+     */
+    record Graph(String file, Map<String, String> devices, List<String> optionalInputs, List<String> requires) {
+        private static Graph of(Json graph) {
+            Map<String, String> devices = graph.get("devices").map(Json::release);
+            if (devices.isEmpty()) {
+                throw graph.get("devices").unlike("at least one device");
+            }
+            return of(graph, devices);
+        }
+
+        /** Version 1 has one target for all graphs. */
+        private static Graph ofVersion1(Json graph, String target) {
+            String device = target.equals("portable") ? "cpu" : target;
+            return of(graph, Map.of(device, graph.get("minimum_onnxruntime").release()));
+        }
+
+        private static Graph of(Json graph, Map<String, String> devices) {
+            return new Graph(
+                    graph.get("file").fileName(), devices, names(graph, "optional_inputs"), names(graph, "requires"));
+        }
+
+        private static List<String> names(Json graph, String key) {
+            return graph.find(key).map(names -> names.list(Json::text)).orElse(List.of());
+        }
+    }
+
+    /** What the generation loop must know; `ropeBoundary` is null where there is none. */
     record Decoding(
             int vocabSize,
             int context,
@@ -34,99 +63,104 @@ record Manifest(
             int prefillChunk,
             Set<Integer> eosTokenIds,
             Map<String, Integer> hiddenTokens,
-            CacheShape cache) {}
-
-    record CacheShape(int numHiddenLayers, int numKeyValueHeads, int headDim, String dtype, boolean shared) {
-        OnnxJavaType type() {
-            return DTYPES.get(String.valueOf(dtype));
+            CacheShape cache) {
+        private static Decoding of(Json decoding) {
+            return new Decoding(
+                    decoding.get("vocab_size").number(1),
+                    decoding.get("context").number(1),
+                    decoding.get("rope_boundary").unlessNull().map(length -> length.number(1)).orElse(null),
+                    decoding.get("prefill_chunk").number(1),
+                    Set.copyOf(decoding.get("eos_token_ids").list(id -> id.number(0))),
+                    decoding.get("hidden_tokens").map(id -> id.number(0)),
+                    CacheShape.of(decoding.get("cache")));
         }
     }
 
-    record Entry(long size, String sha256) {}
+    /**
+     * One of the cache's tensors is [rows, numKeyValueHeads, length, headDim].
+     *
+     * @param shared whether past and present may be one buffer
+     */
+    record CacheShape(int numHiddenLayers, int numKeyValueHeads, int headDim, OnnxJavaType dtype, boolean shared) {
+        private static CacheShape of(Json cache) {
+            OnnxJavaType dtype = CACHE_DTYPES.get(cache.get("dtype").text());
+            if (dtype == null) {
+                throw cache.get("dtype").unlike("one of " + String.join(", ", CACHE_DTYPES.keySet()));
+            }
+            return new CacheShape(
+                    cache.get("num_hidden_layers").number(1),
+                    cache.get("num_key_value_heads").number(1),
+                    cache.get("head_dim").number(1),
+                    dtype,
+                    cache.get("shared").flag());
+        }
+    }
 
-    record Chat(Map<String, List<String>> turns, String generation, Set<String> skippedWhenEmpty) {}
+    /** A file's size in bytes, and its hash in hexadecimal. */
+    record Entry(long size, String sha256) {
+        private static Entry of(Json file) {
+            return new Entry(file.get("size").size(), file.get("sha256").sha256());
+        }
+    }
 
-    private static final int FORMAT_VERSION = 1;
-    private static final long HASH_LIMIT = 256 << 20; // bytes; reading 20 GB takes longer than loading them
-    private static final Map<String, OnnxJavaType> DTYPES = Map.of(
-            "float32", OnnxJavaType.FLOAT, "float16", OnnxJavaType.FLOAT16, "int8", OnnxJavaType.INT8, "uint8", OnnxJavaType.UINT8);
-    private static final Gson GSON = new GsonBuilder().setFieldNamingPolicy(FieldNamingPolicy.LOWER_CASE_WITH_UNDERSCORES).create();
-
-    /** Reads a bundle's manifest and holds every file against it. */
+    /**
+     * Reads a bundle's manifest.
+     *
+     * @throws BundleException there is none, it breaks a rule, or it is of another version or for another task
+     */
     static Manifest read(Path bundle) {
-        Path path = bundle.resolve("manifest.json");
-        Manifest manifest;
-        try {
-            manifest = GSON.fromJson(Files.readString(path), Manifest.class);
-        } catch (IOException | JsonParseException error) {
-            throw new BundleException("not a bundle of phimoe-export: " + path + " cannot be read (" + error + ")", error);
+        Json root = Json.read(bundle.resolve(FILE));
+        int version = version(root);
+        String task = root.get("task").text();
+        if (!task.equals(TASK)) {
+            throw new BundleException(bundle + ": is a bundle for " + task + ", expected one for " + TASK);
         }
-        if (manifest == null || manifest.formatVersion != FORMAT_VERSION) {
-            String found = manifest == null ? "missing" : String.valueOf(manifest.formatVersion);
-            throw new BundleException(path + ": format_version is " + found + ", this release reads " + FORMAT_VERSION + "; upgrade phimoe");
-        }
-        if (!"text-generation".equals(manifest.task)) {
-            throw new BundleException(bundle + ": is a bundle for " + manifest.task + ", expected one for text-generation");
-        }
-        if (!manifest.complete()) {
-            throw new BundleException(path + ": is damaged, its decoding section or file list has gaps; export the bundle again");
-        }
-        manifest.files.forEach((name, entry) -> check(bundle.resolve(name), entry));
+        Manifest manifest = new Manifest(
+                graphs(root, version),
+                Decoding.of(root.get("decoding")),
+                root.get("files").map(Entry::of),
+                root.find("chat").flatMap(Json::unlessNull).map(ChatFormat::of).orElse(null));
+        manifest.checkNames(root);
         return manifest;
     }
 
-    private boolean complete() {
-        if (Stream.of(target, graphs, files, decoding).anyMatch(part -> part == null) || decoding.cache == null) {
-            return false;
-        }
-        CacheShape cache = decoding.cache;
-        return Stream.of(decoding.eosTokenIds, decoding.hiddenTokens, cache.type()).allMatch(part -> part != null)
-                && IntStream.of(decoding.vocabSize, decoding.context, decoding.prefillChunk, cache.numHiddenLayers,
-                        cache.numKeyValueHeads, cache.headDim).allMatch(count -> count > 0);
-    }
-
-    private static void check(Path path, Entry expected) {
-        try {
-            if (!Files.isRegularFile(path)) {
-                throw new BundleException(path + ": is missing; the bundle is incomplete, copy or export it again");
+    private static int version(Json root) {
+        Json version = root.get("format_version");
+        for (int known = 1; known <= FORMAT_VERSION; known++) {
+            if (version.value().toString().equals(String.valueOf(known))) {
+                return known;
             }
-            long size = Files.size(path);
-            if (size != expected.size) {
-                throw new BundleException(
-                        path + ": has " + size + " bytes, the manifest says " + expected.size + "; copy or export the bundle again");
-            }
-            if (size <= HASH_LIMIT && !sha256(path).equals(expected.sha256)) {
-                throw new BundleException(
-                        path + ": its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
-            }
-        } catch (IOException error) {
-            throw new BundleException(path + ": cannot be read (" + error + ")", error);
         }
+        throw new BundleException(root.file() + ": format_version is " + version.shown() + ", this release reads 1 to "
+                + FORMAT_VERSION + "; upgrade phimoe");
     }
 
-    private static String sha256(Path path) throws IOException {
-        try (InputStream file = Files.newInputStream(path)) {
-            DigestInputStream digest = new DigestInputStream(file, MessageDigest.getInstance("SHA-256"));
-            byte[] block = new byte[1 << 20];
-            while (digest.read(block) >= 0) {}
-            return HexFormat.of().formatHex(digest.getMessageDigest().digest());
-        } catch (NoSuchAlgorithmException error) {
-            throw new AssertionError("every Java has SHA-256", error);
+    private static List<Graph> graphs(Json root, int version) {
+        List<Graph> graphs;
+        if (version == 1) {
+            String target = root.get("target").text();
+            graphs = root.get("graphs").list(graph -> Graph.ofVersion1(graph, target));
+        } else {
+            graphs = root.get("graphs").list(Graph::of);
         }
+        if (graphs.isEmpty()) {
+            throw root.get("graphs").unlike("at least one graph");
+        }
+        return graphs;
     }
 
-    /** The first graph that ONNX Runtime `installed` loads from Java, where it takes no values for optional inputs. */
-    Graph chooseGraph(String installed) {
-        List<Graph> usable = graphs.stream().filter(graph -> graph.optionalInputs.isEmpty()).toList();
-        if (usable.isEmpty()) {
-            throw new DeviceException("the bundle, exported for " + target + ", has no graph for Java; export it with --target cpu");
-        }
-        return usable.stream().filter(graph -> Arrays.compare(release(graph.minimumOnnxruntime), release(installed)) <= 0).findFirst()
-                .orElseThrow(() -> new DeviceException("the bundle needs ONNX Runtime " + usable.get(0).minimumOnnxruntime
-                        + " or newer, installed is " + installed));
+    /** Holds that names of files are plain, and that every graph's file is listed, and the tokenizer's. */
+    private void checkNames(Json root) {
+        root.get("files").keys().forEach(Json::fileName);
+        root.get("files").get("tokenizer.json");
+        root.get("graphs").list(graph -> listed(graph.get("file")));
+        root.get("decoding").find("sampling_graph").flatMap(Json::unlessNull).ifPresent(this::listed);
     }
 
-    private static int[] release(String version) {
-        return Pattern.compile("\\d+").matcher(version).results().limit(3).map(MatchResult::group).mapToInt(Integer::parseInt).toArray();
+    private String listed(Json file) {
+        if (!files.containsKey(file.fileName())) {
+            throw file.unlike("one of files");
+        }
+        return file.fileName();
     }
 }

@@ -16,8 +16,6 @@ import java.util.function.Supplier;
  * be closed.
  */
 public final class PhiMoE implements AutoCloseable {
-    private static final int DEFAULT_NEW_TOKENS = 1024;
-
     private final Manifest manifest;
     private final Tokenizer tokenizer;
     private final Session session;
@@ -26,6 +24,7 @@ public final class PhiMoE implements AutoCloseable {
 
     private PhiMoE(Path bundle, Integer threads) {
         manifest = Manifest.read(bundle);
+        BundleFiles.check(bundle, manifest.files());
         tokenizer = new Tokenizer(bundle.resolve("tokenizer.json"), manifest.decoding().hiddenTokens().values());
         try {
             session = new Session(bundle, manifest, threads);
@@ -39,7 +38,8 @@ public final class PhiMoE implements AutoCloseable {
      * Loads a bundle; ONNX Runtime chooses the number of threads.
      *
      * @param bundle its folder
-     * @throws BundleException the folder is no bundle, or a file of it is missing or changed
+     * @throws BundleException the folder is no bundle, a file of it is missing or changed, or its manifest does not
+     *     describe its graph
      * @throws DeviceException the installed ONNX Runtime cannot run the bundle
      */
     public static PhiMoE load(Path bundle) {
@@ -81,7 +81,7 @@ public final class PhiMoE implements AutoCloseable {
 
     /** Continues a prompt, token by token; see {@link #stream(List, Options)}. */
     public Pieces stream(Prompt prompt, Options options) {
-        return whileOpen(() -> start(List.of(row(0, "the prompt", prompt, options))));
+        return whileOpen(() -> start(List.of(request("the prompt", prompt, options))));
     }
 
     /**
@@ -94,11 +94,11 @@ public final class PhiMoE implements AutoCloseable {
             throw new GenerationException("the batch is empty; give at least one prompt");
         }
         return whileOpen(() -> {
-            List<Row> rows = new ArrayList<>();
+            List<Request> requests = new ArrayList<>();
             for (Prompt prompt : batch) {
-                rows.add(row(rows.size(), "prompt " + rows.size(), prompt, options));
+                requests.add(request("prompt " + requests.size(), prompt, options));
             }
-            return start(rows);
+            return start(requests);
         });
     }
 
@@ -129,31 +129,16 @@ public final class PhiMoE implements AutoCloseable {
         }
     }
 
-    private Pieces start(List<Row> rows) {
-        int longest = rows.stream().mapToInt(row -> row.prompt.size() + row.maxNewTokens).max().orElseThrow();
-        int capacity = (longest + 255) / 256 * 256; // so that the next call can often take over the memory
+    private Pieces start(List<Request> requests) {
         try {
-            return new Pieces(this, new Decoder(session, manifest.decoding(), rows.size(), capacity), rows);
+            return new Pieces(this, new Engine(session, manifest.decoding(), tokenizer, requests));
         } catch (OrtException error) {
             throw new GenerationException("ONNX Runtime failed: " + error.getMessage(), error);
         }
     }
 
-    private Row row(int number, String name, Prompt prompt, Options options) {
-        List<Integer> ids = encode(name, prompt);
-        int context = manifest.decoding().context();
-        int room = context - ids.size();
-        if (room <= 0) {
-            throw new GenerationException(
-                    name + " has " + ids.size() + " tokens, which leaves no room in the context of " + context + "; shorten it");
-        }
-        int maxNewTokens = options.maxNewTokens() == null ? Math.min(DEFAULT_NEW_TOKENS, room) : options.maxNewTokens();
-        if (maxNewTokens > room) {
-            throw new GenerationException(
-                    name + " has " + ids.size() + " tokens and maxNewTokens is " + maxNewTokens + ", together more than the context of "
-                            + context + "; at most " + room + " new tokens fit");
-        }
-        return new Row(number, ids, maxNewTokens, options, manifest.decoding(), tokenizer);
+    private Request request(String name, Prompt prompt, Options options) {
+        return Request.of(name, encode(name, prompt), options, manifest.decoding().context());
     }
 
     /** The token ids of a prompt; `name` is its name in errors. */
@@ -179,22 +164,10 @@ public final class PhiMoE implements AutoCloseable {
     }
 
     private String render(String name, List<Message> messages) {
-        Manifest.Chat format = manifest.chat();
-        if (format == null) {
+        if (manifest.chat() == null) {
             throw new GenerationException("the bundle has no chat format; give the prompt as a text");
         }
-        StringBuilder text = new StringBuilder();
-        for (Message message : messages) {
-            List<String> turn = format.turns().get(message.role());
-            if (turn == null) {
-                throw new GenerationException(
-                        name + " has a message of the role " + message.role() + ", expected one of " + format.turns().keySet());
-            }
-            if (!message.content().isEmpty() || !format.skippedWhenEmpty().contains(message.role())) {
-                text.append(turn.get(0)).append(message.content()).append(turn.get(1));
-            }
-        }
-        return text.append(format.generation()).toString();
+        return manifest.chat().render(name, messages);
     }
 
     private static Generation[] collect(Pieces pieces, int rows, Consumer<Piece> listener) {

@@ -2,9 +2,7 @@ package phimoe;
 
 import ai.onnxruntime.OrtException;
 import java.util.ArrayDeque;
-import java.util.ArrayList;
 import java.util.Iterator;
-import java.util.List;
 import java.util.NoSuchElementException;
 import java.util.Queue;
 
@@ -16,15 +14,13 @@ import java.util.Queue;
  */
 public final class Pieces implements Iterator<Piece>, Iterable<Piece>, AutoCloseable {
     private final PhiMoE model;
-    private final Decoder decoder;
-    private final List<Row> active;
+    private final Engine engine;
     private final Queue<Piece> ready = new ArrayDeque<>();
     private volatile boolean cancelled;
 
-    Pieces(PhiMoE model, Decoder decoder, List<Row> rows) {
+    Pieces(PhiMoE model, Engine engine) {
         this.model = model;
-        this.decoder = decoder;
-        active = new ArrayList<>(rows);
+        this.engine = engine;
     }
 
     /**
@@ -34,7 +30,7 @@ public final class Pieces implements Iterator<Piece>, Iterable<Piece>, AutoClose
      */
     @Override
     public synchronized boolean hasNext() {
-        if (ready.isEmpty() && !active.isEmpty() && !cancelled) {
+        if (ready.isEmpty() && engine.hasMore() && !cancelled) {
             model.whileOpen(this::advance);
         }
         return !ready.isEmpty() && !cancelled;
@@ -54,44 +50,21 @@ public final class Pieces implements Iterator<Piece>, Iterable<Piece>, AutoClose
         return this;
     }
 
-    /** One token more of every row. */
     private Void advance() {
         boolean more = false;
         try {
-            if (active.get(0).tokenIds.isEmpty()) {
-                for (int row = 0; row < active.size(); row++) {
-                    decoder.prefill(row, active.get(row).prompt);
-                    take(row, 0);
-                }
-            } else {
-                decoder.step(active.stream().map(row -> row.tokenIds.get(row.tokenIds.size() - 1)).toList());
-                for (int row = 0; row < active.size(); row++) {
-                    take(row, row);
-                }
-            }
-            for (int row = active.size() - 1; row >= 0; row--) {
-                if (active.get(row).finished) {
-                    decoder.drop(row);
-                    active.set(row, active.get(active.size() - 1)); // as in the decoder, the last row takes its number
-                    active.remove(active.size() - 1);
-                }
-            }
-            more = !active.isEmpty();
+            ready.addAll(engine.step());
+            more = engine.hasMore();
         } catch (OrtException error) {
             if (!cancelled) {
                 throw new GenerationException("ONNX Runtime failed: " + error.getMessage(), error);
             }
         } finally {
             if (!more) {
-                active.clear();
-                decoder.close();
+                engine.close();
             }
         }
         return null;
-    }
-
-    private void take(int row, int logitsRow) {
-        ready.add(active.get(row).next(decoder.logits(logitsRow)));
     }
 
     /** Cancels what is still to come; waits for a run of the graph in another thread, which it ends. */
@@ -99,13 +72,12 @@ public final class Pieces implements Iterator<Piece>, Iterable<Piece>, AutoClose
     public void close() {
         cancelled = true;
         try {
-            decoder.terminate();
+            engine.cancel();
         } catch (OrtException error) {
             throw new GenerationException("ONNX Runtime cannot end a run: " + error.getMessage(), error);
         }
         synchronized (this) {
-            active.clear();
-            decoder.close();
+            engine.close();
         }
     }
 }

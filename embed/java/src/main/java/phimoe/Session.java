@@ -10,55 +10,112 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.file.Path;
 import java.util.Arrays;
+import java.util.Comparator;
+import java.util.List;
 import java.util.Map;
 import java.util.Set;
+import java.util.TreeSet;
 import java.util.concurrent.atomic.AtomicReference;
+import java.util.stream.LongStream;
+import java.util.stream.Stream;
+import phimoe.Manifest.Graph;
 
 /** A bundle's graph in ONNX Runtime, and the memory of an ended generation's cache, which the next one takes over. */
 final class Session implements AutoCloseable {
     private static final OrtEnvironment ENVIRONMENT = OrtEnvironment.getEnvironment();
+    private static final String DEVICE = "cpu";
+    private static final Comparator<String> RELEASES = Comparator.comparing(Session::numbers, Arrays::compare);
 
     private final OrtSession session;
     private final AtomicReference<ByteBuffer[]> spare = new AtomicReference<>();
 
-    /** Opens the graph that the installed ONNX Runtime loads; `threads` is null for ONNX Runtime's own choice. */
+    /**
+     * Opens the first graph of the manifest that this ONNX Runtime loads from Java.
+     *
+     * @param threads null for ONNX Runtime's own choice
+     * @throws DeviceException there is no such graph, ONNX Runtime refuses it, or threads is out of range
+     * @throws BundleException the graph reads files that are not listed, or is not the one that the manifest describes
+     */
     Session(Path bundle, Manifest manifest, Integer threads) {
-        if (!manifest.target().equals("cpu")) {
-            throw new DeviceException("the bundle was exported for " + manifest.target() + ", not for cpu; export it with --target cpu");
+        Path path = bundle.resolve(chooseGraph(manifest.graphs(), ENVIRONMENT.getVersion()).file());
+        if (!manifest.decoding().cache().shared()) {
+            throw new DeviceException("the bundle's cache cannot be one buffer (decoding.cache.shared is false), which Java "
+                    + "needs; export it with --target cpu");
         }
         if (threads != null && threads < 1) {
             throw new DeviceException("threads is " + threads + ", expected 1 or more");
         }
-        Path path = bundle.resolve(manifest.chooseGraph(ENVIRONMENT.getVersion()).file());
+        ExternalData.check(path, manifest.files().keySet());
+        session = open(path, manifest.decoding(), threads);
+    }
+
+    private static OrtSession open(Path path, Manifest.Decoding decoding, Integer threads) {
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
             options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR);
             options.setIntraOpNumThreads(threads == null ? 0 : threads);
-            session = ENVIRONMENT.createSession(path.toString(), options);
+            options.addConfigEntry("session.load_model_format", "ONNX"); // by any name: ExternalData knows this format
+            OrtSession session = ENVIRONMENT.createSession(path.toString(), options);
+            try {
+                Agreement.check(session, path, decoding);
+            } catch (RuntimeException error) {
+                session.close();
+                throw error;
+            }
+            return session;
         } catch (OrtException error) {
-            throw new DeviceException(path + ": ONNX Runtime " + ENVIRONMENT.getVersion() + " cannot load it: " + error.getMessage(), error);
+            String problem = ENVIRONMENT.getVersion() + " cannot load it: " + error.getMessage();
+            throw new DeviceException(path + ": ONNX Runtime " + problem, error);
         }
+    }
+
+    /**
+     * The first graph that ONNX Runtime `installed` loads on the CPU and from Java, where it takes no optional inputs.
+     *
+     * @throws DeviceException there is none
+     */
+    static Graph chooseGraph(List<Graph> graphs, String installed) {
+        List<Graph> here = graphs.stream().filter(graph -> graph.devices().containsKey(DEVICE)).toList();
+        if (here.isEmpty()) {
+            Set<String> devices = new TreeSet<>();
+            graphs.forEach(graph -> devices.addAll(graph.devices().keySet()));
+            throw new DeviceException(
+                    "the bundle runs on " + String.join(", ", devices) + ", not on cpu; export it with --target cpu");
+        }
+        List<Graph> usable = here.stream().filter(graph -> graph.optionalInputs().isEmpty()).toList();
+        if (usable.isEmpty()) {
+            throw new DeviceException(
+                    "every graph of the bundle has optional inputs, which Java cannot give; export it with --target cpu");
+        }
+        List<Graph> known = usable.stream().filter(graph -> graph.requires().isEmpty()).toList();
+        if (known.isEmpty()) {
+            Set<String> missing = new TreeSet<>();
+            usable.forEach(graph -> missing.addAll(graph.requires()));
+            throw new DeviceException(
+                    "the bundle requires " + String.join(", ", missing) + ", not known here; upgrade phimoe");
+        }
+        return known.stream().filter(graph -> RELEASES.compare(graph.devices().get(DEVICE), installed) <= 0).findFirst()
+                .orElseThrow(() -> new DeviceException("the bundle needs ONNX Runtime "
+                        + known.stream().map(graph -> graph.devices().get(DEVICE)).min(RELEASES).orElseThrow()
+                        + " or newer, installed is " + installed));
+    }
+
+    /** The numbers of a release: "1.32.0-dev" gives 1, 32, 0. */
+    private static int[] numbers(String release) {
+        return Stream.of(release.split("[^0-9.]")[0].split("\\.")).mapToInt(Integer::parseInt).toArray();
     }
 
     /** Runs the graph into outputs that are there already. */
-    void run(Map<String, OnnxTensor> inputs, Map<String, OnnxTensor> outputs, OrtSession.RunOptions options) throws OrtException {
+    void run(Map<String, OnnxTensor> inputs, Map<String, OnnxTensor> outputs, OrtSession.RunOptions options)
+            throws OrtException {
         session.run(inputs, Set.of(), outputs, options).close();
     }
 
-    /** So many buffers of at least so many bytes. */
-    ByteBuffer[] takeMemory(int count, long bytes) {
+    /** So many buffers for tensors of a shape, or larger ones. */
+    ByteBuffer[] takeMemory(int count, OnnxJavaType type, long... shape) {
         ByteBuffer[] memory = spare.getAndSet(null);
-        if (memory != null && memory[0].capacity() >= bytes) {
-            return memory;
-        }
-        if (bytes > Integer.MAX_VALUE) {
-            throw new GenerationException("a layer's cache is larger than Java's buffers; give fewer prompts or a lower maxNewTokens");
-        }
-        memory = new ByteBuffer[count];
-        try {
-            Arrays.setAll(memory, index -> allocate((int) bytes));
-        } catch (OutOfMemoryError error) {
-            throw new GenerationException("the cache needs " + (count * bytes >> 20)
-                    + " MiB outside the heap; lower maxNewTokens or raise -XX:MaxDirectMemorySize", error);
+        if (memory == null || memory[0].capacity() < bytes(type, shape)) {
+            memory = new ByteBuffer[count];
+            Arrays.setAll(memory, index -> allocate(type, shape));
         }
         return memory;
     }
@@ -67,15 +124,30 @@ final class Session implements AutoCloseable {
         spare.set(memory);
     }
 
-    /** Memory outside Java's heap, where ONNX Runtime can read and write it; of a buffer on the heap it makes a copy. */
-    static ByteBuffer allocate(int bytes) {
-        return ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder());
+    /** Memory for a tensor outside Java's heap, where ONNX Runtime can write; of a buffer on the heap it makes a copy. */
+    static ByteBuffer allocate(OnnxJavaType type, long... shape) {
+        long bytes = bytes(type, shape);
+        if (bytes > Integer.MAX_VALUE) {
+            throw new GenerationException("a tensor " + Arrays.toString(shape) + " is larger than Java's buffers, 2 GiB; "
+                    + "give fewer prompts or a lower maxNewTokens");
+        }
+        try {
+            return ByteBuffer.allocateDirect((int) bytes).order(ByteOrder.nativeOrder());
+        } catch (OutOfMemoryError error) {
+            throw new GenerationException("no memory for " + (bytes >> 20) + " MiB more outside the heap, one of the buffers "
+                    + "that the cache needs; lower maxNewTokens or raise -XX:MaxDirectMemorySize", error);
+        }
     }
 
     /** A tensor whose memory is the buffer's from byte `start` on. */
     static OnnxTensor tensor(ByteBuffer buffer, long start, OnnxJavaType type, long... shape) throws OrtException {
-        long bytes = Arrays.stream(shape).reduce(type.size, (product, length) -> product * length);
-        return OnnxTensor.createTensor(ENVIRONMENT, buffer.slice((int) start, (int) bytes), shape, type);
+        return OnnxTensor.createTensor(ENVIRONMENT, buffer.slice((int) start, (int) bytes(type, shape)), shape, type);
+    }
+
+    /** The size of a tensor with no dimension of 0; Long.MAX_VALUE where it is more. */
+    static long bytes(OnnxJavaType type, long... shape) {
+        return LongStream.of(shape).reduce(type.size, (product, length) ->
+                product > Long.MAX_VALUE / length ? Long.MAX_VALUE : product * length);
     }
 
     @Override

@@ -8,8 +8,6 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 import com.google.gson.JsonArray;
 import com.google.gson.JsonElement;
 import com.google.gson.JsonObject;
-import java.io.IOException;
-import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.List;
 import java.util.Set;
@@ -43,46 +41,34 @@ class ConformanceTest {
         model.close();
     }
 
-    private static Stream<DynamicTest> cases(String with, String without, Consumer<JsonObject> test) {
-        return Conformance.section("cases").filter(each -> each.has(with) && !each.has(without))
+    /** The cases with `kind`, "expected" or "error", on a changed bundle or on the bundle itself. */
+    private static Stream<DynamicTest> cases(String kind, boolean changed, Consumer<JsonObject> test) {
+        return Conformance.section("cases").filter(each -> each.has(kind) && each.has("bundle") == changed)
                 .map(each -> DynamicTest.dynamicTest(each.get("name").getAsString(), () -> test.accept(each)));
     }
 
     @TestFactory
     Stream<DynamicTest> generation() {
-        return cases("expected", "error", test -> {
-            List<Prompt> prompts = Conformance.prompts(test);
-            Options options = Conformance.options(test.getAsJsonObject("options"));
-            JsonElement expected = test.get("expected");
-            List<JsonObject> rows = Conformance.elements(expected.isJsonArray() ? expected : listOf(expected))
-                    .map(JsonElement::getAsJsonObject).toList();
-            String[] streamed = IntStream.range(0, prompts.size()).mapToObj(row -> "").toArray(String[]::new);
-            Generation[] results = new Generation[prompts.size()];
-            try (Pieces pieces = model.stream(prompts, options)) {
-                for (Piece piece : pieces) {
-                    streamed[piece.row()] += piece.text();
-                    piece.result().ifPresent(result -> results[piece.row()] = result);
-                }
+        return cases("expected", false, test -> generate(model, test));
+    }
+
+    @TestFactory
+    Stream<DynamicTest> changedBundles(@TempDir Path folder) {
+        return cases("expected", true, test -> {
+            try (PhiMoE changed = load(folder, test)) {
+                generate(changed, test);
             }
-            for (int row = 0; row < rows.size(); row++) {
-                assertEquals(Conformance.ints(rows.get(row).get("token_ids")), results[row].tokenIds());
-                assertEquals(rows.get(row).get("text").getAsString(), results[row].text());
-                assertEquals(rows.get(row).get("finish_reason").getAsString(), results[row].finishReason().name().toLowerCase());
-                assertEquals(rows.get(row).get("prompt_tokens").getAsInt(), results[row].promptTokens());
-            }
-            assertArrayEquals(rows.stream().map(row -> row.get("text").getAsString()).toArray(), streamed);
         });
     }
 
-    private static JsonElement listOf(JsonElement value) {
-        JsonArray array = new JsonArray();
-        array.add(value);
-        return array;
+    @TestFactory
+    Stream<DynamicTest> badBundles(@TempDir Path folder) {
+        return cases("error", true, test -> check(test, () -> load(folder, test).close()));
     }
 
     @TestFactory
     Stream<DynamicTest> badPromptsAndOptions() {
-        return cases("error", "bundle", test -> check(test, () -> {
+        return cases("error", false, test -> check(test, () -> {
             Options options = Conformance.options(test.getAsJsonObject("options"));
             if (test.has("batch")) {
                 model.generate(Conformance.prompts(test), options);
@@ -92,43 +78,42 @@ class ConformanceTest {
         }));
     }
 
-    @TestFactory
-    Stream<DynamicTest> badBundles(@TempDir Path folder) {
-        return cases("bundle", "expected", test -> {
-            Path bundle = folder.resolve(test.get("name").getAsString());
-            try {
-                change(bundle, test.getAsJsonObject("bundle"));
-            } catch (IOException error) {
-                throw new AssertionError(error);
-            }
-            JsonElement threads = test.getAsJsonObject("load").get("threads");
-            check(test, () -> (threads == null ? PhiMoE.load(bundle) : PhiMoE.load(bundle, threads.getAsInt())).close());
-        });
+    /** Loads a copy of the bundle with the changes of a case. */
+    private static PhiMoE load(Path folder, JsonObject test) {
+        Path bundle = Changes.copy(folder, test.get("bundle"));
+        JsonElement threads = test.has("load") ? test.getAsJsonObject("load").get("threads") : null;
+        return threads == null ? PhiMoE.load(bundle) : PhiMoE.load(bundle, threads.getAsInt());
     }
 
-    /** Makes `bundle` a copy of the bundle with a change. */
-    private static void change(Path bundle, JsonObject change) throws IOException {
-        Files.createDirectory(bundle);
-        try (Stream<Path> files = Files.list(Conformance.BUNDLE)) {
-            for (Path file : files.toList()) {
-                Files.copy(file, bundle.resolve(file.getFileName()));
+    /** Holds that a model makes of a case's prompts what it expects, and its stream too. */
+    private static void generate(PhiMoE model, JsonObject test) {
+        List<Prompt> prompts = Conformance.prompts(test);
+        Options options = Conformance.options(test.getAsJsonObject("options"));
+        JsonElement expected = test.get("expected");
+        List<JsonObject> rows = Conformance.elements(expected.isJsonArray() ? expected : listOf(expected))
+                .map(JsonElement::getAsJsonObject).toList();
+        String[] streamed = IntStream.range(0, prompts.size()).mapToObj(row -> "").toArray(String[]::new);
+        Generation[] results = new Generation[prompts.size()];
+        try (Pieces pieces = model.stream(prompts, options)) {
+            for (Piece piece : pieces) {
+                streamed[piece.row()] += piece.text();
+                piece.result().ifPresent(result -> results[piece.row()] = result);
             }
         }
-        if (change.has("delete")) {
-            Files.delete(bundle.resolve(change.get("delete").getAsString()));
+        for (int row = 0; row < rows.size(); row++) {
+            assertEquals(Conformance.ints(rows.get(row).get("token_ids")), results[row].tokenIds());
+            assertEquals(rows.get(row).get("text").getAsString(), results[row].text());
+            String reason = results[row].finishReason().name().toLowerCase();
+            assertEquals(rows.get(row).get("finish_reason").getAsString(), reason);
+            assertEquals(rows.get(row).get("prompt_tokens").getAsInt(), results[row].promptTokens());
         }
-        if (change.has("replace")) {
-            List<String> values = Conformance.strings(change.get("replace"));
-            Path file = bundle.resolve(values.get(0));
-            String text = Files.readString(file);
-            assertTrue(text.contains(values.get(1)));
-            Files.writeString(file, text.replaceFirst(Pattern.quote(values.get(1)), values.get(2)));
-        }
-        if (change.has("manifest")) {
-            JsonObject manifest = Conformance.read(bundle.resolve("manifest.json"));
-            change.getAsJsonObject("manifest").entrySet().forEach(entry -> manifest.add(entry.getKey(), entry.getValue()));
-            Files.writeString(bundle.resolve("manifest.json"), manifest.toString());
-        }
+        assertArrayEquals(rows.stream().map(row -> row.get("text").getAsString()).toArray(), streamed);
+    }
+
+    private static JsonElement listOf(JsonElement value) {
+        JsonArray array = new JsonArray();
+        array.add(value);
+        return array;
     }
 
     /** Holds that `action` throws what a case expects; options have this language's names. */
@@ -137,7 +122,8 @@ class ConformanceTest {
         assertEquals(test.get("error").getAsString().replace("Error", "Exception"), error.getClass().getSimpleName());
         Set<String> optionNames = test.has("options") ? test.getAsJsonObject("options").keySet() : Set.of();
         for (String name : Conformance.strings(test.get("names"))) {
-            String own = optionNames.contains(name) ? Pattern.compile("_(.)").matcher(name).replaceAll(m -> m.group(1).toUpperCase()) : name;
+            String own = optionNames.contains(name)
+                    ? Pattern.compile("_(.)").matcher(name).replaceAll(m -> m.group(1).toUpperCase()) : name;
             assertTrue(error.getMessage().contains(own), () -> own + " in " + error.getMessage());
         }
     }

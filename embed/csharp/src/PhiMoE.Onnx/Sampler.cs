@@ -2,18 +2,23 @@ using System.Buffers;
 
 namespace PhiMoEOnnx;
 
-/// <summary>From logits to the next token: penalty, temperature, truncation and a draw that any language can reproduce.</summary>
+/// <summary>
+/// From logits to the next token: penalty, temperature, truncation and a draw that any language can reproduce.
+/// </summary>
 /// <remarks>spec/sampling.md says the same without code. Ties go to the lower token id throughout.</remarks>
-internal static class Sampling
+internal static class Sampler
 {
     /// <summary>The next token.</summary>
     /// <param name="logits">float32 [vocab_size]; the repetition penalty changes them.</param>
     /// <param name="options">How to choose.</param>
     /// <param name="seed">Of the draw.</param>
-    /// <param name="step">How many tokens were generated before this one; with the seed it fixes the random number.</param>
+    /// <param name="step">
+    /// How many tokens were generated before this one; with the seed it fixes the random number.
+    /// </param>
     /// <param name="seen">The distinct tokens of the prompt and of what was generated.</param>
     /// <exception cref="GenerationException">The logits are not finite, so the graph computed nonsense.</exception>
-    public static int Sample(Span<float> logits, GenerationOptions options, long seed, int step, IReadOnlyCollection<int> seen)
+    public static int Sample(
+        Span<float> logits, GenerationOptions options, long seed, int step, IReadOnlyCollection<int> seen)
     {
         foreach (float logit in logits)
         {
@@ -33,7 +38,9 @@ internal static class Sampling
         return options.Temperature == 0 ? Largest(logits) : Draw(logits, options, Uniform(seed, step));
     }
 
-    /// <summary>A number in [0, 1): the top 53 bits of the output number <c>step</c> of SplitMix64 started at <c>seed</c>.</summary>
+    /// <summary>
+    /// A number in [0, 1): the top 53 bits of the output number <c>step</c> of SplitMix64 started at <c>seed</c>.
+    /// </summary>
     public static double Uniform(long seed, int step)
     {
         unchecked
@@ -113,7 +120,9 @@ internal static class Sampling
         }
     }
 
-    /// <summary>Orders the tokens by logit, largest first, and then by id; see <c>Id</c> for what <c>order</c> holds.</summary>
+    /// <summary>
+    /// Orders the tokens by logit, largest first, and then by id; see <c>Id</c> for what <c>order</c> holds.
+    /// </summary>
     private static void SortFalling(ReadOnlySpan<float> logits, ulong[] order)
     {
         for (int id = 0; id < logits.Length; id++)
