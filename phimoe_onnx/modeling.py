@@ -348,9 +348,12 @@ def with_seams(model: AnyModel, seams: Seams) -> AnyModel:
     with torch.device("meta"):
         other = type(model)(model.config, seams)
     other.load_state_dict(model.state_dict(), assign=True)
-    heads = isinstance(model, PhiMoEForCausalLM) and isinstance(other, PhiMoEForCausalLM)
-    if heads and model.lm_head.weight is model.model.embed_tokens.weight:  # one parameter, not two alike
+    if isinstance(other, PhiMoEForCausalLM) and _is_tied(model):  # one parameter, not two alike
         other.lm_head.weight = other.model.embed_tokens.weight
     other.model.rope = model.model.rope  # its buffers are in no state_dict
     other.train(model.training)
     return other
+
+
+def _is_tied(model: Model) -> bool:
+    return isinstance(model, PhiMoEForCausalLM) and model.lm_head.weight is model.model.embed_tokens.weight
