@@ -24,7 +24,18 @@ Initializers = dict[str, ir.TensorProtocol | None]
 
 
 def stored_as(manifest: Manifest) -> dict[str, StoredWeights]:
-    """How each parameter is stored, by its name in modeling.py; of experts that differ each is called NAME.EXPERT."""
+    """How each parameter is stored, by its name in modeling.py; of experts that differ each is called NAME.EXPERT.
+
+    Raises:
+        BundleError: the manifest tells of layers that the bundle has not.
+    """
+    layers = manifest.decoding.cache.num_hidden_layers
+    for group in manifest.weights:
+        if group.layers is not None and not 0 <= group.layers[0] <= group.layers[1] < layers:
+            raise BundleError(
+                f"manifest.json: weights tells of the layers {list(group.layers)}, but there are {layers}; export the "
+                f"bundle again"
+            )
     return {name: group for group in manifest.weights for name in group.names()}
 
 

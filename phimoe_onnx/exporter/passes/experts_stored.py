@@ -15,7 +15,7 @@ from phimoe_onnx.exporter.functions import DOMAIN
 from phimoe_onnx.exporter.passes._edit import by_block, expect, initializer, nodes, parameter
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import Recipe
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Part, Weight, block_weights, job_piece, rounding_job
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Part, Piece, Weight, block_weights, job_piece, rounding_job
 
 
 class StoreExperts(ir.passes.InPlacePass):
@@ -78,7 +78,7 @@ class StoreExperts(ir.passes.InPlacePass):
         return [Weight(f"{name}.weight.{expert}", weight.dtype, shape, [piece], weight.parameter, expert)]
 
 
-def _plain(parts: Sequence[Part], dtype: ir.DataType) -> ir.Piece:
+def _plain(parts: Sequence[Part], dtype: ir.DataType) -> Piece:
     shape = (sum(part.rows.shape[0] for part in parts), parts[0].rows.shape[1])
     run = partial(_read, [part.rows for part in parts], FLOATS[dtype])
     return job_piece(run, shape, dtype, parts[0].layer)
