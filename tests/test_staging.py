@@ -32,7 +32,18 @@ def write_bundle(output: Path, text: str) -> None:
             journal.add(job)
         journal.close()
         files = bundle.describe_files(folder)
-        bundle.Manifest("0", text, "text-generation", "cpu", "none", "float32", {}, (), DECODING, files).write(folder)
+        bundle.Manifest(
+            tool_version="0",
+            source=text,
+            task="text-generation",
+            target="cpu",
+            quantize="none",
+            dtype="float32",
+            weights=(),
+            graphs=(bundle.Graph("model.onnx", {"cpu": "1.29"}),),
+            decoding=DECODING,
+            files=files,
+        ).write(folder)
 
 
 def whole(output: Path) -> str:

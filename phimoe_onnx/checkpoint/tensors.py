@@ -192,7 +192,8 @@ def _experts(names: _Names, name: str, mlp: str, shape: tuple[int, ...]) -> Iter
     number, n, k = shape
     matrices = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
     rows = n // len(matrices)
-    if fused := next((stack for stack in (mlp, name) if names.has(stack)), None):
+    kind = name.rpartition(".")[2]
+    if fused := next((stack for stack in (mlp, name) if names.has(stack.replace(kind, "gate_up_proj"))), None):
         tensor = names.part(shape, fused).tensor
         yield from (_Part(tensor, (e, first, first + rows)) for e in range(number) for first in range(0, n, rows))
     else:
