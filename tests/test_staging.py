@@ -24,7 +24,8 @@ def write_bundle(output: Path, text: str) -> None:
     """All that an export does on the disk, with little in it."""
     check_output(output, overwrite=True)
     with staged(output, overwrite=True) as folder:
-        (folder / "model.onnx").write_text(text)
+        for name in ("model.onnx", "tokenizer.json"):
+            (folder / name).write_text(text)
         journal = Journal(folder, text)
         for job in range(2):
             with (folder / "model.data").open("ab") as file:

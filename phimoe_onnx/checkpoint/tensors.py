@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ConfigError
 from phimoe_onnx.files import read_json
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a checkpoint's tensor, [rows, ...]; `read` loads them, in the dtype in which they are stored."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)

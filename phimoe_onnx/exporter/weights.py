@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import LAYER, Recipe
 

@@ -9,7 +9,7 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.functions import DOMAIN
 from phimoe_onnx.exporter.passes._edit import by_block, expect, initializer, nodes, parameter
