@@ -28,10 +28,6 @@ def rounded(format: Format, weight: Tensor) -> tuple[Tensor, ...]:
     return round_to_nearest(weight, format, "lm_head.weight", None)
 
 
-def rounded(format: Format, weight: Tensor) -> tuple[Tensor, ...]:
-    return round_to_nearest(weight, format, "lm_head.weight", None)
-
-
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[Format, Tensor]:
     format = draw(st.sampled_from([Format(4, 16), Format(8, 16), Format(4, 32)]))
