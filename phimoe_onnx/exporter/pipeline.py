@@ -85,12 +85,12 @@ def export(
     """
     report = progress or (lambda phase, done, total: None)
     check_names(target, quantize, kv_cache, task)
+    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
+    check_output(output, overwrite)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
     task = task_for(config, task, source, kv_cache)
-    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
-    check_output(output, overwrite)
     activations = activation_dtype(target, dtype)
     format = format_for(config, target, quantize, block_size, dtype)
     decoding = read_decoding(config, folder, target, kv_cache, DTYPE_NAMES[activations])
@@ -123,7 +123,7 @@ def export(
         layout = Layout()
         for file, graph in models.items():
             layout.save(graph, staging / file)
-        journal = Journal(staging, _plan(staging, models, stored))
+        journal = Journal(staging, _plan(staging, models, stored), layout.sizes)
         _check_room(staging, layout.nbytes)
         try:
             write_weights(layout, staging, journal, counter(report, "writing weights", layout.nbytes))
