@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,6 +322,48 @@ def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = Fal
             raise BundleError(
                 f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again"
             )
+
+
+@contextlib.contextmanager
+def unchanged(bundle: Path) -> Iterator[Manifest]:
+    """The manifest, for a block that opens the bundle's files by their names: they are all of one bundle then.
+
+    Raises:
+        BundleError: as `read_manifest`; or by the end of the block other files have these names, and whatever the block
+            itself raised may come of that.
+    """
+    manifest = read_manifest(bundle)
+    before = _identities(bundle, manifest)
+    try:
+        yield manifest
+    except Exception as error:
+        _check_unchanged(bundle, manifest, before, error)
+        raise
+    _check_unchanged(bundle, manifest, before)
+
+
+def _check_unchanged(
+    bundle: Path, manifest: Manifest, before: list[tuple[int, ...]], cause: Exception | None = None
+) -> None:
+    try:
+        same = read_manifest(bundle).files == manifest.files  # parity may have come meanwhile
+    except BundleError:
+        same = False
+    if not same or _identities(bundle, manifest) != before:
+        raise BundleError(f"{bundle}: was changed while it was loaded; load it again") from cause
+
+
+def _identities(bundle: Path, manifest: Manifest) -> list[tuple[int, ...]]:
+    """What tells each of the manifest's files from another of the same name; () for none."""
+    identities: list[tuple[int, ...]] = []
+    for name in manifest.files:
+        try:
+            status = (bundle / name).stat()
+        except OSError:
+            identities.append(())
+        else:
+            identities.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return identities
 
 
 def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -> dict[str, File]:

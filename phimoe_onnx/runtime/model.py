@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import TASKS, Manifest, check_files, read_manifest
+from phimoe_onnx.bundle import TASKS, Manifest, check_files, unchanged
 from phimoe_onnx.errors import BundleError, GenerationError
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
@@ -113,19 +113,19 @@ class PhiMoE:
 
         Raises:
             OutOfMemoryError: the device has too little memory, or the limit leaves too little.
-            BundleError: the folder is no bundle, or a file of it is missing or changed.
+            BundleError: the folder is no bundle, or a file of it is missing or changed, also while it is loaded.
             DeviceError: the device or the installed ONNX Runtime cannot run the bundle.
 
         """
         folder = Path(bundle)
-        manifest = read_manifest(folder)
-        if manifest.task not in TASKS:
-            raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
-        check_files(folder, manifest)
-        tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
-        template = ChatTemplate(folder)
-        session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
-        sampling = open_sampling(folder, manifest, device)
+        with unchanged(folder) as manifest:
+            if manifest.task not in TASKS:
+                raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
+            check_files(folder, manifest)
+            tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
+            template = ChatTemplate(folder)
+            session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
+            sampling = open_sampling(folder, manifest, device)
         weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
         cache_limit = None if memory_limit is None else memory_limit - weights
         return cls(session, manifest, tokenizer, template, device, sampling, cache_limit, cuda_graphs)
