@@ -296,7 +296,10 @@ def _read(bundle: Path) -> dict[str, Any]:
 
 def _write(bundle: Path, values: dict[str, Any]) -> None:
     draft = bundle / f".{MANIFEST}"  # renamed in one step, so that a reader never sees half of it
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if draft.is_file() and not draft.is_symlink():
+        draft.unlink()  # of a run that was killed
+    with draft.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     draft.replace(bundle / MANIFEST)
 
 
@@ -350,7 +353,7 @@ def _check_unchanged(
     except BundleError:
         same = False
     if not same or _identities(bundle, manifest) != before:
-        raise BundleError(f"{bundle}: was changed while it was loaded; load it again") from cause
+        raise BundleError(f"{bundle}: was changed while it was read; try again") from cause
 
 
 def _identities(bundle: Path, manifest: Manifest) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from phimoe_onnx.exporter.staging import Journal, staged
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import SHAPES, random_ids, write_checkpoint
 
-CHANGED = "was changed while it was loaded; load it again"
+CHANGED = "was changed while it was read; try again"
 
 
 @pytest.fixture(scope="module")

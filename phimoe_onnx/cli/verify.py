@@ -8,15 +8,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 import phimoe_onnx
-from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.bundle import unchanged
 from phimoe_onnx.cli._common import run
 from phimoe_onnx.cli._output import check_file, write_file
 from phimoe_onnx.errors import BundleError, PhiMoEError
+
+if TYPE_CHECKING:
+    from phimoe_onnx.parity.verify import Report
 
 # what stands in the beginning of each of the reports
 MARKS = {
@@ -52,29 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    verify = phimoe_onnx.verify  # first: it says what is missing where a package is
-    from phimoe_onnx.parity import report as reports
-    from phimoe_onnx.parity.verify import default_thresholds
-
     files = {kind: file for kind in MARKS if (file := getattr(arguments, kind))}
     for kind, file in files.items():
         check_file(file, MARKS[kind], arguments.overwrite)
-    bundle = Path(arguments.bundle)
-    given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
-    thresholds = dataclasses.replace(default_thresholds(read_manifest(bundle)), **given)
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("comparing", total=None)
-        report = verify(
-            bundle,
-            arguments.reference,
-            text=_read(arguments.text) if arguments.text else None,
-            tokens=arguments.tokens,
-            new_tokens=arguments.new_tokens,
-            device=arguments.device,
-            thresholds=thresholds,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    report = _compare(arguments)
+    from phimoe_onnx.parity import report as reports
+
     reports.show(report, Console())
     written = {"written_by": "phimoe-verify", **report.as_dict()}
     texts = {
@@ -84,12 +71,37 @@ def _verify(arguments: argparse.Namespace) -> None:
     }
     for kind, file in files.items():
         write_file(file, texts[kind](), MARKS[kind], arguments.overwrite)
+    bundle = Path(arguments.bundle)
     try:
         reports.record(report, bundle)
     except BundleError as error:
         print(f"note: the summary is not in the manifest: {error}", file=sys.stderr)
     if report.failures:
         raise PhiMoEError(f"{bundle}: " + "; ".join(report.failures))
+
+
+def _compare(arguments: argparse.Namespace) -> Report:
+    verify = phimoe_onnx.verify  # first: it says what is missing where a package is
+    from phimoe_onnx.parity.verify import default_thresholds
+
+    bundle = Path(arguments.bundle)
+    given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
+    console = Console(file=sys.stderr)
+    with (
+        unchanged(bundle) as manifest,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("comparing", total=None)
+        return verify(
+            bundle,
+            arguments.reference,
+            text=_read(arguments.text) if arguments.text else None,
+            tokens=arguments.tokens,
+            new_tokens=arguments.new_tokens,
+            device=arguments.device,
+            thresholds=dataclasses.replace(default_thresholds(manifest), **given),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def _read(file: str) -> str:

@@ -219,6 +219,8 @@ def _not_replaceable(output: Path) -> str | None:
     """Why --overwrite leaves this alone; None for a bundle with nothing of the user's own in it."""
     if not _is_folder(output) or bundle.MANIFEST not in _own(output):
         return "exists and is no bundle, so --overwrite leaves it alone; name another --output"
+    if os.path.ismount(output):
+        return "is where a file system is mounted, and cannot be replaced; name a folder in it"
     if strangers := _strangers(output):
         return (
             f"holds {', '.join(strangers)}, which its manifest does not list, so --overwrite leaves it alone; "
