@@ -491,6 +491,14 @@ def test_a_damaged_bundle_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_the_working_directory_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bundle(tmp_path / "bundle", OLD)
+    monkeypatch.chdir(tmp_path / "bundle")
+    write_bundle(Path("."), NEW)
+    assert whole(tmp_path / "bundle") == NEW
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_a_copy_of_a_bundle_elsewhere_is_nobodys_business(tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle", OLD)
     shutil.copytree(tmp_path / "bundle", tmp_path / "copy")

@@ -45,6 +45,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     export made stands where the export needs a name beside it.
     """
     try:
+        output = _named(output)
         _look(_beside(output, "replaced"))  # the longest name
         parent = next(folder for folder in _beside(output, "partial").parents if _look(folder))
         if not parent.is_dir():
@@ -72,6 +73,7 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         ExportError: another export is writing the output, it exists by now, it cannot be written, or what no export
             made is in the way.
     """
+    output = _named(output)
     staging = _beside(output, "partial")
     with _locked(output):
         _settle_and_check(output, overwrite)
@@ -155,9 +157,13 @@ def _look(path: Path) -> os.stat_result | None:
         return None
 
 
+def _named(output: Path) -> Path:
+    """The output by a name that can be given to another folder, which "." cannot."""
+    return output if output.name not in ("", "..") else output.resolve()
+
+
 def _beside(output: Path, state: str) -> Path:
-    named = output if output.name not in ("", "..") else output.resolve()
-    return named.parent / f".{named.name}.{state}"
+    return output.parent / f".{output.name}.{state}"
 
 
 @contextlib.contextmanager
@@ -184,6 +190,11 @@ def _locked(output: Path) -> Iterator[None]:
         lock.release()
 
 
+def _few(names: list[str]) -> str:
+    """The first names of a list, which a sentence can hold."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _check_own(folder: Path) -> None:
     """Raises ExportError where this is there and is no export's, or not all of it."""
     if _look(folder) is not None and not _is_folder(folder):
@@ -193,7 +204,7 @@ def _check_own(folder: Path) -> None:
 
 
 def _in_the_way(path: Path, strangers: list[str] | None = None) -> str:
-    holds = f"holds {', '.join(strangers)}" if strangers else "is in the way"
+    holds = f"holds {_few(strangers)}" if strangers else "is in the way"
     return f"{path}: {holds}, which no export made; move that elsewhere, or name another --output"
 
 
@@ -218,12 +229,12 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def _not_replaceable(output: Path) -> str | None:
     """Why --overwrite leaves this alone; None for a bundle with nothing of the user's own in it."""
     if not _is_folder(output) or bundle.MANIFEST not in _own(output):
-        return "exists and is no bundle, so --overwrite leaves it alone; name another --output"
+        return "exists and is no bundle, so --overwrite leaves it alone; name another --output, or remove it"
     if os.path.ismount(output):
         return "is where a file system is mounted, and cannot be replaced; name a folder in it"
     if strangers := _strangers(output):
         return (
-            f"holds {', '.join(strangers)}, which its manifest does not list, so --overwrite leaves it alone; "
+            f"holds {_few(strangers)}, which its manifest does not list, so --overwrite leaves it alone; "
             "move that elsewhere, or name another --output"
         )
     return None
