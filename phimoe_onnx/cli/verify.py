@@ -20,7 +20,7 @@ from phimoe_onnx.cli._output import check_file, write_file
 from phimoe_onnx.errors import BundleError, PhiMoEError
 
 if TYPE_CHECKING:
-    from phimoe_onnx.parity.verify import Report
+    from phimoe_onnx.parity.report import Report
 
 # what stands in the beginning of each of the reports
 MARKS = {
@@ -82,7 +82,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> Report:
     verify = phimoe_onnx.verify  # first: it says what is missing where a package is
-    from phimoe_onnx.parity.verify import default_thresholds
+    from phimoe_onnx.parity.thresholds import default_thresholds
 
     bundle = Path(arguments.bundle)
     given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
