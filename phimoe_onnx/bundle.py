@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -299,7 +300,10 @@ def _read(bundle: Path) -> dict[str, Any]:
 
 def _write(bundle: Path, values: dict[str, Any]) -> None:
     draft = bundle / f".{MANIFEST}"  # renamed in one step, so that a reader never sees half of it
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if draft.is_file() and not draft.is_symlink():
+        draft.unlink()  # of a run that was killed
+    with draft.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     draft.replace(bundle / MANIFEST)
 
 
@@ -325,6 +329,48 @@ def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = Fal
             raise BundleError(
                 f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again"
             )
+
+
+@contextlib.contextmanager
+def unchanged(bundle: Path) -> Iterator[Manifest]:
+    """The manifest, for a block that opens the bundle's files by their names: they are all of one bundle then.
+
+    Raises:
+        BundleError: as `read_manifest`; or by the end of the block other files have these names, and whatever the block
+            itself raised may come of that.
+    """
+    manifest = read_manifest(bundle)
+    before = _identities(bundle, manifest)
+    try:
+        yield manifest
+    except Exception as error:
+        _check_unchanged(bundle, manifest, before, error)
+        raise
+    _check_unchanged(bundle, manifest, before)
+
+
+def _check_unchanged(
+    bundle: Path, manifest: Manifest, before: list[tuple[int, ...]], cause: Exception | None = None
+) -> None:
+    try:
+        same = read_manifest(bundle).files == manifest.files  # parity may have come meanwhile
+    except BundleError:
+        same = False
+    if not same or _identities(bundle, manifest) != before:
+        raise BundleError(f"{bundle}: was changed while it was read; try again") from cause
+
+
+def _identities(bundle: Path, manifest: Manifest) -> list[tuple[int, ...]]:
+    """What tells each of the manifest's files from another of the same name; () for none."""
+    identities: list[tuple[int, ...]] = []
+    for name in manifest.files:
+        try:
+            status = (bundle / name).stat()
+        except OSError:
+            identities.append(())
+        else:
+            identities.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return identities
 
 
 def describe_files(bundle: Path, advance: Callable[[int], None] | None = None) -> dict[str, File]:

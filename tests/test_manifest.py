@@ -120,6 +120,26 @@ def test_a_link_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     assert json.loads(blob.read_text(encoding="utf-8")) == MANIFEST
 
 
+@pytest.mark.parametrize("target", ["blob", "nowhere"])
+def test_a_link_at_the_drafts_name_is_not_written_through(tmp_path: Path, target: str) -> None:
+    (tmp_path / "blob").write_text("keep", encoding="utf-8")
+    folder = linked(tmp_path / "bundle", MANIFEST)
+    (folder / ".manifest.json").symlink_to(tmp_path / target)
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be written \(File exists\)"):
+        record(folder, "parity", {})
+    assert (tmp_path / "blob").read_text(encoding="utf-8") == "keep"
+    assert not (tmp_path / "nowhere").exists()
+    assert (folder / ".manifest.json").is_symlink()
+
+
+def test_a_draft_of_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
+    folder = linked(tmp_path / "bundle", MANIFEST)
+    (folder / ".manifest.json").write_text("{", encoding="utf-8")
+    record(folder, "parity", {"passed": True})
+    assert read_manifest(folder).parity == {"passed": True}
+    assert not (folder / ".manifest.json").exists()
+
+
 def test_another_device_is_said_before_a_dtype_that_this_one_lacks(tmp_path: Path) -> None:
     changed = copy.deepcopy(MANIFEST)
     changed["graphs"] = [{"file": "model.onnx", "devices": {"cuda": "1.31"}}]

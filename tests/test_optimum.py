@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -141,6 +142,32 @@ def test_optimum_cli_writes_the_portable_bundle(tmp_path: Path, monkeypatch: pyt
         options = ("--task", "text-generation-with-past", "--dtype", dtype)
         assert optimum_cli(monkeypatch, "--model", MODEL, *options, tmp_path / "out") == 0
         assert describe_files(tmp_path / "out") == describe_files(small)
+
+
+def test_optimum_cli_leaves_alone_what_it_did_not_write(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Bundle,
+    bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path(shutil.copytree(bundle("plain", "cpu", "none"), tmp_path / "for the CPU"))
+    Path(shutil.copytree(bundle("plain", "portable", "none"), tmp_path / "with notes"))
+    (tmp_path / "theirs").mkdir()
+    for folder in ("theirs", "with notes"):
+        (tmp_path / folder / "notes.txt").write_text("keep")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    for output, words in {
+        "for the CPU": "is no portable bundle",
+        "theirs": "is no portable bundle",
+        "link": "is no portable bundle",
+        "with notes": "holds notes.txt",
+    }.items():
+        assert optimum_cli(monkeypatch, "--model", checkpoint("plain"), tmp_path / output) == 1
+        assert words in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read_manifest(tmp_path / "for the CPU").target == "cpu"
 
 
 def test_optimum_clis_tasks(

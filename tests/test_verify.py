@@ -239,7 +239,7 @@ def test_the_command_writes_its_reports(
     assert errors == ""
     report = verify(folder, checkpoint(SHAPE), tokens=60, new_tokens=5)
     stored = json.loads((tmp_path / "r.json").read_text())
-    assert stored == json.loads(json.dumps(report.as_dict()))
+    assert stored == json.loads(json.dumps({"written_by": "phimoe-verify", **report.as_dict()}))
     assert stored["bundle_to_reference"]["tokens"] == 60
     suite = ElementTree.parse(tmp_path / "r.xml").getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
@@ -296,6 +296,10 @@ def test_the_commands_thresholds_replace_the_defaults(tmp_path: Path, bundle: Bu
         (
             ["BUNDLE", "--reference", "CHECKPOINT", "--tokens", "9", "--json", "no/where.json"],
             "no/where.json: cannot be written",
+        ),
+        (
+            ["BUNDLE", "--reference", "CHECKPOINT", "--json", "bundle/manifest.json"],
+            "bundle/manifest.json: exists and is no earlier report; name another file, or pass --overwrite",
         ),
     ],
 )

@@ -16,7 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from phimoe_onnx.cli._common import run
+from phimoe_onnx.cli._output import check_file, write_file
 from phimoe_onnx.errors import PhiMoEError
+
+MARK = '{\n  "written_by": "phimoe-bench"'  # how its file begins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the device reads a second (default: measured; on CUDA this takes PyTorch)",
     )
     add("--json", metavar="FILE", help="write everything as JSON")
+    add("--overwrite", action="store_true", help="write this file over another; over an earlier one it always is")
     return run(_bench, parser, argv)
 
 
@@ -58,6 +62,8 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     if min(*arguments.batch, arguments.prompt, arguments.new_tokens - 1) < 1:
         raise PhiMoEError("--batch and --prompt must be 1 or more, --new-tokens 2 or more")
+    if arguments.json:
+        check_file(arguments.json, MARK, arguments.overwrite)
     console = Console(width=140)
     works = [
         Work(batch, arguments.prompt, arguments.new_tokens, arguments.device, arguments.threads)
@@ -80,7 +86,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     console.print(title, soft_wrap=True)
     console.print(_table(rows), soft_wrap=True, markup=False)
     if arguments.json:
-        _write(arguments.json, {"title": title, "bandwidth": limit, "rows": [row.as_dict() for row in rows]})
+        result: dict[str, Any] = {"written_by": "phimoe-bench", "title": title, "bandwidth": limit}
+        result["rows"] = [row.as_dict() for row in rows]
+        write_file(arguments.json, json.dumps(result, indent=2) + "\n", MARK, arguments.overwrite)
     if problems := [row.problem for row in rows if row.candidate == chosen[0].name and row.speed is None]:
         raise PhiMoEError(problems[0])  # a peer may fail, the bundle itself may not
 
@@ -108,10 +116,3 @@ def _table(rows: Sequence[Any]) -> str:
             cells = [row.candidate, str(row.batch), *speeds, share, f"{row.speed.memory / 1e9:.2f}", same]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _write(file: str, result: dict[str, Any]) -> None:
-    try:
-        Path(file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PhiMoEError(f"{file}: cannot be written ({error.strerror})") from None

@@ -10,7 +10,9 @@ or ORTModelForSequenceClassification or ORTModelForFeatureExtraction.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 # optimum's names of tasks, and ours
@@ -88,7 +90,27 @@ def _export(arguments: argparse.Namespace) -> int:
             )
             return 1
     quantize = "fp16" if getattr(arguments, "dtype", None) == "fp16" else "none"
-    options = ["--target", "portable", "--quantize", quantize, "--overwrite"]
+    options = ["--target", "portable", "--quantize", quantize]
+    if os.path.lexists(arguments.output):
+        if not _is_portable(Path(arguments.output)):
+            print(
+                f"error: {arguments.output}: exists, and is no portable bundle, the only thing that is replaced here; "
+                "name another output",
+                file=sys.stderr,
+            )
+            return 1
+        options.append("--overwrite")
     if task := TASKS[getattr(arguments, "task", "auto")]:
         options += ["--task", task]
     return export.main([arguments.model, "--output", str(arguments.output), *options])
+
+
+def _is_portable(output: Path) -> bool:
+    """Whether this is a bundle as this command writes them; the export looks closer before it replaces one."""
+    from phimoe_onnx.bundle import read_manifest
+    from phimoe_onnx.errors import BundleError
+
+    try:
+        return read_manifest(output).target == "portable"
+    except BundleError:
+        return False

@@ -8,15 +8,26 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 import phimoe_onnx
-from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.bundle import unchanged
 from phimoe_onnx.cli._common import run
+from phimoe_onnx.cli._output import check_file, write_file
 from phimoe_onnx.errors import BundleError, PhiMoEError
 
+if TYPE_CHECKING:
+    from phimoe_onnx.parity.report import Report
+
+# what stands in the beginning of each of the reports
+MARKS = {
+    "json": '{\n  "written_by": "phimoe-verify"',
+    "markdown": "### phimoe-verify: `",
+    "junit": '<testsuite name="phimoe-verify"',
+}
 LIMITS = ("mean_difference", "max_difference", "kernel_difference", "kl", "kernel_kl", "perplexity_ratio")
 
 
@@ -33,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--junit", metavar="FILE", help="write JUnit XML")
     add("--markdown", metavar="FILE", help="write the tables as Markdown")
     add("--json", metavar="FILE", help="write the whole report as JSON")
+    add("--overwrite", action="store_true", help="write these files over others; over earlier reports they always are")
     for name in LIMITS:
         add(
             f"--max-{name.replace('_', '-')}",
@@ -44,33 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    verify = phimoe_onnx.verify  # first: it says what is missing where a package is
+    files = {kind: file for kind in MARKS if (file := getattr(arguments, kind))}
+    for kind, file in files.items():
+        check_file(file, MARKS[kind], arguments.overwrite)
+    report = _compare(arguments)
     from phimoe_onnx.parity import report as reports
-    from phimoe_onnx.parity.thresholds import default_thresholds
 
-    bundle = Path(arguments.bundle)
-    given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
-    thresholds = dataclasses.replace(default_thresholds(read_manifest(bundle)), **given)
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("comparing", total=None)
-        report = verify(
-            bundle,
-            arguments.reference,
-            text=_read(arguments.text) if arguments.text else None,
-            tokens=arguments.tokens,
-            new_tokens=arguments.new_tokens,
-            device=arguments.device,
-            thresholds=thresholds,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
     reports.show(report, Console())
-    if arguments.json:
-        _write(arguments.json, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    if arguments.markdown:
-        _write(arguments.markdown, reports.markdown(report))
-    if arguments.junit:
-        _write(arguments.junit, reports.junit(report))
+    written = {"written_by": "phimoe-verify", **report.as_dict()}
+    texts = {
+        "json": lambda: json.dumps(written, indent=2, ensure_ascii=False) + "\n",
+        "markdown": lambda: reports.markdown(report),
+        "junit": lambda: reports.junit(report),
+    }
+    for kind, file in files.items():
+        write_file(file, texts[kind](), MARKS[kind], arguments.overwrite)
+    bundle = Path(arguments.bundle)
     try:
         reports.record(report, bundle)
     except BundleError as error:
@@ -79,15 +80,32 @@ def _verify(arguments: argparse.Namespace) -> None:
         raise PhiMoEError(f"{bundle}: " + "; ".join(report.failures))
 
 
+def _compare(arguments: argparse.Namespace) -> Report:
+    verify = phimoe_onnx.verify  # first: it says what is missing where a package is
+    from phimoe_onnx.parity.thresholds import default_thresholds
+
+    bundle = Path(arguments.bundle)
+    given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
+    console = Console(file=sys.stderr)
+    with (
+        unchanged(bundle) as manifest,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("comparing", total=None)
+        return verify(
+            bundle,
+            arguments.reference,
+            text=_read(arguments.text) if arguments.text else None,
+            tokens=arguments.tokens,
+            new_tokens=arguments.new_tokens,
+            device=arguments.device,
+            thresholds=dataclasses.replace(default_thresholds(manifest), **given),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
 def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PhiMoEError(f"--text {file}: cannot be read ({error})") from None
-
-
-def _write(file: str, text: str) -> None:
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise PhiMoEError(f"{file}: cannot be written ({error.strerror})") from None

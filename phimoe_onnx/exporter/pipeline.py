@@ -95,6 +95,8 @@ def export(
     """
     report = progress or (lambda phase, done, total: None)
     wanted = target_named(target)
+    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
+    check_output(output, overwrite)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
@@ -109,8 +111,6 @@ def export(
         store=store,
         rounding=rounding,
     )
-    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
-    check_output(output, overwrite)
     decoding = read_decoding(config, folder, recipe)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
@@ -186,7 +186,7 @@ def _write_graphs(
     layout = Layout()
     for file, graph in graphs.items():
         layout.save(graph, staging / file)
-    journal = Journal(staging, _plan(staging, graphs, recipe, stored))
+    journal = Journal(staging, _plan(staging, graphs, recipe, stored), layout.sizes)
     try:
         _check_room(staging, layout.nbytes)
         write_weights(layout, staging, journal, counter(report, "writing weights", layout.nbytes))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import TASKS, Manifest, check_files, read_manifest
+from phimoe_onnx.bundle import TASKS, Manifest, check_files, unchanged
 from phimoe_onnx.errors import BundleError, GenerationError
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
@@ -124,7 +124,7 @@ class PhiMoE:
         Raises:
             GenerationError: slots or capacity is less than 1, or queue less than 0.
             OutOfMemoryError: the device has too little memory, or the limit leaves too little.
-            BundleError: the folder is no bundle, or a file of it is missing or changed.
+            BundleError: the folder is no bundle, or a file of it is missing or changed, also while it is loaded.
             DeviceError: the device or the installed ONNX Runtime cannot run the bundle.
 
         """
@@ -132,14 +132,14 @@ class PhiMoE:
             if value is not None and value < least:
                 raise GenerationError(f"{name} is {value}, expected {least} or more")
         folder = Path(bundle)
-        manifest = read_manifest(folder)
-        if manifest.task not in TASKS:
-            raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
-        check_files(folder, manifest)
-        tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
-        template = ChatTemplate(folder)
-        session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
-        sampling = open_sampling(folder, manifest, device)
+        with unchanged(folder) as manifest:
+            if manifest.task not in TASKS:
+                raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
+            check_files(folder, manifest)
+            tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
+            template = ChatTemplate(folder)
+            session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
+            sampling = open_sampling(folder, manifest, device)
         weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
         cache_limit = None if memory_limit is None else memory_limit - weights
         options = (sampling, cache_limit, cuda_graphs, slots, queue, capacity)
