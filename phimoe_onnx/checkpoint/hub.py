@@ -39,6 +39,14 @@ def snapshot(model: str, files: Sequence[str], revision: str | None, token: str 
         return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
 
 
+def has(model: str, file: str, folder: Path, token: str | None) -> bool:
+    """Whether the model has a file of this name. Arguments and errors are those of `headers`."""
+    from huggingface_hub import HfApi
+
+    with _one_sentence(model):
+        return HfApi(token=token).file_exists(model, file, revision=folder.name)
+
+
 def headers(model: str, shards: Sequence[str], folder: Path, token: str | None) -> dict[str, Stored]:
     """Every tensor's entry, from the beginning of each shard.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from phimoe_onnx.checkpoint import hub
-from phimoe_onnx.checkpoint.tensors import INDEX, Stored, read_headers, shard_files
+from phimoe_onnx.checkpoint.adapter import CONFIG, refuse_adapter
+from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, Stored, read_headers, shard_files
 from phimoe_onnx.errors import CheckpointError, ExportError
 from phimoe_onnx.progress import Progress
 
@@ -31,13 +32,16 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     if Path(source).is_dir():
         if revision is not None:
             raise ExportError(f"--revision {revision} is for a hub id, but {source} is a local folder; leave it out")
+        refuse_adapter(Path(source))
         return Path(source)
     if Path(source).exists():
         raise CheckpointError(f"{source}: is a file, expected the folder of a checkpoint")
     model = str(source)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{source}: no such folder, and no hub id of the form owner/name either")
-    return hub.snapshot(model, [*COPIED, INDEX], revision, token)
+    folder = hub.snapshot(model, [*COPIED, INDEX, CONFIG], revision, token)
+    refuse_adapter(folder)
+    return folder
 
 
 def fetch_weights(source: str | Path, folder: Path, token: str | None, report: Progress) -> None:
@@ -48,7 +52,7 @@ def fetch_weights(source: str | Path, folder: Path, token: str | None, report: P
         CheckpointError: the hub lacks a file or cannot be reached, or what came from it is damaged.
     """
     if not Path(source).is_dir():
-        hub.fetch(str(source), shard_files(folder), folder, token, report)
+        hub.fetch(str(source), _hub_shards(str(source), folder, token), folder, token, report)
 
 
 def headers(
@@ -62,7 +66,15 @@ def headers(
     folder = resolve(source, revision, token)
     if Path(source).is_dir():
         return folder, read_headers(folder)
-    return folder, hub.headers(str(source), shard_files(folder), folder, token)
+    return folder, hub.headers(str(source), _hub_shards(str(source), folder, token), folder, token)
+
+
+def _hub_shards(model: str, folder: Path, token: str | None) -> list[str]:
+    """As `shard_files`, which cannot see whether the hub has an only file that is not downloaded yet."""
+    shards = shard_files(folder)
+    if all((folder / shard).exists() for shard in shards):
+        return shards
+    return [SINGLE] if SINGLE in shards or hub.has(model, SINGLE, folder, token) else shards
 
 
 def origin(source: str | Path, folder: Path) -> str:

@@ -18,12 +18,13 @@ from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
 from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve
 from phimoe_onnx.checkpoint.tensors import Stored, parameters, read_headers
-from phimoe_onnx.config import PhiMoEConfig, read_config
+from phimoe_onnx.config import PhiMoEConfig, for_transformers, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.formats import DTYPES, activation_dtype, check_names, format_for, task_for
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.manifest.genai import genai_config
+from phimoe_onnx.exporter.manifest.tokens import check_tokens
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.branches import BranchExperts
 from phimoe_onnx.exporter.passes.cache import ReshapeCache
@@ -40,6 +41,7 @@ from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
+from phimoe_onnx.files import read_json
 from phimoe_onnx.progress import Progress, counter
 
 
@@ -93,6 +95,7 @@ def export(
     check_output(output, overwrite)
     activations = activation_dtype(target, dtype)
     format = format_for(config, target, quantize, block_size, dtype)
+    check_tokens(config, folder)
     decoding = read_decoding(config, folder, target, kv_cache, DTYPE_NAMES[activations])
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
@@ -234,10 +237,13 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 
 def _copy(source: Path, staging: Path) -> None:
-    """Copies the configuration and tokenizer files that exist."""
+    """Copies the configuration and tokenizer files that exist, config.json with the names that others know."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
+    raw = read_json(staging / "config.json")
+    if (known := for_transformers(raw)) != raw:
+        (staging / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 def _weights(
