@@ -1,4 +1,7 @@
-"""Reads a PhiMoE checkpoint's safetensors lazily, under every writer's tensor names."""
+"""What a PhiMoE checkpoint's safetensors hold, under every writer's tensor names, from the headers alone.
+
+Needs neither torch nor safetensors; data.py reads the numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,19 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from phimoe_onnx.checkpoint import fp8
 from phimoe_onnx.checkpoint.names import spellings
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ConfigError
 from phimoe_onnx.files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 BYTES = DTYPES | fp8.DTYPES
@@ -45,11 +48,6 @@ class Stored:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-
-
-def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
-    """All rows at once, float32."""
-    return torch.cat([part.read().float() for part in rows])
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -155,16 +153,18 @@ class _Part:
         return Rows(shape, lambda: self._read(stored))
 
     def _read(self, stored: dict[str, Stored]) -> torch.Tensor:
+        from phimoe_onnx.checkpoint.data import is_finite, read_tensor  # needs torch, which the headers do not
+
         file = stored[self.tensor].file
-        rows = _read(file, self.tensor, self.index)
+        rows = read_tensor(file, self.tensor, self.index)
         first = 0
         if self.scales is not None:
-            scales = _read(stored[self.scales].file, self.scales, None)
+            scales = read_tensor(stored[self.scales].file, self.scales, None)
             if self.index is not None:
                 scales = scales[self.index[0]] if scales.numel() > 1 else scales
                 first = self.index[1]
             rows = fp8.numbers(rows, scales, self.shared, first)
-        if not math.isfinite(sum(map(float, rows.aminmax()))):
+        if not is_finite(rows):
             raise CheckpointError(
                 f"{file}: {self.tensor} holds numbers that are not finite (NaN or infinity); "
                 f"the checkpoint is damaged, or its training was; download or save it again"
@@ -225,58 +225,58 @@ class _Names:
         return _Part(tensor, scales=scales, shared=shared)
 
 
-def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tuple[str, list[_Part]]]:
+def shapes(config: PhiMoEConfig, task: str = "text-generation") -> dict[str, tuple[int, ...]]:
+    """Each parameter of the task's model in modeling.py with its shape there; a tied head is none of its own."""
     h, v = config.hidden_size, config.vocab_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     e, i = config.num_local_experts, config.intermediate_size
-
-    def plain(name: str, *shape: int) -> tuple[str, list[_Part]]:
-        return name, [names.part(shape, name)]
-
-    yield plain("model.embed_tokens.weight", v, h)
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h)}
     for layer in (f"model.layers.{n}." for n in range(config.num_hidden_layers)):
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield plain(f"{layer}{norm}.weight", h)
-            yield plain(f"{layer}{norm}.bias", h)
+            found |= {f"{layer}{norm}.weight": (h,), f"{layer}{norm}.bias": (h,)}
         for proj, rows, columns in (("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)):
-            yield plain(f"{layer}self_attn.{proj}_proj.weight", rows, columns)
+            found[f"{layer}self_attn.{proj}_proj.weight"] = (rows, columns)
             if config.attention_bias:
-                yield plain(f"{layer}self_attn.{proj}_proj.bias", rows)
-        moe, mlp = f"{layer}block_sparse_moe.", f"{layer}mlp."
-        yield f"{moe}gate.weight", [names.part((e, h), f"{moe}gate.weight", f"{mlp}router.weight", f"{mlp}gate.weight")]
-        gate_up, down = f"{moe}experts.gate_up_proj", f"{moe}experts.down_proj"
-        fused = next((name for name in (f"{mlp}experts.gate_up_proj", gate_up) if names.has(name)), None)
-        if fused:
-            fused_up = names.part((e, 2 * i, h), fused)
-            fused_down = names.part((e, h, i), fused.replace("gate_up_proj", "down_proj"))
-            yield gate_up, [replace(fused_up, index=(n, first, first + i)) for n in range(e) for first in (0, i)]
-            yield down, [replace(fused_down, index=(n, 0, h)) for n in range(e)]
-        else:
-            expert = [f"{moe}experts.{n}." for n in range(e)]
-            yield gate_up, [names.part((i, h), f"{n}{w}.weight") for n in expert for w in ("w1", "w3")]
-            yield down, [names.part((h, i), f"{n}w2.weight") for n in expert]
-    yield plain("model.norm.weight", h)
-    yield plain("model.norm.bias", h)
+                found[f"{layer}self_attn.{proj}_proj.bias"] = (rows,)
+        moe = f"{layer}block_sparse_moe."
+        found |= {f"{moe}gate.weight": (e, h), f"{moe}experts.gate_up_proj": (e, 2 * i, h)}
+        found[f"{moe}experts.down_proj"] = (e, h, i)
+    found |= {"model.norm.weight": (h,), "model.norm.bias": (h,)}
     if task == "text-classification":
-        yield plain("score.weight", len(config.labels), h)
+        found["score.weight"] = (len(config.labels), h)
     if task == "text-generation" and not config.tie_word_embeddings:
-        yield plain("lm_head.weight", v, h)
+        found["lm_head.weight"] = (v, h)
     if task == "text-generation" and config.lm_head_bias:
-        yield plain("lm_head.bias", v)
+        found["lm_head.bias"] = (v,)
+    return found
 
 
-def _read(file: Path, tensor: str, index: tuple[int, int, int] | None) -> torch.Tensor:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            rows: torch.Tensor
-            if index is None:
-                rows = shard.get_tensor(tensor)
-            else:
-                expert, first, last = index
-                rows = shard.get_slice(tensor)[expert, first:last]
-            return rows
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: {tensor} cannot be read ({error})") from None
+def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tuple[str, list[_Part]]]:
+    for name, shape in shapes(config, task).items():
+        mlp = name.replace("block_sparse_moe.", "mlp.")
+        if name.endswith(".gate.weight"):
+            yield name, [names.part(shape, name, mlp.replace("gate.", "router."), mlp)]
+        elif ".experts." in name:
+            yield name, list(_experts(names, name, mlp, shape))
+        else:
+            yield name, [names.part(shape, name)]
+
+
+def _experts(names: _Names, name: str, mlp: str, shape: tuple[int, ...]) -> Iterator[_Part]:
+    """The parts of a stack of experts [E, N, K]: of each expert gate and then up, [I, H] each, or down, [H, I]."""
+    number, n, k = shape
+    matrices = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
+    rows = n // len(matrices)
+    if fused := next((spelling for spelling in (mlp, name) if names.has(spelling)), None):
+        stack = names.part(shape, fused)
+        yield from (
+            replace(stack, index=(e, first, first + rows)) for e in range(number) for first in range(0, n, rows)
+        )
+    else:
+        prefix = name.rpartition(".")[0]
+        yield from (
+            names.part((rows, k), f"{prefix}.{e}.{matrix}.weight") for e in range(number) for matrix in matrices
+        )
 
 
 def _read_header(file: Path) -> dict[str, Stored]:

@@ -33,13 +33,12 @@ def compare_texts(
     for done, text in enumerate(texts):
         if progress:
             progress(done, len(texts))
-        with pytorch.recorded_routing() as routing:
-            expected.append(pytorch.last(exact, text))
+        recording, routing = pytorch.recorded(exact)
+        expected.append(pytorch.last(recording, text))
         if stored:
-            with pytorch.recorded_routing() as stored_routing:
-                rounded.append(pytorch.last(stored, text))
-            with pytorch.replayed_routing(routing):
-                replayed.append(pytorch.last(stored, text))
+            recording, stored_routing = pytorch.recorded(stored)
+            rounded.append(pytorch.last(recording, text))
+            replayed.append(pytorch.last(pytorch.replayed(stored, routing), text))
             same_routing.append(pytorch.agreement(routing, stored_routing))
     got = _run(runtime, texts)
     distribution = runtime.manifest.classes is not None and runtime.manifest.classes.function_to_apply == "softmax"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import GenerationError, PhiMoEError
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.comparison import Comparison, log_softmax
-from phimoe_onnx.parity.stored import stored_cache, stored_model
+from phimoe_onnx.parity.stored import is_rounded, stored_model
 from phimoe_onnx.parity.texts import compare_texts, cut_texts
 from phimoe_onnx.runtime.model import PhiMoE
 from phimoe_onnx.runtime.sampling import Choice, Sampling
@@ -50,24 +49,24 @@ class Thresholds:
     perplexity_ratio: float | None = None
 
 
-# float32 differs from PyTorch by the order of sums alone, so the worst logit is held too. The others are about twice
-# what the small model shows (README.md): rounding, of weights or of activations, moves a token's choice of experts now
-# and then, and then its logits far, so they are held by means. fp16 rounds nothing in a bf16 checkpoint but weights
-# below 6e-5.
+# By the bits of the narrowest matrix. float32 differs from PyTorch by the order of sums alone, so the worst logit is
+# held too. The others are about twice what the small model shows (README.md): rounding, of weights or of activations,
+# moves a token's choice of experts now and then, and then its logits far, so they are held by means. 16 bits round
+# nothing in a bf16 checkpoint but weights below 6e-5.
 DEFAULTS = {
-    "none": Thresholds(mean_difference=1e-4, max_difference=1e-3),
-    "fp16": Thresholds(kl=1e-3, kernel_kl=1e-6, perplexity_ratio=1.001),
-    "int8": Thresholds(kl=1e-2, kernel_kl=1e-2, perplexity_ratio=1.005),
-    "int4": Thresholds(kl=1e-1, kernel_kl=1e-2, perplexity_ratio=1.05),
+    32: Thresholds(mean_difference=1e-4, max_difference=1e-3),
+    16: Thresholds(kl=1e-3, kernel_kl=1e-6, perplexity_ratio=1.001),
+    8: Thresholds(kl=1e-2, kernel_kl=1e-2, perplexity_ratio=1.005),
+    4: Thresholds(kl=1e-1, kernel_kl=1e-2, perplexity_ratio=1.05),
 }
 
 # For outputs that are no distribution: hidden states, and logits of labels that do not exclude each other. About twice
 # what the small model shows as a feature extractor, and as a classifier with a random head.
 VALUES = {
-    "none": DEFAULTS["none"],
-    "fp16": Thresholds(mean_difference=1e-3, kernel_difference=1e-4),
-    "int8": Thresholds(mean_difference=5e-2, kernel_difference=4e-2),
-    "int4": Thresholds(mean_difference=3e-1, kernel_difference=4e-2),
+    32: DEFAULTS[32],
+    16: Thresholds(mean_difference=1e-3, kernel_difference=1e-4),
+    8: Thresholds(mean_difference=5e-2, kernel_difference=4e-2),
+    4: Thresholds(mean_difference=3e-1, kernel_difference=4e-2),
 }
 
 # What a cache of integers may add to the divergence and to the perplexity's ratio, by its dtype: again about twice what
@@ -77,15 +76,19 @@ CACHE_PERPLEXITY = {"int8": 5e-3, "uint8": 5e-2}
 CACHE_KERNEL_KL = {"int8": 1e-3, "uint8": 3e-2}
 
 
+def fewest_bits(manifest: Manifest) -> int:
+    """Of a stored matrix, or of the activations where these have fewer."""
+    dtypes = {group.dtype for group in manifest.weights} | {manifest.dtype}
+    return min(int(dtype.lstrip("bfloatin")) for dtype in dtypes)
+
+
 def default_thresholds(manifest: Manifest) -> Thresholds:
     """Those of the bundle's task and weights, widened for a cache of integers."""
-    form = manifest.quantize
-    if form == "none" and manifest.dtype != "float32":  # activations of float16, which are no exact kernel to hold
-        form = "fp16"
+    bits = max(known for known in DEFAULTS if known <= fewest_bits(manifest))
     if manifest.task != "text-generation":
         softmax = manifest.classes is not None and manifest.classes.function_to_apply == "softmax"
-        return dataclasses.replace(DEFAULTS[form], perplexity_ratio=None) if softmax else VALUES[form]
-    limits, cache = DEFAULTS[form], manifest.decoding.cache.dtype
+        return dataclasses.replace(DEFAULTS[bits], perplexity_ratio=None) if softmax else VALUES[bits]
+    limits, cache = DEFAULTS[bits], manifest.decoding.cache.dtype
     if cache not in CACHE_KL:
         return limits
     return Thresholds(
@@ -168,12 +171,25 @@ def verify(
         raise PhiMoEError(
             f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle"
         )
-    rounded = manifest.quantize != "none" or manifest.decoding.cache.dtype in CACHE_KL
-    limits = thresholds or default_thresholds(manifest)
-
     token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
     windows = list((cut if manifest.task == "text-generation" else cut_texts)(token_ids, exact.config))
-    report = Report(
+    report = _empty_report(bundle, reference, manifest, windows, thresholds or default_thresholds(manifest))
+    if isinstance(exact, PhiMoEForCausalLM):
+        stored = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
+        _compare_tokens(report, runtime, exact, stored, windows, progress)
+        report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
+    else:
+        stored_text = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
+        compare_texts(report, runtime, exact, stored_text, windows, progress)
+    report.failures = list(_failures(report, report.thresholds))
+    return report
+
+
+def _empty_report(
+    bundle: object, reference: object, manifest: Manifest, windows: list[list[int]], thresholds: Thresholds
+) -> Report:
+    rounded = is_rounded(manifest)
+    return Report(
         bundle=str(bundle),
         reference=str(reference),
         task=manifest.task,
@@ -181,23 +197,13 @@ def verify(
         target=manifest.target,
         tokens=sum(len(window) for window in windows),
         windows=[len(window) for window in windows],
-        thresholds=limits,
+        thresholds=thresholds,
         bundle_to_reference=Comparison(),
         bundle_to_stored=Comparison() if rounded else None,
         stored_to_reference=Comparison() if rounded else None,
         routing_agreement=None,
         perplexity={},
     )
-    if isinstance(exact, PhiMoEForCausalLM):
-        stored = stored_model(exact, folder, manifest) if rounded else None
-        _compare_tokens(report, runtime, exact, stored, partial(stored_cache, folder, manifest), windows, progress)
-        report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
-    else:
-        compare_texts(
-            report, runtime, exact, stored_model(exact, folder, manifest) if rounded else None, windows, progress
-        )
-    report.failures = list(_failures(report, limits))
-    return report
 
 
 def _compare_tokens(
@@ -205,28 +211,26 @@ def _compare_tokens(
     runtime: PhiMoE,
     exact: PhiMoEForCausalLM,
     stored: PhiMoEForCausalLM | None,
-    cache: Callable[[], AbstractContextManager[None]],
     windows: Sequence[list[int]],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Fills in the comparisons of a report on text generation; `cache` makes PyTorch round keys and values as the
-    bundle does.
+    """Fills in the comparisons of a report on text generation; `stored` rounds weights, keys and values as the bundle
+    does.
     """
     nll: dict[str, list[NDArray[np.float32]]] = {}
     same_routing: list[float] = []
     for done, window in enumerate(windows):
         if progress:
             progress(done, len(windows))
-        with pytorch.recorded_routing() as routing:
-            expected = pytorch.logits(exact, window)
+        recording, routing = pytorch.recorded(exact)
+        expected = pytorch.logits(recording, window)
         got = runtime.logits(window)
         outputs = {"reference": expected, "bundle": got}
         report.bundle_to_reference.add(got, expected)
         if stored and report.bundle_to_stored and report.stored_to_reference:
-            with pytorch.recorded_routing() as stored_routing, cache():
-                outputs["stored"] = pytorch.logits(stored, window)
-            with pytorch.replayed_routing(routing), cache():
-                report.stored_to_reference.add(pytorch.logits(stored, window), expected)
+            recording, stored_routing = pytorch.recorded(stored)
+            outputs["stored"] = pytorch.logits(recording, window)
+            report.stored_to_reference.add(pytorch.logits(pytorch.replayed(stored, routing), window), expected)
             report.bundle_to_stored.add(got, outputs["stored"])
             same_routing.append(pytorch.agreement(routing, stored_routing))
         for name, output in outputs.items():
