@@ -25,7 +25,7 @@ from phimoe_onnx.exporter.recipe import recipe_for
 from phimoe_onnx.exporter.staging import Journal
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.parity.stored import stored_as
-from phimoe_onnx.parity.verify import DEFAULTS, Thresholds, default_thresholds
+from phimoe_onnx.parity.thresholds import DEFAULTS, Thresholds, default_thresholds
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import BASE, SHAPES, TASKS, make_model, random_ids
 

@@ -18,7 +18,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import ROUNDINGS, Rounding, recipe_for
 from phimoe_onnx.exporter.target import TARGETS
-from phimoe_onnx.parity.verify import Thresholds
+from phimoe_onnx.parity.thresholds import Thresholds
 
 Checkpoint = Callable[[str], Path]
 seen: set[tuple[str, int | None]] = set()

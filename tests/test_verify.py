@@ -19,8 +19,10 @@ from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.cli.verify import main
 from phimoe_onnx.config import parse_config
 from phimoe_onnx.errors import BundleError, PhiMoEError
+from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.report import junit, markdown
-from phimoe_onnx.parity.verify import DEFAULTS, Comparison, Thresholds, cut, log_softmax
+from phimoe_onnx.parity.thresholds import DEFAULTS, Thresholds
+from phimoe_onnx.parity.verify import cut
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import BASE, MODEL, SHAPES
 

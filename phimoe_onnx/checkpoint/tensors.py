@@ -9,13 +9,14 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimoe_onnx.checkpoint import fp8
 from phimoe_onnx.checkpoint.names import spellings
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ConfigError
 from phimoe_onnx.files import read_json
@@ -31,14 +32,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 OTHERS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.safetensors")  # weights in other forms
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a checkpoint's tensor, [rows, ...]; `read` loads them, in the dtype in which they are stored."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -267,11 +260,10 @@ def _experts(names: _Names, name: str, mlp: str, shape: tuple[int, ...]) -> Iter
     number, n, k = shape
     matrices = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
     rows = n // len(matrices)
-    if fused := next((spelling for spelling in (mlp, name) if names.has(spelling)), None):
-        stack = names.part(shape, fused)
-        yield from (
-            replace(stack, index=(e, first, first + rows)) for e in range(number) for first in range(0, n, rows)
-        )
+    kind = name.rpartition(".")[2]
+    if fused := next((stack for stack in (mlp, name) if names.has(stack.replace(kind, "gate_up_proj"))), None):
+        part = names.part(shape, fused)
+        yield from (replace(part, index=(e, first, first + rows)) for e in range(number) for first in range(0, n, rows))
     else:
         prefix = name.rpartition(".")[0]
         yield from (

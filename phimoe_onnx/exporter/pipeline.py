@@ -14,8 +14,9 @@ from onnxscript import optimizer
 
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve, task_for
-from phimoe_onnx.checkpoint.tensors import Rows, Stored, parameters, read_headers
+from phimoe_onnx.checkpoint.tensors import Stored, parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, for_transformers, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.manifest.chat_format import chat_format

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from phimoe_onnx import bundle, modeling
-from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.functions import DOMAIN, FUNCTIONS, OPSET
 from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from phimoe_onnx.checkpoint.data import is_finite
-from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import LAYER, Recipe

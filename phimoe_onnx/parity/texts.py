@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +11,8 @@ from numpy.typing import NDArray
 from phimoe_onnx import reference as pytorch
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.parity.report import Report
 from phimoe_onnx.runtime.model import PhiMoE
-
-if TYPE_CHECKING:
-    from phimoe_onnx.parity.verify import Report
 
 LENGTHS = (8, 16, 32, 64, 128)  # tokens
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from phimoe_onnx.checkpoint.data import read_rows
-from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, initializer, nodes
 from phimoe_onnx.exporter.weights import Weight, job_piece, layer_of
