@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from phimoe_onnx.checkpoint.tensors import Stored
+from phimoe_onnx.checkpoint.headers import Stored
 from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.files import sha256
 from phimoe_onnx.progress import Progress, counter

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from phimoe_onnx.checkpoint import hub
-from phimoe_onnx.checkpoint.adapter import CONFIG, refuse_adapter
-from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, Stored, read_headers, shard_files
+from phimoe_onnx.checkpoint.adapter import CONFIG, Adapter, refuse_adapter
+from phimoe_onnx.checkpoint.headers import Stored
+from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, read_headers, shard_files
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ExportError, MissingPackageError
 from phimoe_onnx.progress import Progress
@@ -84,9 +85,12 @@ def _hub_shards(model: str, folder: Path, token: str | None) -> list[str]:
     return [SINGLE] if SINGLE in shards or hub.has(model, SINGLE, folder, token) else shards
 
 
-def origin(source: str | Path, folder: Path) -> str:
-    """What the manifest calls a checkpoint: a local folder's name, or a hub id with its commit."""
-    return Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
+def origin(source: str | Path, folder: Path, adapter: Adapter | None = None) -> str:
+    """What the manifest calls a checkpoint: a local folder's name, or a hub id with its commit; with the folder's name
+    of an adapter that is merged into it.
+    """
+    name = Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
+    return name if adapter is None else f"{name} with {adapter.folder.resolve().name}"
 
 
 def task_for(config: PhiMoEConfig, task: str | None, source: object) -> str:

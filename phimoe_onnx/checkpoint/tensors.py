@@ -5,16 +5,15 @@ Needs neither torch nor safetensors; data.py reads the numbers.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phimoe_onnx.checkpoint import fp8
+from phimoe_onnx.checkpoint.adapter import Adapter
+from phimoe_onnx.checkpoint.headers import DTYPES, Stored, read_header
 from phimoe_onnx.checkpoint.names import spellings
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
@@ -24,23 +23,14 @@ from phimoe_onnx.files import read_json
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
-BYTES = DTYPES | fp8.DTYPES
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+HEADS = ("lm_head.", "score.")
 SCALES = ("_scale_inv", "_scale")  # behind an FP8 tensor's name; both multiply
 IGNORED = ("rotary_emb.inv_freq", ".input_scale", ".activation_scale")  # the last two: how FP8 rounds activations
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 OTHERS = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.safetensors")  # weights in other forms
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: its shard, dtype ("BF16", ...) and shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -51,7 +41,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             index names a tensor that its shard lacks.
     """
     if (folder / SINGLE).exists():
-        return _read_header(folder / SINGLE)
+        return read_header(folder / SINGLE)
     if not (folder / INDEX).exists():
         raise CheckpointError(f"{folder}: {_no_weights(folder)}")
     files = shard_files(folder)
@@ -61,7 +51,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             f"{folder / missing[0]}: the shard is missing; {INDEX} names {len(files)}, and {which} here; "
             f"download them into this folder"
         )
-    shards = {file: _read_header(folder / file) for file in files}
+    shards = {file: read_header(folder / file) for file in files}
     weight_map = _weight_map(folder)
     for name, file in weight_map.items():
         if name not in shards[file]:
@@ -108,9 +98,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def parameters(
-    config: PhiMoEConfig, stored: dict[str, Stored], task: str = "text-generation"
+    config: PhiMoEConfig, stored: dict[str, Stored], task: str = "text-generation", adapter: Adapter | None = None
 ) -> dict[str, tuple[Rows, ...]]:
-    """Each parameter of the task's model in modeling.py, by its name there, as the stored rows that make it up.
+    """Each parameter of the task's model in modeling.py, by its name there, as the stored rows that make it up, with
+    the adapter in them where there is one.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, of another dtype, or not accounted for by config.json.
@@ -122,13 +113,21 @@ def parameters(
         unused |= {"lm_head.weight", "lm_head.bias", "score.weight"}
     known = {tensor for name, tensor in names.spelt.items() if name in unused or name.endswith(IGNORED)}
     used = {tensor for parts in rows.values() for part in parts for tensor in (part.tensor, part.scales) if tensor}
+    if adapter is not None and config.tie_word_embeddings and adapter.touches(*TIED):
+        raise CheckpointError(
+            f"{adapter.folder}: changes {TIED[0]} or {TIED[1]}, which are one in this model (tie_word_embeddings) and "
+            f"are not merged then; merge the adapter with peft (merge_and_unload), save the model and export that"
+        )
     if extra := sorted(set(stored) - used - known):
         raise CheckpointError(
             f"{stored[extra[0]].file}: {extra[0]} ({len(extra)} such) has no place in the model that config.json "
             f"describes; "
             "compare attention_bias, lm_head_bias, num_hidden_layers and num_local_experts with the checkpoint"
         )
-    return {name: tuple(part.rows(stored) for part in parts) for name, parts in rows.items()}
+    if adapter is None:
+        return {name: tuple(part.rows(stored) for part in parts) for name, parts in rows.items()}
+    adapter.check_used([*unused, *(part.name for parts in rows.values() for part in parts)])
+    return {name: tuple(adapter.merged(part.name, part.rows(stored)) for part in parts) for name, parts in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,7 @@ class _Part:
     """A stored tensor, or with `index` the 2-d slices of a fused one: expert, first row, last row."""
 
     tensor: str
+    name: str  # of the matrix or vector as the hub's checkpoints have it, by which adapters know it
     index: tuple[int, int, int] | None = None
     scales: str | None = None  # the tensor with an FP8 tensor's
     shared: tuple[int, int] = (1, 1)  # rows and columns with a scale in common
@@ -199,7 +199,7 @@ class _Names:
             raise CheckpointError(
                 f"{where.file}: {tensor} is stored as {where.dtype}, expected one of {', '.join(DTYPES)}"
             )
-        return _Part(tensor)
+        return _Part(tensor, self._full(spelling))
 
     def _with_scales(self, spelling: str, tensor: str, where: Stored) -> _Part:
         scales = next((self.spelt.get(spelling + suffix) for suffix in SCALES if spelling + suffix in self.spelt), None)
@@ -215,7 +215,10 @@ class _Names:
                 f"{found.file}: {scales} is {found.dtype} {list(found.shape)}, expected one scale for {tensor} "
                 f"{list(where.shape)}, one for each row or one for {list(self.fp8_block)} rows and columns"
             )
-        return _Part(tensor, scales=scales, shared=shared)
+        return _Part(tensor, self._full(spelling), scales=scales, shared=shared)
+
+    def _full(self, spelling: str) -> str:
+        return spelling if spelling.startswith(HEADS) else self.dropped + spelling
 
 
 def shapes(config: PhiMoEConfig, task: str = "text-generation") -> dict[str, tuple[int, ...]]:
@@ -248,7 +251,7 @@ def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tupl
     for name, shape in shapes(config, task).items():
         mlp = name.replace("block_sparse_moe.", "mlp.")
         if name.endswith(".gate.weight"):
-            yield name, [names.part(shape, name, mlp.replace("gate.", "router."), mlp)]
+            yield name, [replace(names.part(shape, name, mlp.replace("gate.", "router."), mlp), name=name)]
         elif ".experts." in name:
             yield name, list(_experts(names, name, mlp, shape))
         else:
@@ -263,51 +266,12 @@ def _experts(names: _Names, name: str, mlp: str, shape: tuple[int, ...]) -> Iter
     kind = name.rpartition(".")[2]
     if fused := next((stack for stack in (mlp, name) if names.has(stack.replace(kind, "gate_up_proj"))), None):
         part = names.part(shape, fused)
-        yield from (replace(part, index=(e, first, first + rows)) for e in range(number) for first in range(0, n, rows))
+        for e in range(number):
+            for first, matrix in enumerate(matrices):
+                own = f"{name.rpartition('.')[0]}.{e}.{matrix}.weight"
+                yield replace(part, name=own, index=(e, first * rows, (first + 1) * rows))
     else:
         prefix = name.rpartition(".")[0]
         yield from (
             names.part((rows, k), f"{prefix}.{e}.{matrix}.weight") for e in range(number) for matrix in matrices
         )
-
-
-def _read_header(file: Path) -> dict[str, Stored]:
-    """The header of one safetensors file: 8 bytes of length, little endian, then JSON; offsets count from its end."""
-    if file.exists() and not file.is_file():  # a pipe would be waited for, a device has no end
-        raise CheckpointError(f"{file}: is no readable safetensors file (it is no regular file)")
-    try:
-        with file.open("rb") as shard:
-            start = shard.read(8)
-            if start.startswith(b"version "):
-                raise CheckpointError(
-                    f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in that folder"
-                )
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            size = file.stat().st_size
-            header = json.loads(shard.read(length)) if 0 < length <= size - 8 else None
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: the shard is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is no readable safetensors file ({error})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: is truncated or no safetensors file; download it again")
-    header.pop("__metadata__", None)
-    return {name: _stored(file, name, entry, size - 8 - length) for name, entry in header.items()}
-
-
-def _stored(file: Path, name: str, entry: Any, data_bytes: int) -> Stored:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        inside = 0 <= begin <= end <= data_bytes
-        whole = end - begin == math.prod(shape) * BYTES[dtype] if dtype in BYTES else True
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file}: the header's entry for {name} is damaged; download the shard again") from None
-    if not inside:
-        raise CheckpointError(
-            f"{file}: is truncated, {name} ends {end - data_bytes} bytes past its end; download it again"
-        )
-    if not whole:
-        raise CheckpointError(
-            f"{file}: {name} has {end - begin} bytes, which do not fit {dtype} {list(shape)}; download the shard again"
-        )
-    return Stored(file, dtype, shape)
