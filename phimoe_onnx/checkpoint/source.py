@@ -9,10 +9,11 @@ from phimoe_onnx.checkpoint import hub
 from phimoe_onnx.checkpoint.adapter import CONFIG, Adapter, refuse_adapter
 from phimoe_onnx.checkpoint.headers import Stored
 from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, read_headers, shard_files
-from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.config import ARCHITECTURES, PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ExportError, MissingPackageError
 from phimoe_onnx.progress import Progress
 
+TASKS = tuple(ARCHITECTURES)
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -97,8 +98,10 @@ def task_for(config: PhiMoEConfig, task: str | None, source: object) -> str:
     """The task that the checkpoint `source` is used for: the one that is asked for, else the one it was made for.
 
     Raises:
-        ExportError: the checkpoint lacks the head that the task needs.
+        ExportError: there is no such task, or the checkpoint lacks the head that it needs.
     """
+    if task not in (None, *TASKS):
+        raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     made_for = config.task or task or "text-generation"
     if task not in (None, made_for, "feature-extraction"):
         served = " or ".join(dict.fromkeys((made_for, "feature-extraction")))
