@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -56,14 +56,14 @@ class PhiMoEConfig:
     """The shape of a PhiMoE; names and meanings are config.json's.
 
     Attributes:
-        family: "PhiMoE" or "GRIN-MoE"; they are computed alike.
+        family: "PhiMoE" or "GRIN-MoE"; they are computed alike, and a bundle's config.json says the first.
         task: what `architectures` says the checkpoint was made for, None where it says nothing.
         labels: a classifier's, by the rows of its head.
         problem_type: one of PROBLEM_TYPES or None; what a classifier was trained for.
         fp8_block: how many rows and columns of an FP8 tensor share a scale where its scales are those of blocks.
     """
 
-    family: str
+    family: str = field(compare=False)
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -87,7 +87,7 @@ class PhiMoEConfig:
     task: str | None
     labels: tuple[str, ...]
     problem_type: str | None
-    fp8_block: tuple[int, int]
+    fp8_block: tuple[int, int] = field(compare=False)
 
     @property
     def window(self) -> int | None:

@@ -15,8 +15,13 @@ from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from phimoe_onnx.checkpoint.data import read_rows
 from phimoe_onnx.checkpoint.tensors import SINGLE, parameters, read_headers
+from phimoe_onnx.cli.export import main as export_main
+from phimoe_onnx.cli.verify import main as verify_main
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError, PhiMoEError
+from phimoe_onnx.exporter import pipeline
+from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.reference import load_reference
 from tests.checkpoints import write_checkpoint
 
@@ -90,6 +95,28 @@ def test_a_bundle_with_an_adapter_is_that_of_the_merged_weights(tmp_path: Path) 
         assert torch.equal(one.state_dict()[name], tensor), name
 
 
+def test_a_bundle_is_held_against_the_checkpoint_with_its_adapter(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **SMALL)
+    adapter = write_adapter(tmp_path / "adapter", factors(Q_PROJ, 64, 64))
+    bundle = tmp_path / "bundle"
+    assert export_main([str(checkpoint), "-o", str(bundle), "--adapter", str(adapter)]) == 0
+    arguments = [str(bundle), "--reference", str(checkpoint), "--tokens", "60", "--new-tokens", "2"]
+    assert verify_main([*arguments, "--adapter", str(adapter)]) == 0
+    assert verify_main(arguments) == 1
+
+
+def test_a_resumed_export_does_not_mix_two_adapters(tmp_path: Path) -> None:
+    """The journal of an export with one adapter counts for nothing with another."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **SMALL)
+    one = write_adapter(tmp_path / "one", factors(Q_PROJ, 64, 64))
+    other = write_adapter(tmp_path / "other", factors(Q_PROJ, 64, 64), lora_alpha=60)
+    plans = [
+        pipeline._plan(tmp_path, [], recipe_for(read_config(checkpoint), TARGETS["cpu"], "none"), files)
+        for files in ([], read_adapter(one).files, read_adapter(other).files)
+    ]
+    assert len(set(plans)) == 3
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -134,6 +161,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tensors: dict[str, to
     with pytest.raises(CheckpointError) as error:
         read(checkpoint, adapter)
     assert all(word in str(error.value) for word in [WEIGHTS, *words]), error.value
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **SMALL)
+    tensors = factors(Q_PROJ, 64, 64)
+    tensors[f"{Q_PROJ}.lora_B.weight"][3, 1] = float("nan")
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: base_model\.model\.{Q_PROJ}\.lora_B\.weight holds"):
+        export(checkpoint, tmp_path / "bundle", adapter=adapter)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_tied_weights_are_not_merged(tmp_path: Path) -> None:

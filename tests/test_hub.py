@@ -160,7 +160,7 @@ def test_a_plan_reads_headers_alone(hub: Hub, capsys: pytest.CaptureFixture[str]
     assert stored == read_headers(local)
     hub.requests.clear()
     assert main(["owner/name", "--plan"]) == 0
-    assert capsys.readouterr().out.startswith("owner/name: 0.00 B parameters\n")
+    assert capsys.readouterr().out.startswith("owner/name: PhiMoE, 4.7 M parameters\n")
     assert all(request.range for request in hub.requests if request.path.startswith("/cdn/"))
 
 

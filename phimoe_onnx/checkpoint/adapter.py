@@ -100,12 +100,7 @@ class Delta:
 
     def _added(self, base: torch.Tensor) -> torch.Tensor:
         """As peft's merge computes it: in float32, in which it keeps an adapter, then in the dtype of the base."""
-        from phimoe_onnx.checkpoint.data import read_tensor  # needs torch, which the headers do not
-
-        a, b = (
-            read_tensor(stored.file, name, None).float()
-            for stored, name in zip((self.a, self.b), self.names, strict=True)
-        )
+        a, b = (_read(stored.file, name).float() for stored, name in zip((self.a, self.b), self.names, strict=True))
         if self.embedding:
             return base + ((b @ a).T * self.scaling).to(base.dtype)
         return (base.float() + (b @ a) * self.scaling).to(base.dtype)
@@ -131,9 +126,16 @@ class Whole:
         return Rows(rows.shape, lambda: self._read(rows.read().dtype))
 
     def _read(self, dtype: torch.dtype) -> torch.Tensor:
-        from phimoe_onnx.checkpoint.data import read_tensor  # needs torch, which the headers do not
+        return _read(self.tensor.file, self.name).to(dtype)
 
-        return read_tensor(self.tensor.file, self.name, None).to(dtype)
+
+def _read(file: Path, tensor: str) -> torch.Tensor:
+    from phimoe_onnx.checkpoint.data import is_finite, read_tensor  # needs torch, which the headers do not
+
+    numbers = read_tensor(file, tensor, None)
+    if not is_finite(numbers):
+        raise CheckpointError(f"{file}: {tensor} holds numbers that are not finite (NaN or infinity)")
+    return numbers
 
 
 def refuse_adapter(folder: Path) -> None:
