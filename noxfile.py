@@ -50,6 +50,21 @@ def optimum(session: nox.Session) -> None:
 
 
 @nox.session
+def peft(session: nox.Session) -> None:
+    """peft, the oracle for merged adapters."""
+    _install(
+        session,
+        "-c",
+        "constraints.txt",
+        "peft==0.21.2",
+        "transformers==4.57.6",
+        "tokenizers==0.22.2",
+        "huggingface_hub==0.36.2",
+    )
+    _pytest(session, "tests/oracle/test_adapter.py")
+
+
+@nox.session
 def onnxruntime_1_29(session: nox.Session) -> None:
     """The oldest ONNX Runtime that pyproject.toml allows."""
     _install(session, "--no-deps", "onnxruntime==1.29.0")

@@ -19,6 +19,8 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: the file is missing, unreadable or a Git LFS pointer.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+        raise ConfigError(f"{path}: cannot be read (it is no regular file)")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

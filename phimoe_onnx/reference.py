@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phimoe_onnx import modeling
+from phimoe_onnx.checkpoint.adapter import read_adapter
 from phimoe_onnx.checkpoint.data import read_rows
 from phimoe_onnx.checkpoint.source import task_for
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
@@ -28,7 +29,7 @@ Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in 
 TextModel = PhiMoEForSequenceClassification | PhiMoEForFeatureExtraction
 
 
-def load_reference(checkpoint: Path, task: str | None = None) -> modeling.Model:
+def load_reference(checkpoint: Path, task: str | None = None, adapter: Path | None = None) -> modeling.Model:
     """The checkpoint as modeling.py's model for the task, by default the one it was made for, in float32.
 
     Raises:
@@ -36,7 +37,7 @@ def load_reference(checkpoint: Path, task: str | None = None) -> modeling.Model:
     """
     config = read_config(checkpoint)
     task = task_for(config, task, checkpoint)
-    rows = parameters(config, read_headers(checkpoint), task)
+    rows = parameters(config, read_headers(checkpoint), task, None if adapter is None else read_adapter(adapter))
     with torch.device("meta"):
         model = modeling.MODELS[task](config)
     model = model.to_empty(device="cpu").eval()

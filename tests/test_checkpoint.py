@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from phimoe_onnx.checkpoint import source
 from phimoe_onnx.checkpoint.data import read_rows
 from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, parameters, read_headers
 from phimoe_onnx.config import read_config
@@ -142,7 +145,7 @@ FUSED = "model.layers.1.mlp.experts.down_proj"
         ),
         ("fused", FUSED, lambda t: t[:-1], [SINGLE, FUSED, "[15, 64, 96]", "[16, 64, 96]"]),
         ("hub", K_PROJ, lambda t: t.to(torch.float64), [SINGLE, K_PROJ, "F64", "BF16"]),
-        ("hub", EXPERT, lambda t: t.to(torch.float8_e4m3fn), [SINGLE, EXPERT, "F8_E4M3"]),
+        ("hub", EXPERT, lambda t: t.to(torch.float8_e4m3fn), [SINGLE, EXPERT, "F8_E4M3", f"{EXPERT}_scale_inv"]),
         ("fused", FUSED, lambda t: t.to(torch.int8), [SINGLE, FUSED, "I8"]),
     ],
 )
@@ -236,6 +239,19 @@ def header(folder: Path, entry: object) -> None:
         (lambda f: (f / INDEX).write_text("{"), [INDEX, "not JSON"]),
         (lambda f: (f / INDEX).write_text(POINTER), [INDEX, "Git LFS pointer"]),
         (lambda f: [file.unlink() for file in f.glob("*.safetensors*")], [INDEX, SINGLE, "safetensors"]),
+        (lambda f: [file.unlink() for file in f.glob("*.safetensors")], [INDEX, "names 3", "none of them is here"]),
+        (lambda f: (f / INDEX).unlink(), ["model-00001-of-00003.safetensors, 3 such", f"but no {INDEX}"]),
+        (
+            lambda f: [*(file.unlink() for file in f.glob("*.safet*")), (f / "pytorch_model.bin").touch()],
+            ["pytorch_model.bin is here", "save_pretrained"],
+        ),
+        (lambda f: (f / SINGLE).symlink_to("/dev/zero"), [SINGLE, "no regular file"]),
+        (lambda f: ((f / SHARD).unlink(), os.mkfifo(f / SHARD)), [SHARD, "no regular file"]),
+        (lambda f: ((f / INDEX).unlink(), os.mkfifo(f / INDEX)), [INDEX, "no regular file"]),
+        (
+            lambda f: (f / SHARD).write_bytes(struct.pack("<Q", 10**6) + b'{"a":' * 200_000),
+            [SHARD, "no readable safetensors"],
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path: Path, damage: Callable[[Path], object], words: list[str]) -> None:
@@ -243,6 +259,140 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, damage: Callable[[Path], 
     assert check(folder)
     damage(folder)
     assert_error(folder, words)
+
+
+def test_the_only_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As transformers has it: the index may be that of an older save."""
+    folder = write_checkpoint(tmp_path / "checkpoint", shards=3, seed=1)
+    old = read(folder)
+    write_checkpoint(folder, seed=2)
+    assert (folder / INDEX).exists()
+    expected = dict(make_model(BASE, seed=2).named_parameters())
+    found = read(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert not torch.equal(found["lm_head.weight"], old["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._orig_mod."),
+    ],
+)
+def test_what_wrapped_the_model_is_stripped(tmp_path: Path, rename: Callable[[str], str]) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    save_file({rename(name): tensor for name, tensor in load_file(folder / SINGLE).items()}, folder / SINGLE)
+    expected = dict(make_model(BASE).named_parameters())
+    found = read(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([f"{Q_PROJ}.qweight", f"{Q_PROJ}.qzeros", f"{Q_PROJ}.scales", f"{Q_PROJ}.g_idx"], ["quantised (GPTQ)"]),
+        ([f"{Q_PROJ}.qweight", f"{Q_PROJ}.qzeros", f"{Q_PROJ}.scales"], ["quantised (AWQ or GPTQ)"]),
+        ([f"{Q_PROJ}.weight.absmax", f"{Q_PROJ}.weight.quant_map"], ["quantised (bitsandbytes)"]),
+        ([f"{Q_PROJ}.weight.quant_state.bitsandbytes__nf4"], ["quantised (bitsandbytes)"]),
+        ([f"{Q_PROJ}.SCB"], ["quantised (bitsandbytes)"]),
+        ([f"{Q_PROJ}.weight_packed", f"{Q_PROJ}.weight_shape"], ["quantised (compressed-tensors)"]),
+        ([f"{Q_PROJ}.lora_A.default.weight"], ["not merged", "merge_and_unload"]),
+        ([f"base_model.model.{Q_PROJ}.base_layer.weight"], ["not merged", "merge_and_unload"]),
+        ([f"module.{Q_PROJ}.weight"], [f"{Q_PROJ}.weight and module.{Q_PROJ}.weight", "the same tensor"]),
+    ],
+)
+def test_names_that_say_what_was_done_to_the_weights(tmp_path: Path, names: list[str], words: list[str]) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    save_file(load_file(folder / SINGLE) | {name: torch.ones(1) for name in names}, folder / SINGLE)
+    assert_error(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("scales", "suffix"),
+    [("tensor", "_scale"), ("rows", "_scale"), ("blocks", "_scale_inv"), ("small blocks", "_scale_inv")],
+)
+@pytest.mark.parametrize("writer", ["hub", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_the_numbers_that_it_stands_for(
+    tmp_path: Path, writer: str, scales: str, suffix: str, dtype: torch.dtype
+) -> None:
+    """In blocks of 64 rows and 32 columns the halves of a fused gate_up_proj, of 96 rows, end inside a block."""
+    block = (64, 32) if scales == "small blocks" else (128, 128)
+    folder = write_checkpoint(tmp_path / "checkpoint", writer, intermediate_size=96)
+    stored: Tensors = {}
+    plain: Tensors = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in load_file(folder / SINGLE).items():
+        plain[name] = stored[name] = tensor
+        if ("proj" not in name and ".experts." not in name) or tensor.ndim < 2:
+            continue
+        *outer, n, k = tensor.shape
+        rows, columns = {"tensor": (n, k), "rows": (1, k)}.get(scales, block)
+        grid = torch.rand(*outer, -(-n // rows), -(-k // columns), generator=generator) + 0.5
+        codes = (tensor * 8).to(dtype)
+        spread = grid.repeat_interleave(rows, -2)[..., :n, :].repeat_interleave(columns, -1)[..., :k]
+        stored[name], stored[name + suffix] = codes, grid
+        if scales == "tensor" and not outer:
+            stored[name + suffix] = grid.reshape(())
+        stored[name.removesuffix(".weight") + ".input_scale"] = torch.ones(())
+        plain[name] = codes.float() * spread
+    save_file(stored, folder / SINGLE)
+    config = BASE | {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(block)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = read(folder)
+    other = write_checkpoint(tmp_path / "plain", writer)
+    save_file(plain, other / SINGLE)
+    expected = read(other)
+    assert any(name.endswith("q_proj.weight") for name in expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [
+        (torch.ones(3), ["_scale_inv", "F32 [3]", "one for each row or one for [128, 128]"]),
+        (torch.ones(1, dtype=torch.int32), ["_scale_inv", "I32 [1]"]),
+    ],
+)
+def test_scales_that_do_not_fit_are_named(tmp_path: Path, scales: torch.Tensor, words: list[str]) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    tensors = load_file(folder / SINGLE)
+    name = f"{Q_PROJ}.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}, folder / SINGLE)
+    assert_error(folder, words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("writer", "name"), [("hub", EXPERT), ("fused", FUSED), ("hub", K_PROJ)])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, writer: str, name: str, dtype: torch.dtype, value: float
+) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", writer, dtype=dtype)
+    tensors = load_file(folder / SINGLE)
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=f"{SINGLE}: {re.escape(name)} holds numbers that are not finite"):
+        read(folder)
+
+
+def test_an_adapter_is_no_checkpoint_and_none_lies_beside_one(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    with pytest.raises(CheckpointError, match="an adapter lies beside the weights"):
+        source.resolve(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="is an adapter of owner/base and no model"):
+        source.resolve(folder)
 
 
 def test_a_shard_that_is_cut_after_its_header_was_read(tmp_path: Path) -> None:

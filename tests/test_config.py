@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phimoe_onnx.config import LongRope, PhiMoEConfig, parse_config, read_config
+from phimoe_onnx.config import LongRope, PhiMoEConfig, for_transformers, parse_config, read_config
 from phimoe_onnx.errors import ConfigError, PhiMoEError
 from tests.checkpoints import BASE, MODEL, SHAPES, longrope
 
@@ -30,6 +31,7 @@ def test_every_value_is_read() -> None:
         "eos_token_id": [7, 8],
     }
     assert parse_config(raw) == PhiMoEConfig(
+        family="PhiMoE",
         vocab_size=2048,
         hidden_size=64,
         intermediate_size=96,
@@ -50,10 +52,12 @@ def test_every_value_is_read() -> None:
         lm_head_bias=True,
         tie_word_embeddings=False,
         bos_token_id=1,
+        pad_token_id=None,
         eos_token_id=(7, 8),
         task="text-generation",
         labels=("LABEL_0", "LABEL_1"),
         problem_type=None,
+        fp8_block=(128, 128),
     )
 
 
@@ -64,6 +68,56 @@ def test_both_names_of_an_architecture_are_the_same_model(name: str) -> None:
         assert parse_config(BASE | {"architectures": [name + suffix]}) == dataclasses.replace(
             parse_config(BASE), task=task
         )
+
+
+@pytest.mark.parametrize("model_type", ["grinmoe", "GRIN-MoE", "grin-moe", "grin_moe", "GrinMoE"])
+@pytest.mark.parametrize("architecture", ["GRIN-MoE", "GRINMoEForCausalLM", "GrinMoeForCausalLM"])
+def test_grin_moe_is_one_of_the_family(model_type: str, architecture: str) -> None:
+    raw = BASE | {"model_type": model_type, "architectures": [architecture], "auto_map": {"AutoConfig": "x.Y"}}
+    assert parse_config(raw) == parse_config(BASE)
+    assert (parse_config(raw).family, parse_config(BASE).family) == ("GRIN-MoE", "PhiMoE")
+    known = for_transformers(raw)
+    assert known == raw | {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]}
+    assert list(known) == list(raw)
+
+
+def test_every_head_of_grin_moe() -> None:
+    for suffix, task in (("ForSequenceClassification", "text-classification"), ("Model", "feature-extraction")):
+        raw = BASE | {"model_type": "grinmoe", "architectures": [f"GRINMoE{suffix}"]}
+        assert parse_config(raw).task == task
+        assert for_transformers(raw)["architectures"] == [f"Phimoe{suffix}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["PhiMoEForCausalLM", "PhimoeForCausalLM", "PhiMoEModel", "PhimoeForSequenceClassification"]
+)
+def test_what_others_know_stays_as_it_is(name: str) -> None:
+    raw = BASE | {"architectures": [name], "something": {"else": [1]}}
+    assert for_transformers(raw) == raw
+    assert for_transformers(without("architectures")) == without("architectures")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "block"),
+    [
+        (None, (128, 128)),
+        ({"quant_method": "fp8"}, (128, 128)),
+        ({"quant_method": "fp8", "weight_block_size": [64, 32]}, (64, 32)),
+        ({"quant_method": "fbgemm_fp8"}, (128, 128)),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, (128, 128)),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8}}},
+            },
+            (128, 128),
+        ),
+    ],
+)
+def test_fp8_is_read(quantization: dict[str, Any] | None, block: tuple[int, int]) -> None:
+    raw = BASE | {"quantization_config": quantization}
+    assert parse_config(raw).fp8_block == block
+    assert for_transformers(raw) == BASE
 
 
 @pytest.mark.parametrize(
@@ -133,8 +187,7 @@ def test_every_spelling_of_longrope(rope: dict[str, Any], theta: str) -> None:
     [
         {"rope_theta": 500.0},
         {"rope_theta": 500.0, "rope_scaling": None},
-        {"rope_theta": 500.0, "rope_scaling": {}},
-        {"rope_theta": 500.0, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_theta": 500.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
         {"rope_theta": 500.0, "rope_parameters": None, "rope_scaling": None},
     ],
@@ -232,9 +285,58 @@ def test_the_small_model() -> None:
         (BASE | {"rope_scaling": {"type": "yarn"}}, ["rope", "'yarn'", "longrope"]),
         (BASE | {"rope_parameters": {"rope_type": "linear"}}, ["rope", "'linear'", "longrope"]),
         (BASE | {"rope_scaling": "longrope"}, ["rope_scaling", "'longrope'", "object"]),
+        *(
+            (BASE | {"rope_scaling": scaling}, ["rope_scaling", repr(scaling), "object or null"])
+            for scaling in (0, False, [], "")
+        ),
+        (BASE | {"rope_scaling": {}}, ["rope_scaling", "None", "longrope"]),
+        (BASE | {"rope_scaling": {"type": "default"}}, ["rope_scaling", "'default'", "longrope", "null"]),
+        (BASE | {"rope_scaling": FACTORS}, ["rope_scaling", "None", "longrope"]),
+        (BASE | {"rope_parameters": FACTORS}, ["rope_parameters", "None", "longrope"]),
+        (BASE | {"rope_parameters": {}}, ["rope_parameters", "None", "longrope"]),
+        (BASE | {"bos_token_id": [1]}, ["bos_token_id", "[1]", "one token id or null"]),
+        (BASE | {"bos_token_id": 1.0}, ["bos_token_id", "1.0", "token id"]),
+        (BASE | {"bos_token_id": 2048}, ["bos_token_id", "2048", "vocab_size is 2048"]),
+        (BASE | {"pad_token_id": 2048}, ["pad_token_id", "2048", "vocab_size is 2048"]),
+        (BASE | {"pad_token_id": [0]}, ["pad_token_id", "[0]", "one token id or null"]),
+        (BASE | {"pad_token_id": "</s>"}, ["pad_token_id", "'</s>'", "token id"]),
+        (BASE | {"eos_token_id": [7, 5000]}, ["eos_token_id", "5000", "vocab_size is 2048"]),
+        (BASE | {"max_position_embeddings": 10**8}, ["max_position_embeddings", "100000000", "2097152 at most"]),
+        (BASE | {"num_labels": 10**9}, ["num_labels", "1000000000", "131072 at most"]),
+        (BASE | {"num_hidden_layers": 2**63}, ["num_hidden_layers", "9223372036854775808", "16384 at most"]),
+        (BASE | {"num_local_experts": 2**31}, ["num_local_experts", "2147483648", "16384 at most"]),
+        (BASE | {"vocab_size": 10**400}, ["vocab_size", "1000", "2147483647 at most"]),
+        (BASE | {"rope_theta": 10**400}, ["rope_theta", "1000", "positive number"]),
+        (BASE | {"rope_theta": float("inf")}, ["rope_theta", "inf", "positive number"]),
+        (BASE | {"rms_norm_eps": 10**400}, ["rms_norm_eps", "1000", "positive number"]),
+        (BASE | {"rope_scaling": longrope(16) | {"long_factor": [1.0] * 7 + [10**400]}}, ["long_factor", "positive"]),
+        (BASE | {"model_type": 5}, ["model_type", "5", "'phimoe'"]),
+        (BASE | {"model_type": "x" * 10**6}, ["model_type", "xxx...xxx", "'phimoe'"]),
+        (BASE | {"architectures": ["GRIN-MoEForPoetry"]}, ["architectures", "GRIN-MoEForPoetry"]),
+        *(
+            (
+                BASE | {"quantization_config": quantization},
+                ["quantization_config", "already quantised", name, "--quantize int4"],
+            )
+            for quantization, name in (
+                ({"quant_method": "gptq", "bits": 4}, "(GPTQ)"),
+                ({"quant_method": "awq"}, "(AWQ)"),
+                ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "('bitsandbytes')"),
+                ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "('bitsandbytes')"),
+                ({"quant_method": "mxfp4"}, "('mxfp4')"),
+                ({"quant_method": "compressed-tensors", "config_groups": {}}, "('compressed-tensors')"),
+                ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "('modelopt')"),
+                ({}, "(None)"),
+            )
+        ),
+        (BASE | {"quantization_config": "fp8"}, ["quantization_config", "'fp8'", "object or null"]),
+        (
+            BASE | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            ["weight_block_size", "[128]", "rows and columns"],
+        ),
         (BASE | {"rope_theta": "1e4"}, ["rope_theta", "'1e4'", "wrong type"]),
         (BASE | {"rope_theta": None}, ["rope_theta", "missing"]),
-        (BASE | {"rope_theta": 0}, ["rope_theta", "0.0", "positive"]),
+        (BASE | {"rope_theta": 0}, ["rope_theta", "is 0,", "positive"]),
         (BASE | {"rms_norm_eps": -1e-5}, ["rms_norm_eps", "-1e-05", "positive"]),
         (BASE | {"router_jitter_noise": -0.1}, ["router_jitter_noise", "-0.1", "positive"]),
         (BASE | {"rope_scaling": longrope(16) | {"long_mscale": float("nan")}}, ["long_mscale", "nan", "positive"]),
@@ -278,6 +380,8 @@ def test_each_error_names_file_and_key(tmp_path: Path, raw: dict[str, Any], word
         (None, ["no such file"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1538\n", ["Git LFS pointer", "git lfs pull"]),
         (b"{", ["is not JSON"]),
+        (b'{"a": ' * 100_000, ["is not JSON"]),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", ["is not JSON"]),
         (b"[1, 2]", ["expected a JSON object", "list"]),
         (b"\xff\xfe", ["cannot be read"]),
     ],
@@ -295,6 +399,25 @@ def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
         read_config(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_or_a_device_in_place_of_the_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read \(it is no regular file\)"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read \(it is no regular file\)"):
+        read_config(tmp_path)
+
+
+def test_a_value_that_is_nearly_too_deep_is_named(tmp_path: Path) -> None:
+    for depth in range(900, 1000, 7):
+        deep = "[" * depth + "]" * depth
+        (tmp_path / "config.json").write_text(json.dumps(BASE)[:-1] + f', "bos_token_id": {deep}}}')
+        with pytest.raises(ConfigError, match=r"config\.json"):
+            read_config(tmp_path)
 
 
 def test_every_error_can_be_caught_as_one() -> None:

@@ -118,6 +118,19 @@ def test_longrope_at_the_published_models_boundary(tmp_path: Path, length: int) 
     check_alike(export_random(tmp_path, "none", **config), [random_ids(length)], 20)
 
 
+@pytest.mark.parametrize(
+    ("generation", "pad"), [({}, 2043), ({"bos_token_id": None, "pad_token_id": None}, 2043), ({"pad_token_id": 5}, 5)]
+)
+def test_without_a_first_token(tmp_path: Path, generation: dict[str, int | None], pad: int) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", bos_token_id=None, pad_token_id=None)
+    (checkpoint / "generation_config.json").write_text(json.dumps(generation))
+    bundle = export(checkpoint, tmp_path / "bundle")
+    model = json.loads((bundle / "genai_config.json").read_text())["model"]
+    assert "bos_token_id" not in model
+    assert model["pad_token_id"] == pad
+    check_alike(bundle, [random_ids(7)], 20)
+
+
 def export_random(folder: Path, quantize: str, **config: object) -> Path:
     """A random checkpoint's bundle."""
     return export(write_checkpoint(folder / "checkpoint", **config), folder / "bundle", quantize=quantize)

@@ -13,7 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save
 
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.checkpoint import source
@@ -35,7 +37,6 @@ NOT_NEEDED = [
     "onnx/config.json",
     "consolidated.safetensors",
     "model-00003-of-00003.safetensors",
-    SINGLE,
     "vocab.json",
     "banner.png",
     ".gitattributes",
@@ -119,9 +120,26 @@ def test_nothing_but_what_is_needed_is_downloaded_and_nothing_of_it_runs(hub: Hu
 
 def test_a_single_file_has_no_index(hub: Hub) -> None:
     files = hub.commits["a" * 40]
+    files[SINGLE] = save({"lm_head.bias": torch.ones(4)})
     del files[INDEX]
     download()
     assert [name for name in hub.downloaded() if name.endswith("safetensors")] == [SINGLE]
+
+
+def test_the_only_file_goes_before_an_index(hub: Hub) -> None:
+    """As transformers has it; the index may be that of an older save."""
+    files = hub.commits["a" * 40]
+    files[SINGLE] = save({"lm_head.bias": torch.ones(4)})
+    folder = download()
+    assert [name for name in hub.downloaded() if name.endswith("safetensors")] == [SINGLE]
+    assert {stored.file for stored in read_headers(folder).values()} == {folder / SINGLE}
+
+
+def test_an_adapter_beside_the_weights(hub: Hub) -> None:
+    files = hub.commits["a" * 40]
+    files["adapter_config.json"] = json.dumps({"base_model_name_or_path": "owner/base"}).encode()
+    with pytest.raises(CheckpointError, match="an adapter lies beside the weights"):
+        download()
 
 
 def test_the_weights_wait_until_all_else_fits(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +160,7 @@ def test_a_plan_reads_headers_alone(hub: Hub, capsys: pytest.CaptureFixture[str]
     assert stored == read_headers(local)
     hub.requests.clear()
     assert main(["owner/name", "--plan"]) == 0
-    assert capsys.readouterr().out.startswith("owner/name: 0.00 B parameters\n")
+    assert capsys.readouterr().out.startswith("owner/name: PhiMoE, 4.7 M parameters\n")
     assert all(request.range for request in hub.requests if request.path.startswith("/cdn/"))
 
 

@@ -16,7 +16,7 @@ import torch
 from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.runtime import PhiMoE
-from tests.checkpoints import MODEL, assert_close, random_ids
+from tests.checkpoints import BASE, MODEL, assert_close, random_ids, write_checkpoint
 
 optimum = pytest.importorskip("optimum.onnxruntime")
 commands = pytest.importorskip("optimum.commands.optimum_cli")
@@ -182,6 +182,18 @@ def test_optimum_clis_tasks(
     assert read_manifest(tmp_path / "classifier").task == "text-classification"
     assert optimum_cli(monkeypatch, "--model", classifier, "--task", "text-generation-with-past", tmp_path / "no") == 1
     assert "has no head for text-generation" in capsys.readouterr().err
+
+
+def test_optimum_cli_takes_grin_moe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"model_type": "grinmoe", "architectures": ["GRIN-MoE"]}
+    source = write_checkpoint(tmp_path / "grin", **names)
+    assert optimum_cli(monkeypatch, "--model", source, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == BASE | {
+        "model_type": "phimoe",
+        "architectures": ["PhimoeForCausalLM"],
+    }
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == "phimoe"
+    check_alike(tmp_path / "out", [random_ids(7)], 20)
 
 
 @pytest.mark.parametrize(

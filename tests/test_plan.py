@@ -81,7 +81,7 @@ def test_plan_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert main([str(MODEL), "--plan"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{MODEL}: 4.7 M parameters\n")
+    assert printed.startswith(f"{MODEL}: PhiMoE, 4.7 M parameters\n")
     assert "experts 3.5 M" in printed
     for target, quantize in FORMS:
         refused = f"{target} {quantize}: --target cuda has no {quantize} for hidden_size 192 and intermediate_size 96"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from phimoe_onnx.errors import CheckpointError
 def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
     """All rows at once, float32."""
     return torch.cat([part.read().float() for part in rows])
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of the tensor is NaN or infinite; in one pass and without a copy."""
+    return all(math.isfinite(float(bound)) for bound in tensor.aminmax())
 
 
 def read_tensor(file: Path, tensor: str, index: tuple[int, int, int] | None) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from phimoe_onnx.checkpoint.tensors import Stored
+from phimoe_onnx.checkpoint.headers import Stored
 from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.files import sha256
 from phimoe_onnx.progress import Progress, counter
@@ -35,6 +35,14 @@ def snapshot(model: str, files: Sequence[str], revision: str | None, token: str 
 
     with _one_sentence(model, revision), _no_bars():
         return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
+
+
+def has(model: str, file: str, folder: Path, token: str | None) -> bool:
+    """Whether the model has a file of this name. Arguments and errors are those of `headers`."""
+    from huggingface_hub import HfApi
+
+    with _one_sentence(model):
+        return HfApi(token=token).file_exists(model, file, revision=folder.name)
 
 
 def headers(model: str, shards: Sequence[str], folder: Path, token: str | None) -> dict[str, Stored]:

@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from phimoe_onnx.checkpoint import hub
-from phimoe_onnx.checkpoint.tensors import INDEX, Stored, read_headers, shard_files
+from phimoe_onnx.checkpoint.adapter import CONFIG, Adapter, refuse_adapter
+from phimoe_onnx.checkpoint.headers import Stored
+from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, read_headers, shard_files
 from phimoe_onnx.config import ARCHITECTURES, PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ExportError, MissingPackageError
 from phimoe_onnx.progress import Progress
 
-TASKS = tuple(dict.fromkeys(ARCHITECTURES.values()))
+TASKS = tuple(ARCHITECTURES)
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -35,6 +37,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     if Path(source).is_dir():
         if revision is not None:
             raise ExportError(f"--revision {revision} is for a hub id, but {source} is a local folder; leave it out")
+        refuse_adapter(Path(source))
         return Path(source)
     if Path(source).exists():
         raise CheckpointError(f"{source}: is a file, expected the folder of a checkpoint")
@@ -45,7 +48,9 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
         raise MissingPackageError(
             f"{source} is a hub id, which needs the package huggingface_hub; pip install 'phimoe-onnx[export]'"
         )
-    return hub.snapshot(model, [*COPIED, INDEX], revision, token)
+    folder = hub.snapshot(model, [*COPIED, INDEX, CONFIG], revision, token)
+    refuse_adapter(folder)
+    return folder
 
 
 def fetch_weights(source: str | Path, folder: Path, token: str | None, report: Progress) -> None:
@@ -56,7 +61,7 @@ def fetch_weights(source: str | Path, folder: Path, token: str | None, report: P
         CheckpointError: the hub lacks a file or cannot be reached, or what came from it is damaged.
     """
     if not Path(source).is_dir():
-        hub.fetch(str(source), shard_files(folder), folder, token, report)
+        hub.fetch(str(source), _hub_shards(str(source), folder, token), folder, token, report)
 
 
 def headers(
@@ -70,12 +75,23 @@ def headers(
     folder = resolve(source, revision, token)
     if Path(source).is_dir():
         return folder, read_headers(folder)
-    return folder, hub.headers(str(source), shard_files(folder), folder, token)
+    return folder, hub.headers(str(source), _hub_shards(str(source), folder, token), folder, token)
 
 
-def origin(source: str | Path, folder: Path) -> str:
-    """What the manifest calls a checkpoint: a local folder's name, or a hub id with its commit."""
-    return Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
+def _hub_shards(model: str, folder: Path, token: str | None) -> list[str]:
+    """As `shard_files`, which cannot see whether the hub has an only file that is not downloaded yet."""
+    shards = shard_files(folder)
+    if all((folder / shard).exists() for shard in shards):
+        return shards
+    return [SINGLE] if SINGLE in shards or hub.has(model, SINGLE, folder, token) else shards
+
+
+def origin(source: str | Path, folder: Path, adapter: Adapter | None = None) -> str:
+    """What the manifest calls a checkpoint: a local folder's name, or a hub id with its commit; with the folder's name
+    of an adapter that is merged into it.
+    """
+    name = Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
+    return name if adapter is None else f"{name} with {adapter.folder.resolve().name}"
 
 
 def task_for(config: PhiMoEConfig, task: str | None, source: object) -> str:

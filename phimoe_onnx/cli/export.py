@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="keep keys and values as int8 or int4 (default: none, as computed)",
     )
     add("--dtype", metavar="DTYPE", help="of activations on CUDA: float16 (default) or bfloat16")
+    add("--adapter", metavar="FOLDER", help="a LoRA adapter as peft saves it, to merge into the weights")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--token", metavar="TOKEN", help="access token for the hub (default: the one that huggingface_hub finds)")
     add("--overwrite", action="store_true", help="replace an existing bundle")
@@ -88,6 +89,7 @@ def _export(arguments: argparse.Namespace) -> None:
             kv_cache=arguments.kv_cache,
             dtype=arguments.dtype,
             store=store,
+            adapter=arguments.adapter,
             revision=arguments.revision,
             token=arguments.token,
             overwrite=arguments.overwrite,

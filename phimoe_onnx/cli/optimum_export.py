@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from phimoe_onnx.config import family_of
+
 # optimum's names of tasks, and ours
 TASKS = {
     "auto": None,
@@ -54,14 +56,14 @@ def register() -> None:
         return
 
     def run(command: Any) -> None:
-        if _model_type(command.args) == "phimoe":
+        if family_of(_model_type(command.args)) is not None:
             sys.exit(_export(command.args))
         otherwise(command)
 
     ONNXExportCommand.run = run
 
 
-def _model_type(arguments: argparse.Namespace) -> str | None:
+def _model_type(arguments: argparse.Namespace) -> object:
     """As config.json says, in a folder or on the hub; None where it cannot be read, which optimum then reports in its
     own way.
     """
@@ -71,8 +73,7 @@ def _model_type(arguments: argparse.Namespace) -> str | None:
         config, _ = PretrainedConfig.get_config_dict(arguments.model, cache_dir=arguments.cache_dir)
     except Exception:
         return None
-    model_type: str | None = config.get("model_type")
-    return model_type
+    return config.get("model_type")
 
 
 def _export(arguments: argparse.Namespace) -> int:

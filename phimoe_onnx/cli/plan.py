@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from phimoe_onnx.checkpoint.adapter import read_adapter
 from phimoe_onnx.checkpoint.source import headers, task_for
 from phimoe_onnx.checkpoint.tensors import parameters
 from phimoe_onnx.config import PhiMoEConfig, read_config
@@ -25,7 +26,8 @@ def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
     folder, stored = headers(source, arguments.revision, arguments.token)
     config = read_config(folder)
     task = task_for(config, arguments.task, source)
-    parameters(config, stored, task)  # says what is wrong with the checkpoint
+    adapter = None if arguments.adapter is None else read_adapter(Path(arguments.adapter))
+    parameters(config, stored, task, adapter)  # says what is wrong with the checkpoint
     counts = count_parameters(config, task)
     machine = this_machine(Path(arguments.output or ".").resolve().parent)
     table = _table()
@@ -43,7 +45,7 @@ def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
     console = Console(width=140)  # a row stays a line, in a file too
     if refused and not table.rows:
         raise next(iter(refused.values()))
-    console.print(f"{source}: {_count(sum(counts.values()))} parameters")
+    console.print(f"{source}: {config.family}, {_count(sum(counts.values()))} parameters")
     console.print(", ".join(f"{kind} {count / 1e6:.1f} M" for kind, count in counts.items()))
     for row, reason in refused.items():
         console.print(f"{row}: {reason}", soft_wrap=True)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
     add("--reference", required=True, metavar="CHECKPOINT", help="the folder of the checkpoint")
+    add("--adapter", metavar="FOLDER", help="the LoRA adapter that phimoe-export merged into it")
     add("--text", metavar="FILE", help="UTF-8 text to run (default: two chapters of Persuasion)")
     add("--tokens", type=int, default=4096, metavar="N", help="how many tokens of it at the most (default: 4096)")
     add("--new-tokens", type=int, default=64, metavar="N", help="length of the greedy continuations (default: 64)")
@@ -95,6 +96,7 @@ def _compare(arguments: argparse.Namespace) -> Report:
         return verify(
             bundle,
             arguments.reference,
+            adapter=arguments.adapter,
             text=_read(arguments.text) if arguments.text else None,
             tokens=arguments.tokens,
             new_tokens=arguments.new_tokens,

@@ -14,14 +14,17 @@ from onnxscript import optimizer
 
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
+from phimoe_onnx.checkpoint.adapter import read_adapter
+from phimoe_onnx.checkpoint.headers import Stored
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve, task_for
-from phimoe_onnx.checkpoint.tensors import Stored, parameters, read_headers
-from phimoe_onnx.config import PhiMoEConfig, read_config
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
+from phimoe_onnx.config import PhiMoEConfig, for_transformers, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.manifest.genai import genai_config
+from phimoe_onnx.exporter.manifest.tokens import check_tokens
 from phimoe_onnx.exporter.passes.attention import FuseAttention
 from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
@@ -41,6 +44,7 @@ from phimoe_onnx.exporter.target import target_named
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.weights import DTYPES
 from phimoe_onnx.exporter.write import Layout, write_weights
+from phimoe_onnx.files import read_json
 from phimoe_onnx.progress import Progress, counter
 
 # by what a recipe calls them
@@ -59,6 +63,7 @@ def export(
     dtype: str | None = None,
     store: Mapping[str, str] | None = None,
     rounding: str = "rtn",
+    adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -82,6 +87,7 @@ def export(
             pattern (fnmatch) over modeling.py's parameter names, for one expert of a stack with its number behind:
             "model.layers.0.block_sparse_moe.experts.down_proj.3"; the last that matches counts.
         rounding: how weights in blocks are rounded: "rtn", to nearest.
+        adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
         progress: called with a phase, the bytes done and the bytes to do.
@@ -100,6 +106,7 @@ def export(
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
+    merged = None if adapter is None else read_adapter(Path(adapter))
     recipe = recipe_for(
         config,
         wanted,
@@ -111,18 +118,19 @@ def export(
         store=store,
         rounding=rounding,
     )
+    check_tokens(config, folder)
     decoding = read_decoding(config, folder, recipe)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
-    rows = parameters(config, stored, recipe.task)
+    rows = parameters(config, stored, recipe.task, merged)
 
     report("tracing", 0, 0)
     graphs = build_graphs(trace(config, rows, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
     with staged(output, overwrite) as staging:
-        nbytes = _write_graphs(graphs, staging, recipe, stored, report)
+        nbytes = _write_graphs(graphs, staging, recipe, [*_shards(stored), *(merged.files if merged else ())], report)
         _write_files(folder, staging, config, recipe)
         files = bundle.describe_files(staging, counter(report, "hashing", nbytes))
-        _manifest(origin(source, folder), folder, config, recipe, decoding, files).write(staging)
+        _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
     return output
 
 
@@ -180,13 +188,13 @@ def _clean(model: ir.Model) -> None:
 
 
 def _write_graphs(
-    graphs: dict[str, ir.Model], staging: Path, recipe: Recipe, stored: dict[str, Stored], report: Progress
+    graphs: dict[str, ir.Model], staging: Path, recipe: Recipe, sources: Iterable[Path], report: Progress
 ) -> int:
     """Writes the graphs and their weights; returns the weights' bytes."""
     layout = Layout()
     for file, graph in graphs.items():
         layout.save(graph, staging / file)
-    journal = Journal(staging, _plan(staging, graphs, recipe, stored), layout.sizes)
+    journal = Journal(staging, _plan(staging, graphs, recipe, sources), layout.sizes)
     try:
         _check_room(staging, layout.nbytes)
         write_weights(layout, staging, journal, counter(report, "writing weights", layout.nbytes))
@@ -195,16 +203,20 @@ def _write_graphs(
     return layout.nbytes
 
 
-def _plan(staging: Path, graphs: Iterable[str], recipe: Recipe, stored: dict[str, Stored]) -> str:
-    """A hash of the graphs, which say what lies where, of the recipe, which says how it is made, and of the shards'
-    sizes and times.
+def _shards(stored: dict[str, Stored]) -> list[Path]:
+    return sorted({where.file for where in stored.values()})
+
+
+def _plan(staging: Path, graphs: Iterable[str], recipe: Recipe, sources: Iterable[Path]) -> str:
+    """A hash of the graphs, which say what lies where, of the recipe, which says how it is made, and of the sizes and
+    times of the sources: the shards, and an adapter's files.
     """
     digest = hashlib.sha256(f"{__version__} {recipe.digest()}".encode())
     for file in graphs:
         digest.update((staging / file).read_bytes())
-    for shard in sorted({where.file for where in stored.values()}):
-        status = shard.stat()
-        digest.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
+    for path in sources:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -228,6 +240,9 @@ def _write_files(folder: Path, staging: Path, config: PhiMoEConfig, recipe: Reci
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
+    raw = read_json(staging / "config.json")
+    if (known := for_transformers(raw)) != raw:
+        (staging / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     if recipe.task == "text-generation" and recipe.target.genai is not None:
         genai = genai_config(config, read_generation(folder), "model.onnx", recipe.target)
         (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from phimoe_onnx.checkpoint.data import is_finite
 from phimoe_onnx.checkpoint.rows import Rows
+from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import LAYER, Recipe
 
@@ -98,7 +100,7 @@ class Parameter(Weight):
 
     def __init__(self, name: str, dtype: ir.DataType, shape: Sequence[int], parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
-        pieces = [job_piece(partial(_cast, part.rows, dtype), part.rows.shape, dtype, part.layer) for part in parts]
+        pieces = [job_piece(partial(_cast, part, dtype), part.rows.shape, dtype, part.layer) for part in parts]
         super().__init__(name, dtype, shape, pieces, parts[0].parameter)
 
 
@@ -108,8 +110,31 @@ def parts_of(parameter: str, shape: Sequence[int], rows: Sequence[Rows]) -> list
     return [Part(part, parameter, index // each if each else None) for index, part in enumerate(rows)]
 
 
-def _cast(rows: Rows, dtype: ir.DataType) -> torch.Tensor:
-    return rows.read().to(FLOATS[dtype])
+def _cast(part: Part, dtype: ir.DataType) -> torch.Tensor:
+    return narrowed(part.rows.read(), FLOATS[dtype], part.parameter, part.expert)
+
+
+def narrowed(tensor: torch.Tensor, dtype: torch.dtype, parameter: str, expert: int | None = None) -> torch.Tensor:
+    """The tensor in `dtype`.
+
+    Raises:
+        CheckpointError: a number of it is too large for that; `parameter` and `expert` name the tensor.
+    """
+    cast = tensor.to(dtype)
+    if dtype.itemsize < tensor.dtype.itemsize or dtype == torch.float16:
+        _check_finite(cast, tensor, parameter, expert)
+    return cast
+
+
+def _check_finite(stored: torch.Tensor, given: torch.Tensor, parameter: str, expert: int | None) -> None:
+    if is_finite(stored):
+        return
+    which = parameter if expert is None else f"{parameter}, expert {expert},"
+    name = str(stored.dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"{which} holds numbers up to {float(given.abs().max()):.3g}, too large for {name}, which ends at "
+        f"{torch.finfo(stored.dtype).max:.3g}; use --quantize none or int8 on the CPU, or --dtype bfloat16 on CUDA"
+    )
 
 
 def layer_of(parameter: str) -> int:
@@ -150,7 +175,11 @@ def rounding_job(
     round_rows = recipe.round_rows()
 
     def run() -> tuple[torch.Tensor, ...]:
-        stored = [round_rows(part.rows.read(), format, part.parameter, part.expert) for part in parts]
+        stored = []
+        for part in parts:
+            rows = part.rows.read()
+            stored.append(round_rows(rows, format, part.parameter, part.expert))
+            _check_finite(stored[-1][1], rows, part.parameter, part.expert)
         if len(stored) == 1 or join is None:
             return stored[0]
         return tuple(join(kind) for kind in zip(*stored, strict=True))

@@ -31,6 +31,7 @@ def verify(
     bundle: str | Path,
     reference: str | Path,
     *,
+    adapter: str | Path | None = None,
     text: str | None = None,
     tokens: int = 4096,
     new_tokens: int = 64,
@@ -43,6 +44,7 @@ def verify(
     Args:
         bundle: its folder.
         reference: the checkpoint's folder.
+        adapter: the folder of the LoRA adapter that the export merged into it.
         text: what to run; two chapters of Persuasion if not given.
         tokens: how many tokens of it at the most.
         new_tokens: length of the greedy continuations.
@@ -57,7 +59,7 @@ def verify(
     folder, checkpoint = Path(bundle), Path(reference)
     manifest = read_manifest(folder)
     check_files(folder, manifest, hash_everything=True)
-    exact = pytorch.load_reference(checkpoint, manifest.task)
+    exact = pytorch.load_reference(checkpoint, manifest.task, None if adapter is None else Path(adapter))
     runtime = PhiMoE.load(folder, device=device)
     if read_config(folder) != exact.config:
         raise PhiMoEError(

@@ -49,4 +49,6 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 def eos_token_ids(config: PhiMoEConfig, generation: dict[str, Any]) -> tuple[int, ...]:
     """The end tokens: generation_config.json's, for it has those that end an answer in a chat; else config.json's."""
-    return read_token_ids(generation, "eos_token_id", "generation_config.json") or config.eos_token_id
+    return (
+        read_token_ids(generation, "eos_token_id", config.vocab_size, "generation_config.json") or config.eos_token_id
+    )

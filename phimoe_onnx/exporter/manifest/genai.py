@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from phimoe_onnx import bundle
-from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.config import PhiMoEConfig, read_token_id
 from phimoe_onnx.exporter.manifest.decoding import eos_token_ids
 from phimoe_onnx.exporter.target import Target
 
@@ -20,14 +20,16 @@ def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: s
         target: one that onnxruntime-genai runs.
     """
     eos = list(eos_token_ids(config, generation))
+    bos = _token_id(config.bos_token_id, "bos_token_id", config.vocab_size, generation)
+    pad = _token_id(config.pad_token_id, "pad_token_id", config.vocab_size, generation)
     return {
         "model": {
             "type": "phimoe",
             "vocab_size": config.vocab_size,
             "context_length": config.max_position_embeddings,
-            "bos_token_id": generation.get("bos_token_id", config.bos_token_id),
+            **({} if bos is None else {"bos_token_id": bos}),  # genai takes no null here
             "eos_token_id": eos,
-            "pad_token_id": generation.get("pad_token_id", eos[0] if eos else 0),
+            "pad_token_id": next((id for id in (pad, *eos) if id is not None), 0),
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": list(target.genai or ())},
                 "filename": graph_file,
@@ -62,3 +64,8 @@ def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: s
             "top_p": 1.0,
         },
     }
+
+
+def _token_id(otherwise: int | None, key: str, vocab_size: int, generation: dict[str, Any]) -> int | None:
+    own = read_token_id(generation, key, vocab_size, "generation_config.json")
+    return otherwise if own is None else own

@@ -9,13 +9,22 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.functions import DOMAIN
 from phimoe_onnx.exporter.passes._edit import by_block, expect, initializer, nodes, parameter
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import Recipe
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Part, Piece, Weight, block_weights, job_piece, rounding_job
+from phimoe_onnx.exporter.weights import (
+    FLOATS,
+    Parameter,
+    Part,
+    Piece,
+    Weight,
+    block_weights,
+    job_piece,
+    narrowed,
+    rounding_job,
+)
 
 
 class StoreExperts(ir.passes.InPlacePass):
@@ -80,12 +89,12 @@ class StoreExperts(ir.passes.InPlacePass):
 
 def _plain(parts: Sequence[Part], dtype: ir.DataType) -> Piece:
     shape = (sum(part.rows.shape[0] for part in parts), parts[0].rows.shape[1])
-    run = partial(_read, [part.rows for part in parts], FLOATS[dtype])
+    run = partial(_read, parts, FLOATS[dtype])
     return job_piece(run, shape, dtype, parts[0].layer)
 
 
-def _read(rows: Sequence[Rows], dtype: torch.dtype) -> torch.Tensor:
-    return _interleave([part.read() for part in rows]).to(dtype)
+def _read(parts: Sequence[Part], dtype: torch.dtype) -> torch.Tensor:
+    return _interleave([narrowed(part.rows.read(), dtype, part.parameter, part.expert) for part in parts])
 
 
 def _interleave(matrices: Sequence[torch.Tensor]) -> torch.Tensor:

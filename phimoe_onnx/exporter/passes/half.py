@@ -8,7 +8,7 @@ import torch
 from phimoe_onnx.exporter.passes._edit import Nodes, initializer
 from phimoe_onnx.exporter.quantize.format import Plain
 from phimoe_onnx.exporter.recipe import Recipe
-from phimoe_onnx.exporter.weights import Job, Piece, Weight
+from phimoe_onnx.exporter.weights import Job, Piece, Weight, narrowed
 
 HALF = Plain("float16")
 
@@ -30,7 +30,7 @@ class StoreHalf(ir.passes.InPlacePass):
         stored = [(value, value.const_value) for value in graph.initializers.values()]
         wanted = [(value, weight) for value, weight in stored if isinstance(weight, Weight) and self._is_half(weight)]
         for value, weight in wanted:
-            pieces = [self._half(piece) for piece in weight.pieces]
+            pieces = [self._half(piece, weight) for piece in weight.pieces]
             half = Weight(f"{weight.name}.half", ir.DataType.FLOAT16, weight.shape.numpy(), pieces, weight.parameter)
             new = Nodes()
             cast = new.add("Cast", initializer(graph, half), name=f"{weight.name}/Cast", to=ir.DataType.FLOAT)
@@ -45,8 +45,10 @@ class StoreHalf(ir.passes.InPlacePass):
             return False
         return self.recipe.form(weight.parameter, weight.expert) == HALF
 
-    def _half(self, piece: Piece) -> Piece:
+    def _half(self, piece: Piece, weight: Weight) -> Piece:
+        def run() -> tuple[torch.Tensor]:
+            return (narrowed(piece.job.run()[piece.index], torch.float16, weight.parameter, weight.expert),)
+
         if piece not in self.halves:
-            job = Job(lambda: (piece.job.run()[piece.index].to(torch.float16),), (piece.nbytes // 2,), piece.job.layer)
-            self.halves[piece] = Piece(job, 0)
+            self.halves[piece] = Piece(Job(run, (piece.nbytes // 2,), piece.job.layer), 0)
         return self.halves[piece]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import torch
 
-from phimoe_onnx.checkpoint.data import read_rows
 from phimoe_onnx.exporter.passes._edit import (
     MICROSOFT,
     Nodes,
@@ -17,7 +17,7 @@ from phimoe_onnx.exporter.passes._edit import (
 )
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, job_piece, parts_of
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, job_piece, narrowed, parts_of
 
 
 class StoreProjections(ir.passes.InPlacePass):
@@ -71,8 +71,12 @@ class StoreProjections(ir.passes.InPlacePass):
 
 def _transpose(graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter) -> None:
     rows, columns = weight.shape.numpy()
-    dtype, parts = FLOATS[weight.dtype], [part.rows for part in weight.parts]
-    piece = job_piece(lambda: read_rows(parts).T.to(dtype), (columns, rows), weight.dtype, weight.parts[0].layer)
+    dtype = FLOATS[weight.dtype]
+
+    def run() -> torch.Tensor:
+        return torch.cat([narrowed(part.rows.read(), dtype, part.parameter) for part in weight.parts]).T
+
+    piece = job_piece(run, (columns, rows), weight.dtype, weight.parts[0].layer)
     name = f"{weight.name}.transposed"
     stored = initializer(graph, Weight(name, weight.dtype, (columns, rows), [piece], weight.parameter))
     new = Nodes()
