@@ -1,139 +1,92 @@
 """Writes bundle/ and cases.json beside this file: what a runtime in any language must give, token for token.
 
-    python -m spec.make_cases
+    python -m spec.make_cases             both
+    python -m spec.make_cases --bundle    the bundle, for which every case of cases.json must still hold
+    python -m spec.make_cases --cases     the cases, for the bundle that is there
 
 Releases of ONNX Runtime, processors and kernels round differently, and where two tokens, or two experts, are nearly as
-likely that decides. So a case is kept only if every token in it was chosen with a margin, `GAP` and `DISTANCE`, by
-every witness: both of the bundle's graphs, and copies whose float32 numbers are off by `NOISE`, which moves the logits
-about twice as far as another release does. The candidates of a case are tried until one holds.
+likely that decides. So a case is kept only if every token in it was chosen with a margin (witness.py) by each of the
+bundle's graphs on real releases of ONNX Runtime, and is the same in copies whose float32 numbers are off a little,
+which moves the logits about twice as far as another release does (releases.py).
+
+A case that is in cases.json stays as it is where all witnesses hold to it; take its line out to have another chosen.
+Else the candidates of a case are tried until one holds. The releases are installed into environments of their own
+under build/witnesses.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import functools
 import itertools
 import json
 import random
-import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
 
 from phimoe_onnx import PhiMoE, export, parity
-from phimoe_onnx.bundle import describe_files, read_manifest
-from phimoe_onnx.runtime.generate import Generation
-from phimoe_onnx.runtime.sampling import Sampling, draw, penalize, sample, uniform
+from phimoe_onnx.runtime.sampling import Sampling, sample
 from spec.manifests import Steps, refused, taken
+from spec.releases import Fields, Witness, console, witnesses
+from spec.witness import Result
 from tests.checkpoints import MODEL
 
 HERE = Path(__file__).parent
 BUNDLE, CASES = HERE / "bundle", HERE / "cases.json"
 TEXT = Path(parity.__file__).with_name("persuasion.txt").read_text(encoding="utf-8")
 
-GAP = 0.1  # between the chosen token's logit and the nearest other one
-DISTANCE = 0.01  # of a draw's random number from where it would choose another token
-NOISE = 1e-3  # relative, in standard deviations, of every scale, norm, bias and router weight of a copy
-COPIES = 6
-
 Candidate = tuple[Any, dict[str, Any]]  # a prompt or a batch, and options
-Fields = dict[str, Any]
-Wanted = Callable[[Generation], bool]
-
-
-class NearTieError(Exception):
-    """A token was chosen without the margin."""
-
-
-def sample_with_margin(logits: NDArray[np.float32], sampling: Sampling, step: int, seen: Collection[int]) -> int:
-    """As `sample`; raises NearTieError where a small difference of the logits may choose another token."""
-    chosen = sample(logits, sampling, step, seen)
-    logits = penalize(logits, seen, sampling.repetition_penalty)
-    if np.partition(np.abs(logits - logits[chosen]), 1)[1] < GAP:
-        raise NearTieError
-    if sampling.temperature > 0:
-        u = uniform(sampling.seed, step)
-        if {draw(logits, sampling, float(v)) for v in np.clip([u - DISTANCE, u + DISTANCE], 0, 1 - 2**-53)} != {chosen}:
-            raise NearTieError
-    return chosen
-
-
-def witnesses(folder: Path) -> list[PhiMoE]:
-    """The bundle on each of its graphs, and the copies with noise."""
-    manifest = read_manifest(BUNDLE)
-    copies = [(graph, None) for graph in manifest.graphs] + [(manifest.graphs[-1], seed) for seed in range(COPIES)]
-    models = []
-    for number, (graph, seed) in enumerate(copies):
-        copy = folder / str(number)
-        shutil.copytree(BUNDLE, copy)
-        if seed is not None:
-            add_noise(copy / graph.file, np.random.default_rng(seed))
-        dataclasses.replace(manifest, graphs=(graph,), files=describe_files(copy)).write(copy)
-        models.append(PhiMoE.load(copy, threads=1))
-    return models
-
-
-def add_noise(path: Path, random: np.random.Generator) -> None:
-    """Changes every float32 number of a graph a little."""
-    model = ir.load(path)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
-            array = value.const_value.numpy()
-            value.const_value = ir.tensor(
-                (array * random.normal(1, NOISE, array.shape)).astype(np.float32), name=value.name
-            )
-    path.unlink()
-    ir.save(model, path)
+Wanted = Callable[[Result], bool]
 
 
 class Maker:
-    """Finds cases."""
+    """Finds cases; keeps those of `old` that hold."""
 
-    def __init__(self, models: list[PhiMoE]) -> None:
-        self.models = models
-        self.model = models[0]
+    def __init__(self, witnesses: list[Witness], old: Iterable[Fields]) -> None:
+        self.witnesses = witnesses
+        self.model = PhiMoE.load(BUNDLE, threads=1)
+        self.old = {case["name"]: case for case in old if "expected" in case and "bundle" not in case}
         self.cases: list[Fields] = []
         self.ids = self.model.encode(TEXT)
 
-    def add(self, name: str, candidates: Iterable[Candidate], wanted: Wanted = lambda generation: True) -> Fields:
-        """Adds the first candidate that has the margin and leads to what is `wanted`."""
-        prompt, options, generations = next(self.found(candidates, wanted))
-        if isinstance(generations, list):
-            fields: Fields = {"batch": prompt, "options": options, "expected": [result(each) for each in generations]}
-        else:
-            fields = {"prompt": prompt, "options": options, "expected": result(generations)}
-        self.cases.append({"name": name, **fields})
-        print(name, json.dumps(fields["expected"], ensure_ascii=False)[:200])
-        return fields
+    def add(self, name: str, candidates: Iterable[Candidate], wanted: Wanted = lambda result: True) -> None:
+        """Adds the old case of this name or the first candidate that has the margin and leads to what is `wanted`."""
+        old = self.old.get(name)
+        if old and self.agreed(old) == old["expected"] and all(map(wanted, rows(old["expected"]))):
+            self.cases.append(old)
+            console.print(f"stays  {name}")
+            return
+        with console.status(name):
+            prompt, options, results = next(self.found(candidates, wanted))
+        self.cases.append({"name": name, **asked(prompt), "options": options, "expected": results})
+        console.print(f"[bold]{'other' if old else 'new':7}[/]{name}")
 
     def found(
-        self, candidates: Iterable[Candidate], wanted: Wanted = lambda generation: True
+        self, candidates: Iterable[Candidate], wanted: Wanted = lambda result: True
     ) -> Iterator[tuple[Any, Fields, Any]]:
-        """The candidates that have the margin, and with each prompt lead to what is `wanted`, with the generations."""
+        """The candidates that have the margin, and with each prompt lead to what is `wanted`, with the results."""
         for prompt, options in itertools.islice(candidates, 50000):
-            agreed = self.agreed(prompt, options)
-            if agreed and all(map(wanted, rows(agreed))):
-                yield prompt, options, agreed
+            results = self.agreed({**asked(prompt), "options": options})
+            if results and all(map(wanted, rows(results))):
+                yield prompt, options, results
         raise SystemExit("no candidate has the margin; give more of them, or fewer tokens")
 
-    def agreed(self, prompt: Any, options: Fields) -> Generation | list[Generation] | None:
-        """What every witness makes of a prompt or a batch; None where one has no margin or makes another of it."""
-        first = None
-        for model in self.models:
-            try:
-                with patch("phimoe_onnx.runtime.generate.sample", sample_with_margin):
-                    generation = model.generate(prompt, **options)
-            except NearTieError:
+    def agreed(self, case: Fields) -> Result | list[Result] | None:
+        """What every witness makes of a case's prompt or batch; None where one is not sure or makes another of it."""
+        prompts = case["batch"] if "batch" in case else [case["prompt"]]
+        first: list[Result] | None = None
+        for witness in self.witnesses:
+            results = witness.continued(prompts, case["options"])
+            if results is None or results != (first or results):
                 return None
-            first = first or generation
-            if list(map(result, rows(generation))) != list(map(result, rows(first))):
-                return None
-        return first
+            first = results
+        assert first
+        return first if "batch" in case else first[0]
 
     def windows(self, *lengths: int) -> Iterator[list[int]]:
         """Token ids of the sample text, of the lengths in turn, from anywhere in it."""
@@ -178,21 +131,27 @@ def questions() -> Iterator[str]:
         yield f"Continue this passage: {opening}"
 
 
+def once(candidate: Callable[[], Candidate]) -> Iterator[Candidate]:
+    """One candidate, which is made only where the old case does not hold."""
+    yield candidate()
+
+
 def user(content: str) -> Fields:
     return {"role": "user", "content": content}
 
 
-def result(generation: Generation) -> Fields:
-    """What a case expects of one prompt; the pieces of a stream put together are the text."""
-    return {name: getattr(generation, name) for name in ("prompt_tokens", "token_ids", "text", "finish_reason")}
+def asked(prompt: Any) -> Fields:
+    """A prompt or a batch under its key in a case."""
+    batch = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+    return {"batch" if batch else "prompt": prompt}
 
 
-def rows(generations: Generation | list[Generation]) -> list[Generation]:
-    return generations if isinstance(generations, list) else [generations]
+def rows(results: Result | list[Result]) -> list[Result]:
+    return results if isinstance(results, list) else [results]
 
 
 def ends(reason: str) -> Wanted:
-    return lambda generation: generation.finish_reason == reason
+    return lambda result: result["finish_reason"] == reason
 
 
 def texts(maker: Maker) -> None:
@@ -230,30 +189,42 @@ def texts(maker: Maker) -> None:
 
 def stops(maker: Maker) -> None:
     """Texts that end at a stop string, or hold it back in vain."""
-    varied = maker.found(
-        ((text, {"max_new_tokens": 24}) for text in openings(6)), lambda generation: len(set(generation.token_ids)) > 19
-    )
-    prompt, _, generation = next(varied)
-    text = generation.text
 
-    def stop(name: str, *strings: str, reason: str = "stop") -> None:
-        given = strings[0] if len(strings) == 1 else list(strings)
-        maker.add(name, [(prompt, {"max_new_tokens": 24, "stop": given})], ends(reason))
+    @functools.cache
+    def varied() -> tuple[str, str]:
+        """A prompt, and the text of many different tokens that follows."""
+        found = maker.found(
+            ((text, {"max_new_tokens": 24}) for text in openings(6)), lambda result: len(set(result["token_ids"])) > 19
+        )
+        prompt, _, results = next(found)
+        return prompt, results["text"]
 
-    middle = len(text) // 2
-    stop("a stop string over several tokens", text[middle - 6 : middle + 6])
+    def stop(name: str, strings: Callable[[str], list[str]], reason: str = "stop") -> None:
+        def candidate() -> Candidate:
+            prompt, text = varied()
+            given = strings(text)
+            return prompt, {"max_new_tokens": 24, "stop": given[0] if len(given) == 1 else given}
+
+        maker.add(name, once(candidate), ends(reason))
+
+    def half(text: str, start: int, end: int) -> str:
+        """Characters counted from the text's middle."""
+        return text[len(text) // 2 + start : len(text) // 2 + end]
+
+    stop("a stop string over several tokens", lambda text: [half(text, -6, 6)])
     stop(
         "the stop string that comes first",
-        text[middle + 9 : middle + 14],
-        text[middle : middle + 20],
-        "never",
-        text[middle + 3 : middle + 8],
+        lambda text: [half(text, 9, 14), half(text, 0, 20), "never", half(text, 3, 8)],
     )
-    stop("stop strings that begin and never come", text[middle : middle + 9] + "¶", text[-5:] + "¶", reason="length")
-    stop("one character", text[3])
-    stop("the first characters", text[:4])
-    stop("the last characters", text[-3:])
-    stop("a special token that does not come", "<|user|>", reason="length")
+    stop(
+        "stop strings that begin and never come",
+        lambda text: [half(text, 0, 9) + "¶", text[-5:] + "¶"],
+        reason="length",
+    )
+    stop("one character", lambda text: [text[3]])
+    stop("the first characters", lambda text: [text[:4]])
+    stop("the last characters", lambda text: [text[-3:]])
+    stop("a special token that does not come", lambda text: ["<|user|>"], reason="length")
 
 
 def rope(maker: Maker) -> None:
@@ -268,21 +239,31 @@ def rope(maker: Maker) -> None:
 
 def batches(maker: Maker) -> None:
     """Several rows, each as if it were alone."""
+
+    def batch(name: str, lengths: Iterable[int], times: int = 1, **options: Any) -> None:
+        maker.add(name, once(lambda: (maker.prompts(lengths, **options) * times, options)))
+
     greedy = {"max_new_tokens": 10}
-    maker.add("a batch of uneven prompts", [(maker.prompts((3, 40, 1, 17), **greedy), greedy)])
-    maker.add("a batch around the boundary", [(maker.prompts((5, 250, 256, 300, 246, 600), **greedy), greedy)])
     sampled = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.8, "seed": 11}
-    maker.add("a sampled batch", [(maker.prompts((9, 253, 30), **sampled), sampled)])
-    equal = maker.prompts((20,), **sampled)
-    maker.add("equal prompts have equal texts", [(equal * 2, sampled)])
+    batch("a batch of uneven prompts", (3, 40, 1, 17), **greedy)
+    batch("a batch around the boundary", (5, 250, 256, 300, 246, 600), **greedy)
+    batch("a sampled batch", (9, 253, 30), **sampled)
+    batch("equal prompts have equal texts", (20,), times=2, **sampled)
     ending = {"max_new_tokens": 24, "stop": [",", "."]}
-    varied = maker.found((ids, ending) for ids in maker.windows(249, 12, 30, 280, 8))
-    by_length = {len(generation.token_ids): ids for ids, _, generation in itertools.islice(varied, 12)}
-    assert len(by_length) > 4
-    maker.add("rows that end at different steps", [(list(by_length.values())[:6], ending)])
-    text = next(maker.found((opening, greedy) for opening in openings(5)))[0]
-    chat = next(maker.found(([user(question)], greedy) for question in questions()))[0]
-    maker.add("a batch of every kind of prompt", [([text, chat, *maker.prompts((7,), **greedy)], greedy)])
+
+    def uneven() -> Candidate:
+        varied = maker.found((ids, ending) for ids in maker.windows(249, 12, 30, 280, 8))
+        by_length = {len(result["token_ids"]): ids for ids, _, result in itertools.islice(varied, 12)}
+        assert len(by_length) > 4
+        return list(by_length.values())[:6], ending
+
+    def mixed() -> Candidate:
+        text = next(maker.found((opening, greedy) for opening in openings(5)))[0]
+        chat = next(maker.found(([user(question)], greedy) for question in questions()))[0]
+        return [text, chat, *maker.prompts((7,), **greedy)], greedy
+
+    maker.add("rows that end at different steps", once(uneven))
+    maker.add("a batch of every kind of prompt", once(mixed))
 
 
 def chats(maker: Maker) -> None:
@@ -421,29 +402,59 @@ def draws() -> Iterator[Fields]:
         yield {"logits": logits.tolist(), "options": fields, "token_ids": tokens}
 
 
-def main() -> None:
-    """Exports the bundle and writes the cases."""
-    export(MODEL, BUNDLE, quantize="int4", overwrite=True)
-    with tempfile.TemporaryDirectory() as folder:
-        maker = Maker(witnesses(Path(folder)))
-        for part in (texts, stops, rope, batches, chats):
-            part(maker)
-    sections = {
-        "encodings": encodings(maker.model),
-        "streams": streams(maker.model),
-        "draws": draws(),
-        "cases": [
-            *maker.cases,
-            *taken(maker.cases[0]),
-            *errors(maker.model.decoding.context),
-        ],
+def make(witnesses: list[Witness], old: Fields) -> Fields:
+    """All sections of cases.json; a case of `old` that holds stays."""
+    maker = Maker(witnesses, old["cases"])
+    for part in (texts, stops, rope, batches, chats):
+        part(maker)
+    return {
+        "encodings": list(encodings(maker.model)),
+        "streams": list(streams(maker.model)),
+        "draws": list(draws()),
+        "cases": [*maker.cases, *taken(maker.cases[0]), *errors(maker.model.decoding.context)],
     }
-    # one line each, so that a change is seen where it is
+
+
+def write(sections: Fields) -> None:
+    """Writes cases.json, a line for each case, so that a change is seen where it is."""
     lines = {
         name: ",\n".join(json.dumps(each, ensure_ascii=False) for each in section) for name, section in sections.items()
     }
     text = ",\n".join(f'"{name}": [\n{each}\n]' for name, each in lines.items())
     CASES.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+
+
+def broken(witnesses: list[Witness], cases: Fields) -> list[str]:
+    """The names of what does not hold for the bundle that is there; tests/test_conformance.py holds errors and changes
+    of the bundle.
+    """
+    maker = Maker(witnesses, [])
+    made = {"encodings": encodings(maker.model), "streams": streams(maker.model), "draws": draws()}
+    names = [section for section, each in made.items() if list(each) != cases[section]]
+    for case in cases["cases"]:
+        if "expected" in case and "bundle" not in case:
+            holds = maker.agreed(case) == case["expected"]
+            console.print(f"{'holds' if holds else '[bold red]BROKEN[/]':6} {case['name']}")
+            names += [] if holds else [case["name"]]
+    return names
+
+
+def main() -> None:
+    """Writes bundle, cases or both."""
+    parser = argparse.ArgumentParser(description="Writes spec/bundle and spec/cases.json.")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--bundle", action="store_true", help="write the bundle alone, and hold the cases against it")
+    only.add_argument("--cases", action="store_true", help="write the cases alone, for the bundle that is there")
+    arguments = parser.parse_args()
+    if not arguments.cases:
+        export(MODEL, BUNDLE, quantize="int4", overwrite=True)
+    old = json.loads(CASES.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        opened = [stack.enter_context(witness) for witness in witnesses(BUNDLE, Path(folder))]
+        if not arguments.bundle:
+            write(make(opened, old))
+        elif names := broken(opened, old):
+            raise SystemExit(f"no longer hold: {', '.join(names)}; python -m spec.make_cases --cases chooses others")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""embed/rust, a reader of manifest and graph alone, writes `PhiMoE`'s tokens and text; `nox -s rust` builds it."""
+"""embed/rust, a greedy reader of bundles, writes what `PhiMoE` does and what spec/cases.json says; `nox -s rust` builds
+it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -13,6 +18,7 @@ import pytest
 from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import MODEL
+from tests.test_conformance import BUNDLE, CASES, change
 
 PROGRAM = Path(__file__).parent.parent / "embed" / "rust" / "target" / "release" / "phimoe-generate"
 LIBRARY = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
@@ -59,15 +65,71 @@ def test_a_chat_is_answered_alike(bundle: Path) -> None:
     assert (json.loads(done.stderr), done.stdout) == (expected.token_ids, f"{expected.text}\n")
 
 
-def test_errors_are_one_line(bundle: Path, tmp_path: Path) -> None:
-    for arguments, words in {
-        (bundle, "a"): "usage: ",
-        (tmp_path, "a", 3): f"{tmp_path}/manifest.json: No such file",
-        (bundle, "", 3): "0 tokens of a prompt and 3 new ones",
-        (bundle, "a", 5000): "in all up to 1024",
-    }.items():
-        done = run(*arguments)
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: ")
-        assert words in done.stderr
-        assert done.stderr.count("\n") == 1
+def greedy_cases() -> Iterator[Any]:
+    """Each prompt of the cases that are greedy and end at an end token or a number of tokens; rows go one by one."""
+    for case in CASES["cases"]:
+        if "expected" in case and "bundle" not in case and case["options"].keys() <= {"max_new_tokens"}:
+            batch = "batch" in case
+            prompts, results = (case["batch"], case["expected"]) if batch else ([case["prompt"]], [case["expected"]])
+            for row, (prompt, expected) in enumerate(zip(prompts, results, strict=True)):
+                yield pytest.param(
+                    prompt, case["options"], expected, id=f"{case['name']} {row}" if batch else case["name"]
+                )
+
+
+@pytest.mark.parametrize(("prompt", "options", "expected"), [*greedy_cases()])
+def test_generation(prompt: Any, options: dict[str, int], expected: dict[str, Any]) -> None:
+    check_generation(BUNDLE, prompt, options, expected)
+
+
+def check_generation(folder: Path, prompt: Any, options: dict[str, int], expected: dict[str, Any]) -> None:
+    new = options.get("max_new_tokens", len(expected["token_ids"]))
+    done = run("--json", folder, json.dumps(prompt), new)
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stderr), done.stdout) == (expected["token_ids"], f"{expected['text']}\n")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case["name"]) for case in CASES["cases"] if "bundle" in case and not case["load"]],
+)
+def test_changed_bundles(tmp_path: Path, case: dict[str, Any]) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder)
+    for step, *arguments in case["bundle"]:
+        change(folder, step, *arguments)
+    if "expected" in case:
+        check_generation(folder, case["prompt"], case["options"], case["expected"])
+        return
+    check_error(run(folder, "Emma", 3), case["error"], *case["names"])
+
+
+def check_error(done: subprocess.CompletedProcess[str], kind: str, *words: str) -> None:
+    """One line that begins with the kind and has the words."""
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{kind}: ")
+    assert [word for word in words if word not in done.stderr] == []
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("", 3), ("the prompt", "empty")),
+        (("a", 0), ("max_new_tokens", "0")),
+        (("a", "many"), ("max_new_tokens", "many")),
+        (("a", 5000), ("max_new_tokens", "5000", "1024")),
+        (("[5, 2048]", 3), ("2048", "2047")),
+        (("[5, -1]", 3), ("-1",)),
+        (("{", 3), ("JSON",)),
+        (('[{"role": "wizard", "content": "a"}]', 3), ("role", "wizard")),
+    ],
+)
+def test_bad_prompts_and_options(arguments: tuple[str, object], words: tuple[str, ...]) -> None:
+    form = ["--json"] if arguments[0][:1] in ("[", "{") else []
+    check_error(run(*form, BUNDLE, *arguments), "GenerationError", *words)
+
+
+def test_usage() -> None:
+    done = run(BUNDLE, "a")
+    assert (done.returncode, done.stderr[:7]) == (2, "usage: ")

@@ -5,7 +5,10 @@ import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
 const here = fileURLToPath(new URL(".", import.meta.url));
-const runtime = ["ort-wasm-simd-threaded", "ort-wasm-simd-threaded.asyncify"].flatMap((name) => [`${name}.mjs`, `${name}.wasm`]); // the second has WebGPU
+const runtime = ["ort-wasm-simd-threaded", "ort-wasm-simd-threaded.asyncify"].flatMap((name) => [
+  `${name}.mjs`,
+  `${name}.wasm`,
+]); // the second has WebGPU
 
 await rm(`${here}dist`, { recursive: true, force: true });
 await build({

@@ -3,36 +3,63 @@ import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 
-import { HASH_LIMIT, type Manifest, parseManifest } from "./bundle.js";
-import { BundleError } from "./errors.js";
-import { Tokenizer } from "./tokenizer.js";
+import { HASH_LIMIT, type Manifest, parseManifest } from "./core/bundle.js";
+import { BundleError } from "./core/errors.js";
+import { Tokenizer } from "./core/tokenizer.js";
 
 /**
- * Reads `folder`/manifest.json and holds every file against it: its size always, its SHA-256 up to `HASH_LIMIT`.
+ * Reads `folder`/manifest.json.
  *
- * @throws BundleError: there is no bundle here, a file is missing, or it is not the one that was exported.
+ * @throws BundleError: there is no bundle here, or its manifest is damaged.
  */
-export async function readBundle(folder: string): Promise<{ manifest: Manifest; tokenizer: Tokenizer }> {
-  const manifest = parseManifest(await readText(join(folder, "manifest.json")), join(folder, "manifest.json"));
-  for (const [name, expected] of Object.entries(manifest.files)) {
-    const path = join(folder, name);
-    const found = await stat(path).catch(() => undefined);
-    if (!found?.isFile()) throw new BundleError(`${path}: is missing; the bundle is incomplete, copy or export it again`);
-    if (found.size !== expected.size) {
-      throw new BundleError(`${path}: has ${found.size} bytes, the manifest says ${expected.size}; copy or export the bundle again`);
-    }
-    if (found.size <= HASH_LIMIT && (await sha256(path)) !== expected.sha256) {
-      throw new BundleError(`${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`);
-    }
-  }
-  const path = join(folder, "tokenizer.json");
-  return { manifest, tokenizer: new Tokenizer(await readText(path), path, Object.values(manifest.decoding.hidden_tokens)) };
+export async function readManifest(folder: string): Promise<Manifest> {
+  const path = join(folder, "manifest.json");
+  return parseManifest(await readFile(path, "utf-8").catch(unreadable(path)), path);
 }
 
-async function readText(path: string): Promise<string> {
-  return readFile(path, "utf-8").catch((error) => {
+/**
+ * Holds every file against the manifest: its size always, its SHA-256 up to `HASH_LIMIT`.
+ *
+ * @throws BundleError: a file is missing, or it is not the one that was exported.
+ */
+export async function checkFiles(folder: string, { files }: Manifest): Promise<void> {
+  for (const [name, expected] of Object.entries(files)) {
+    const path = join(folder, name);
+    const found = await stat(path).catch(() => undefined);
+    if (!found?.isFile())
+      throw new BundleError(`${path}: is missing; the bundle is incomplete, copy or export it again`);
+    if (found.size !== expected.size) {
+      throw new BundleError(
+        `${path}: has ${found.size} bytes, the manifest says ${expected.size}; copy or export the bundle again`,
+      );
+    }
+    if (found.size <= HASH_LIMIT && (await sha256(path)) !== expected.sha256) {
+      throw new BundleError(
+        `${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`,
+      );
+    }
+  }
+}
+
+/** Reads `folder`/tokenizer.json; throws BundleError where it is none. */
+export async function readTokenizer(folder: string, { decoding }: Manifest): Promise<Tokenizer> {
+  const path = join(folder, "tokenizer.json");
+  return new Tokenizer(
+    await readFile(path, "utf-8").catch(unreadable(path)),
+    path,
+    Object.values(decoding.hidden_tokens),
+  );
+}
+
+/** Reads a graph's file; throws BundleError where it cannot be read. */
+export function readGraph(path: string): Promise<Uint8Array> {
+  return readFile(path).catch(unreadable(path));
+}
+
+function unreadable(path: string) {
+  return (error: NodeJS.ErrnoException): never => {
     throw new BundleError(`not a bundle of phimoe-export: ${path}: cannot be read (${error.code ?? error.message})`);
-  });
+  };
 }
 
 async function sha256(path: string): Promise<string> {

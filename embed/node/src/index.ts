@@ -1,17 +1,16 @@
 import { resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 
-import { receivedError } from "./errors.js";
-import { Model } from "./model.js";
-import type { FromWorker } from "./protocol.js";
+import { receivedError } from "./core/errors.js";
+import { Model } from "./core/model.js";
+import type { FromWorker } from "./core/protocol.js";
 
-export type { Manifest } from "./bundle.js";
-export type { Message } from "./chat.js";
-export type { Conversation } from "./conversation.js";
-export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./errors.js";
-export type { Generation, Options, Piece } from "./generate.js";
-export type { CallOptions } from "./model.js";
-export type { Prompt } from "./protocol.js";
+export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/errors.js";
+export type { Manifest } from "./core/bundle.js";
+export type { Message } from "./core/chat.js";
+export type { Conversation } from "./core/conversation.js";
+export type { Generation, Piece } from "./core/generation.js";
+export type { CallOptions, Options, Prompt } from "./core/request.js";
 
 /** How a bundle is loaded. */
 export interface LoadOptions {

@@ -3,7 +3,7 @@ import { dirname, join } from "node:path";
 
 import koffi from "koffi";
 
-import type { Value } from "./cache.js";
+import { ELEMENT_TYPES, type Value } from "./core/session.js";
 
 /** A pointer to one of ONNX Runtime's objects. */
 export type Handle = bigint;
@@ -13,7 +13,7 @@ const LIBRARIES: Partial<Record<NodeJS.Platform, string>> = {
   linux: "libonnxruntime.so.1",
   win32: "onnxruntime.dll",
 };
-const API_VERSION = 17; // the oldest that has all that is called here; the table below only grows from version to version
+const API_VERSION = 17; // the oldest that has all that is called here; the table below only grows
 const OUT: any = koffi.out(koffi.pointer("void *"));
 const PATH = process.platform === "win32" ? "str16" : "str";
 
@@ -30,13 +30,12 @@ const FUNCTIONS = {
 } as const;
 const RELEASES = { Env: 92, Status: 93, MemoryInfo: 94, Session: 95, Value: 96, SessionOptions: 100 };
 const GET_ERROR_MESSAGE = 2;
-const ELEMENT_TYPES = { float32: 1, uint8: 2, int8: 3, int64: 7, float16: 10 }; // ONNXTensorElementDataType
 
 /**
  * ONNX Runtime's C API, as far as a generation loop needs it, in the library that the package onnxruntime-node brings.
  *
- * The package's own binding (1.30) writes into outputs that it is given, but returns a copy of each besides: of the whole cache
- * in every step. It also takes no values for inputs that have a default.
+ * The package's own binding (1.30) writes into outputs that it is given, but returns a copy of each besides: of the
+ * whole cache in every step. It also takes no values for inputs that have a default.
  */
 export class OnnxRuntime {
   /** The release, as "1.30.0". */
@@ -46,8 +45,11 @@ export class OnnxRuntime {
   /** Loads the library; throws where there is none for this platform. */
   constructor() {
     const folder = dirname(createRequire(import.meta.url).resolve("onnxruntime-node/package.json"));
-    const library = koffi.load(join(folder, "bin/napi-v6", process.platform, process.arch, LIBRARIES[process.platform] ?? "none"));
-    this.functions.OrtGetApiBase = library.func("OrtGetApiBase", "void *", []); // kept, or koffi would unload the library
+    const library = koffi.load(
+      join(folder, "bin/napi-v6", process.platform, process.arch, LIBRARIES[process.platform] ?? "none"),
+    );
+    // kept, or koffi would unload the library
+    this.functions.OrtGetApiBase = library.func("OrtGetApiBase", "void *", []);
     const [getApi, getVersion] = koffi.decode(this.functions.OrtGetApiBase(), koffi.array("void *", 2)) as Handle[];
     this.version = koffi.call(getVersion, koffi.proto("str", []));
     const api: Handle = koffi.call(getApi, koffi.proto("void *", ["uint32_t"]), API_VERSION);
@@ -88,14 +90,32 @@ export class OnnxRuntime {
       const known = tensors.get(value);
       if (known) return known;
       const size = data.byteLength;
-      const made = this.create("CreateTensorWithDataAsOrtValue", memory, data, size, dims, dims.length, ELEMENT_TYPES[type]);
+      const made = this.create(
+        "CreateTensorWithDataAsOrtValue",
+        memory,
+        data,
+        size,
+        dims,
+        dims.length,
+        ELEMENT_TYPES[type],
+      );
       tensors.set(value, made);
       return made;
     };
     try {
       const given = Object.values(inputs).map(tensor);
       const wanted = Object.values(outputs).map(tensor);
-      this.call("Run", session, null, Object.keys(inputs), given, given.length, Object.keys(outputs), wanted.length, wanted);
+      this.call(
+        "Run",
+        session,
+        null,
+        Object.keys(inputs),
+        given,
+        given.length,
+        Object.keys(outputs),
+        wanted.length,
+        wanted,
+      );
     } finally {
       for (const made of tensors.values()) this.release("Value", made);
     }

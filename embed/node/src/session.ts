@@ -1,32 +1,44 @@
 import { join } from "node:path";
 import { setImmediate } from "node:timers/promises";
 
-import { chooseGraph, type Manifest } from "./bundle.js";
-import type { Graph } from "./cache.js";
-import { DeviceError } from "./errors.js";
+import { checkGraph } from "./core/agreement.js";
+import type { Manifest } from "./core/bundle.js";
+import { DeviceError } from "./core/errors.js";
+import { checkThreads, chooseGraph, type Session } from "./core/session.js";
+import { checkFiles, readGraph } from "./files.js";
 import { type Handle, OnnxRuntime } from "./ort.js";
 
 const ERRORS_ONLY = 3; // ONNX Runtime's log severity
 const [DEVICE_ALLOCATOR, DEFAULT_MEMORY] = [0, 0];
 
-/** An open graph, and how to free it. */
-export interface Session extends Graph {
+/** A session, and how to free it. */
+export interface NativeSession extends Session {
   release(): void;
 }
 
 /**
- * Opens the first graph of the manifest that the installed ONNX Runtime can load.
+ * Checks a bundle's files and opens the first graph of the manifest that the installed ONNX Runtime can load.
  *
  * @param folder - the bundle's.
  * @param threads - for one operator; undefined leaves it to ONNX Runtime, which takes one a physical core.
  * @throws DeviceError: the bundle is for another device, or ONNX Runtime is too old for it or refuses its graph.
+ * @throws BundleError: a file is missing or changed, or the manifest does not describe the graph.
  */
-export function openSession(folder: string, manifest: Manifest, threads: number | undefined): Session {
-  if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1)) {
-    throw new DeviceError(`threads is ${threads}, expected an integer, 1 or more, or undefined for ONNX Runtime's own choice`);
-  }
+export async function openSession(
+  folder: string,
+  manifest: Manifest,
+  threads: number | undefined,
+): Promise<NativeSession> {
+  checkThreads(threads);
   const ort = loadLibrary();
-  const path = join(folder, chooseGraph(manifest, ort.version, true).file);
+  const graph = chooseGraph(manifest, ort.version, true);
+  await checkFiles(folder, manifest);
+  const path = join(folder, graph.file);
+  checkGraph(graph, await readGraph(path), manifest, join(folder, "manifest.json"));
+  return open(ort, path, threads);
+}
+
+function open(ort: OnnxRuntime, path: string, threads: number | undefined): NativeSession {
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");
   let session: Handle;
@@ -45,7 +57,11 @@ export function openSession(folder: string, manifest: Manifest, threads: number 
     inPlace: true,
     async run(inputs, outputs) {
       await setImmediate(); // lets messages in, such as the one that cancels
-      ort.run(session, memory, inputs, outputs);
+      try {
+        ort.run(session, memory, inputs, outputs);
+      } catch (error) {
+        throw new DeviceError(`${path}: ONNX Runtime ${ort.version} cannot run it: ${(error as Error).message}`);
+      }
     },
     release() {
       ort.release("MemoryInfo", memory);

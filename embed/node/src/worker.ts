@@ -1,10 +1,10 @@
 /** The thread that loads a bundle and runs its graph. */
 import { parentPort, workerData } from "node:worker_threads";
 
-import { Engine } from "./engine.js";
-import { sentError } from "./errors.js";
-import { readBundle } from "./files.js";
-import type { FromWorker, ToWorker } from "./protocol.js";
+import { Engine } from "./core/engine.js";
+import { sentError } from "./core/errors.js";
+import type { FromWorker, ToWorker } from "./core/protocol.js";
+import { readManifest, readTokenizer } from "./files.js";
 import { openSession } from "./session.js";
 
 const port = parentPort!;
@@ -12,9 +12,9 @@ const post = (message: FromWorker) => port.postMessage(message);
 
 try {
   const { folder, threads } = workerData;
-  const { manifest, tokenizer } = await readBundle(folder);
-  const session = openSession(folder, manifest, threads);
-  const engine = new Engine(session, manifest, tokenizer, post);
+  const manifest = await readManifest(folder);
+  const session = await openSession(folder, manifest, threads);
+  const engine = new Engine(session, manifest, await readTokenizer(folder, manifest), post);
   port.on("message", async (message: ToWorker) => {
     await engine.receive(message);
     if (!("close" in message)) return;

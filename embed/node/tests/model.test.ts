@@ -2,9 +2,9 @@ import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { after, before, test } from "node:test";
 
-import type { Graph } from "../src/cache.js";
-import { Engine } from "../src/engine.js";
-import { readBundle } from "../src/files.js";
+import { Engine } from "../src/core/engine.js";
+import type { Session } from "../src/core/session.js";
+import { readManifest, readTokenizer } from "../src/files.js";
 import { GenerationError, type Piece, PhiMoE } from "../src/index.js";
 import { openSession } from "../src/session.js";
 import { BUNDLE } from "./bundle.js";
@@ -31,8 +31,14 @@ async function all(pieces: AsyncIterable<Piece>): Promise<Piece[]> {
 test("a stream is the generation piece by piece", async () => {
   const generation = await model.generate(PROMPT, { max_new_tokens: 12 });
   const pieces = await all(model.stream(PROMPT, { max_new_tokens: 12 }));
-  assert.deepEqual(pieces.map((piece) => piece.token_id), generation.token_ids);
-  assert.deepEqual(pieces.map(({ result }) => result?.text), [...Array(11).fill(undefined), generation.text]);
+  assert.deepEqual(
+    pieces.map((piece) => piece.token_id),
+    generation.token_ids,
+  );
+  assert.deepEqual(
+    pieces.map(({ result }) => result?.text),
+    [...Array(11).fill(undefined), generation.text],
+  );
   assert.ok(generation.seconds >= generation.first_token_seconds && generation.tokens_per_second > 0);
 });
 
@@ -42,7 +48,10 @@ test("calls that overlap answer as if alone", async () => {
   const alone = [];
   for (const prompt of prompts) alone.push((await model.generate(prompt, options)).token_ids);
   const together = await Promise.all(prompts.map((prompt) => model.generate(prompt, options)));
-  assert.deepEqual(together.map((each) => each.token_ids), alone);
+  assert.deepEqual(
+    together.map((each) => each.token_ids),
+    alone,
+  );
 });
 
 test("the event loop turns while a prompt is computed", async () => {
@@ -79,7 +88,10 @@ test("a conversation answers as its messages would, and keeps what was said", as
   const first = await conversation.send("Who is Emma?", options);
   const messages = [...conversation.messages, { role: "user", content: "And Anne?" }];
   assert.deepEqual(messages[2], { role: "assistant", content: first.text });
-  const [second, same] = await Promise.all([conversation.send("And Anne?", options), model.generate(messages, options)]);
+  const [second, same] = await Promise.all([
+    conversation.send("And Anne?", options),
+    model.generate(messages, options),
+  ]);
   assert.equal(second.text, same.text);
   assert.equal(second.prompt_tokens, same.prompt_tokens);
 
@@ -99,12 +111,13 @@ test("a conversation answers as its messages would, and keeps what was said", as
 });
 
 test("a cache that grows gives what one that is written in place gives", async () => {
-  const { manifest, tokenizer } = await readBundle(BUNDLE);
-  const session = openSession(BUNDLE, manifest, 1);
-  const answers = async (graph: Graph) => {
+  const manifest = await readManifest(BUNDLE);
+  const tokenizer = await readTokenizer(BUNDLE, manifest);
+  const session = await openSession(BUNDLE, manifest, 1);
+  const answers = async (session: Session) => {
     const tokens: number[][] = [];
     let done = () => {};
-    const engine = new Engine(graph, manifest, tokenizer, (message) => {
+    const engine = new Engine(session, manifest, tokenizer, (message) => {
       if ("piece" in message) (tokens[message.piece.row] ??= []).push(message.piece.token_id);
       else done();
     });
@@ -118,15 +131,24 @@ test("a cache that grows gives what one that is written in place gives", async (
     return tokens;
   };
   const inPlace = await answers(session);
-  assert.deepEqual(inPlace.map((row) => row.length), [27, 9, 9]);
+  assert.deepEqual(
+    inPlace.map((row) => row.length),
+    [27, 9, 9],
+  );
   assert.deepEqual(await answers({ ...session, inPlace: false }), inPlace);
   session.release();
 });
 
 test("logits that are not finite are an error", async () => {
-  const { manifest, tokenizer } = await readBundle(BUNDLE);
-  const graph: Graph = { inPlace: true, run: async (_, outputs) => void (outputs.logits.data as Float32Array).fill(NaN) };
-  const reply = new Promise((post) => new Engine(graph, manifest, tokenizer, post).receive({ call: { id: 1, prompt: "a", options: {} } }));
+  const manifest = await readManifest(BUNDLE);
+  const tokenizer = await readTokenizer(BUNDLE, manifest);
+  const session: Session = {
+    inPlace: true,
+    run: async (_, outputs) => void (outputs.logits.data as Float32Array).fill(NaN),
+  };
+  const reply = new Promise((post) =>
+    new Engine(session, manifest, tokenizer, post).receive({ call: { id: 1, prompt: "a", options: {} } }),
+  );
   const message = "the graph's logits are not finite; check the bundle with phimoe-verify";
   assert.deepEqual(await reply, { id: 1, error: { name: "GenerationError", message } });
 });
@@ -154,7 +176,9 @@ test("a closed model ends what is running and says so", async () => {
 });
 
 test("a program ends without a close", () => {
-  const load = `const { PhiMoE } = await import(${JSON.stringify(new URL("../src/index.js", import.meta.url))});`;
-  const run = `const model = await PhiMoE.load(${JSON.stringify(BUNDLE)}); console.log((await model.generate("a", { max_new_tokens: 2 })).token_ids.length)`;
-  assert.equal(execFileSync(process.execPath, ["--input-type=module", "-e", load + run], { encoding: "utf-8" }), "2\n");
+  const program = `
+    const { PhiMoE } = await import(${JSON.stringify(new URL("../src/index.js", import.meta.url))});
+    const model = await PhiMoE.load(${JSON.stringify(BUNDLE)});
+    console.log((await model.generate("a", { max_new_tokens: 2 })).token_ids.length);`;
+  assert.equal(execFileSync(process.execPath, ["--input-type=module", "-e", program], { encoding: "utf-8" }), "2\n");
 });

@@ -1,199 +1,106 @@
-//! Continues a prompt with a bundle of phimoe-export, greedily: ONNX Runtime, a tokenizer and a JSON parser, as spec/embedding.md
-//! says. The letters of the shapes are that page's.
+//! Continues a prompt with a bundle of phimoe-export, greedily: ONNX Runtime, a tokenizer and a JSON parser, as
+//! spec/embedding.md says.
+//!
+//!     phimoe-generate [--chat | --json] BUNDLE PROMPT MAX_NEW_TOKENS
+//!
+//! PROMPT is a text, with --chat a user's message, with --json a text, token ids or messages in JSON. The text goes to
+//! stdout; its token ids go to stderr, or what is wrong.
 
-use std::collections::HashMap;
-use std::{env, fs, path::Path, process};
+mod decoder;
+mod errors;
+mod external_data;
+mod files;
+mod manifest;
+mod session;
+mod tokenizer;
 
-use ort::logging::LogLevel;
-use ort::memory::{Allocator, MemoryInfo};
-use ort::session::Session;
-use ort::value::{DynTensor, DynValue, Tensor, TensorElementType};
-use serde::Deserialize;
-use tokenizers::{Result, Tokenizer};
+use std::{env, path::Path, process};
 
-/// What of manifest.json a greedy loop needs.
-#[derive(Deserialize)]
-struct Manifest {
-    format_version: u32,
-    task: String,
-    graphs: Vec<Graph>,
-    decoding: Decoding,
-    chat: Option<ChatFormat>,
-}
+use decoder::Decoder;
+use errors::{Error, Result};
+use tokenizer::{Message, Prompt, Tokenizer};
 
-#[derive(Deserialize)]
-struct Graph {
-    file: String,
-}
-
-#[derive(Deserialize)]
-struct Decoding {
-    context: usize,
-    rope_boundary: Option<usize>,
-    prefill_chunk: usize,
-    eos_token_ids: Vec<u32>,
-    hidden_tokens: HashMap<String, u32>,
-    cache: CacheShape,
-}
-
-#[derive(Deserialize)]
-struct CacheShape {
-    num_hidden_layers: usize,
-    num_key_value_heads: usize,
-    head_dim: usize,
-    dtype: String,
-    shared: bool,
-}
-
-#[derive(Deserialize)]
-struct ChatFormat {
-    turns: HashMap<String, (String, String)>,
-    generation: String,
-}
-
-/// The graph, and what one row holds in its cache.
-struct Decoder {
-    session: Session,
-    decoding: Decoding,
-    capacity: usize,
-    cache: Vec<(String, DynValue)>,
-    held: Vec<u32>,
-}
-
-impl Decoder {
-    /// Holds `ids` and nothing else; returns the logits after the last one. `length` chooses the rope factors.
-    fn prefill(&mut self, ids: &[u32], length: usize) -> Result<Vec<f32>> {
-        self.held.clear();
-        if self.cache.is_empty() || !self.decoding.cache.shared {
-            self.cache = self.empty_cache()?; // a shared one is written over
-        }
-        let mut logits = Vec::new();
-        for chunk in ids.chunks(self.decoding.prefill_chunk) {
-            logits = self.run(chunk, length)?;
-        }
-        Ok(logits)
-    }
-
-    /// Appends a token; returns the logits after it.
-    fn step(&mut self, id: u32) -> Result<Vec<f32>> {
-        if self.decoding.rope_boundary == Some(self.held.len()) {
-            let ids = self.held.clone(); // rotated by the short factors, and worth nothing now
-            self.prefill(&ids, ids.len() + 1)?;
-        }
-        self.run(&[id], 0)
-    }
-
-    /// One pass of the graph: S new tokens behind the P held ones; returns the last one's logits.
-    fn run(&mut self, ids: &[u32], length: usize) -> Result<Vec<f32>> {
-        let total = self.held.len() + ids.len();
-        let tokens: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
-        let mut binding = self.session.create_binding()?;
-        binding.bind_input("input_ids", &Tensor::from_array(([1, ids.len()], tokens))?)?;
-        binding.bind_input("attention_mask", &Tensor::from_array(([1, total], vec![1_i64; total]))?)?;
-        binding.bind_input("logits_to_keep", &Tensor::from_array(([1], vec![1_i64]))?)?;
-        binding.bind_input("rope_length", &Tensor::from_array(([1], vec![length as i64]))?)?;
-        binding.bind_output_to_device("logits", &MemoryInfo::default())?;
-        for (name, value) in &mut self.cache {
-            binding.bind_input(format!("past_key_values.{name}"), value)?;
-            if self.decoding.cache.shared {
-                binding.bind_output(format!("present.{name}"), value)?; // the same memory, written in place
-            } else {
-                binding.bind_output_to_device(format!("present.{name}"), &MemoryInfo::default())?;
-            }
-        }
-        let mut outputs = self.session.run_binding(&binding)?;
-        if !self.decoding.cache.shared {
-            for (name, value) in &mut self.cache {
-                *value = outputs.remove(format!("present.{name}")).ok_or("the graph has no such output")?;
-            }
-        }
-        self.held.extend(ids);
-        Ok(outputs["logits"].try_extract_tensor::<f32>()?.1.to_vec())
-    }
-
-    fn empty_cache(&self) -> Result<Vec<(String, DynValue)>> {
-        let cache = &self.decoding.cache;
-        let dtype = match cache.dtype.as_str() {
-            "float32" => TensorElementType::Float32,
-            "float16" => TensorElementType::Float16,
-            "int8" => TensorElementType::Int8,
-            "uint8" => TensorElementType::Uint8,
-            other => return Err(format!("manifest.json: the cache's dtype is {other}, which this program does not know").into()),
-        };
-        let shape = [1, cache.num_key_value_heads, if cache.shared { self.capacity } else { 0 }, cache.head_dim];
-        let names = (0..cache.num_hidden_layers).flat_map(|layer| [format!("{layer}.key"), format!("{layer}.value")]);
-        names.map(|name| Ok((name, DynTensor::new(&Allocator::default(), dtype, shape)?.into_dyn()))).collect()
-    }
-}
-
-/// The text of `ids` behind `prompt`: a decoder strips the space before a text's first word, so a fixed word goes before it.
-fn decode(tokenizer: &Tokenizer, hidden: &HashMap<String, u32>, prompt: &[u32], ids: &[u32]) -> Result<String> {
-    let is_hidden = |id: &u32| hidden.values().any(|other| other == id);
-    let text: Vec<u32> = ids.iter().copied().filter(|id| !is_hidden(id)).collect();
-    if prompt.last().is_none_or(is_hidden) {
-        return tokenizer.decode(&text, false);
-    }
-    let anchor = tokenizer.encode("a", false)?.get_ids().to_vec();
-    let before = tokenizer.decode(&anchor, false)?.len();
-    Ok(tokenizer.decode(&[anchor, text].concat(), false)?[before..].to_string())
-}
+const USAGE: &str = "usage: phimoe-generate [--chat | --json] BUNDLE PROMPT MAX_NEW_TOKENS";
 
 fn main() {
-    if let Err(error) = generate() {
-        eprintln!("error: {error}");
-        process::exit(1);
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let (form, rest) = match arguments.split_first() {
+        Some((first, rest)) if first.starts_with("--") => (first.as_str(), rest),
+        _ => ("", &arguments[..]),
+    };
+    let ([bundle, text, limit], "" | "--chat" | "--json") = (rest, form) else {
+        eprintln!("{USAGE}");
+        process::exit(2);
+    };
+    match generate(Path::new(bundle), form, text, limit) {
+        Ok((text, ids)) => {
+            println!("{text}");
+            eprintln!("{ids:?}");
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            process::exit(1);
+        }
     }
 }
 
-fn generate() -> Result<()> {
-    let arguments: Vec<String> = env::args().skip(1).collect();
-    let (chat, rest) = match arguments.split_first() {
-        Some((first, rest)) if first == "--chat" => (true, rest),
-        _ => (false, &arguments[..]),
-    };
-    let [bundle, prompt, limit] = rest else { return Err("usage: phimoe-generate [--chat] BUNDLE PROMPT MAX_NEW_TOKENS".into()) };
-    let (folder, limit) = (Path::new(bundle), limit.parse::<usize>()?);
-    let text = fs::read_to_string(folder.join("manifest.json")).map_err(|error| format!("{bundle}/manifest.json: {error}"))?;
-    let manifest: Manifest = serde_json::from_str(&text).map_err(|error| format!("{bundle}/manifest.json: {error}"))?;
-    if (manifest.format_version, manifest.task.as_str()) != (1, "text-generation") {
-        return Err(format!("{bundle}: expected a text-generation bundle of format 1").into());
-    }
-    let tokenizer =
-        Tokenizer::from_file(folder.join("tokenizer.json")).map_err(|error| format!("{bundle}/tokenizer.json: {error}"))?;
-    let text = match (chat, &manifest.chat) {
-        (false, _) => prompt.clone(),
-        (true, Some(format)) => {
-            let (prefix, suffix) = &format.turns["user"];
-            format!("{prefix}{prompt}{suffix}{}", format.generation)
-        }
-        (true, None) => return Err("the bundle has no chat format; give the prompt as it is".into()),
-    };
-    let ids = tokenizer.encode(text, !chat)?.get_ids().to_vec();
-    let (prompt, context) = (ids.len(), manifest.decoding.context);
-    if prompt == 0 || limit == 0 || prompt + limit > context {
-        return Err(
-            format!("{prompt} tokens of a prompt and {limit} new ones: expected 1 or more each, in all up to {context}").into()
-        );
-    }
-    let library = env::var("ORT_DYLIB_PATH").map_err(|_| "set ORT_DYLIB_PATH to ONNX Runtime's library, libonnxruntime.so")?;
-    let ort = ort::init_from(library)?.build()?;
-    ort.set_log_level(LogLevel::Error); // a warning says that the optional inputs are optional
-    let load = |graph: &Graph| Session::builder(&ort)?.commit_from_file(folder.join(&graph.file));
-    let none = Err(ort::Error::new("the bundle has no graph"));
-    let session = manifest.graphs.iter().fold(none, |session, graph| session.or_else(|_| load(graph)))?; // the first that loads
-    let (cache, held, mut new) = (Vec::new(), Vec::new(), Vec::new());
-    let mut decoder = Decoder { session, decoding: manifest.decoding, capacity: prompt + limit, cache, held };
-    let mut logits = decoder.prefill(&ids, prompt)?;
+/// The text that follows a prompt, and its token ids with the one that ended it.
+fn generate(folder: &Path, form: &str, text: &str, limit: &str) -> Result<(String, Vec<u32>)> {
+    let manifest = manifest::read_manifest(folder)?;
+    files::check_files(folder, &manifest)?;
+    let tokenizer = Tokenizer::load(folder)?;
+    let session = session::open_session(folder, &manifest)?;
+    let prompt = tokenizer.encode(&read_prompt(form, text)?, &manifest)?;
+    let max_new_tokens = check_room(prompt.len(), limit, manifest.decoding.context)?;
+
+    let eos = &manifest.decoding.eos_token_ids;
+    let mut decoder = Decoder::new(session, &manifest.decoding, prompt.len() + max_new_tokens);
+    let mut logits = decoder.prefill(&prompt, prompt.len())?;
+    let mut new = Vec::new();
     loop {
-        let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])); // of equals the first
-        let token = best.ok_or("the graph gave no logits")? as u32;
+        let token = most_likely(&logits)?;
         new.push(token);
-        if new.len() == limit || decoder.decoding.eos_token_ids.contains(&token) {
-            break;
+        let ended = eos.iter().any(|id| id.0 == token);
+        if ended || new.len() == max_new_tokens {
+            let text = tokenizer.decode(&manifest.decoding, &prompt, &new[..new.len() - usize::from(ended)])?;
+            return Ok((text, new));
         }
         logits = decoder.step(token)?;
     }
-    println!("{}", decode(&tokenizer, &decoder.decoding.hidden_tokens, &ids, &new)?);
-    eprintln!("{}", serde_json::to_string(&new)?);
-    Ok(())
+}
+
+fn read_prompt(form: &str, text: &str) -> Result<Prompt> {
+    match form {
+        "--chat" => Ok(Prompt::Messages(vec![Message { role: "user".into(), content: text.into() }])),
+        "--json" => serde_json::from_str(text).map_err(|error| {
+            Error::Generation(format!("the prompt is none ({error}), expected a text, token ids or messages in JSON"))
+        }),
+        _ => Ok(Prompt::Text(text.into())),
+    }
+}
+
+fn check_room(prompt: usize, limit: &str, context: usize) -> Result<usize> {
+    let max_new_tokens = limit.parse().unwrap_or(0);
+    if prompt == 0 {
+        return Err(Error::Generation("the prompt is empty; give at least one character, message or token".into()));
+    }
+    if max_new_tokens == 0 {
+        return Err(Error::Generation(format!("max_new_tokens is {limit}, expected 1 or more")));
+    }
+    if max_new_tokens > context.saturating_sub(prompt) {
+        return Err(Error::Generation(format!(
+            "the prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}, together more than the context of \
+             {context}; shorten one of them"
+        )));
+    }
+    Ok(max_new_tokens)
+}
+
+/// Of equals the first.
+fn most_likely(logits: &[f32]) -> Result<u32> {
+    if !logits.iter().all(|logit| logit.is_finite()) {
+        return Err(Error::Generation("the graph's logits are not finite; check the bundle with phimoe-verify".into()));
+    }
+    let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+    best.map(|id| id as u32).ok_or_else(|| Error::Generation("the graph gave no logits".into()))
 }

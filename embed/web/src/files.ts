@@ -1,5 +1,5 @@
-import { HASH_LIMIT, type Manifest, parseManifest } from "../../node/src/bundle.js";
-import { BundleError } from "../../node/src/errors.js";
+import { type File, HASH_LIMIT, type Manifest, parseManifest } from "phimoe-onnx/core/bundle";
+import { BundleError } from "phimoe-onnx/core/errors";
 
 /** How much of a bundle has come. */
 export interface Progress {
@@ -17,46 +17,68 @@ export interface Progress {
  */
 export async function fetchManifest(bundle: string): Promise<Manifest> {
   const path = `${bundle}manifest.json`;
-  return parseManifest(await (await get(path)).text(), path);
+  const response = await get(path);
+  return parseManifest(await response.text().catch(brokenOff(path)), path);
 }
 
 /**
- * Fetches files of a bundle and holds them against the manifest: the size always; the SHA-256 up to `HASH_LIMIT`, and only
- * where the browser computes it, which is on https and on this machine.
+ * Fetches files of a bundle and holds them against the manifest, in which they are.
  *
  * @throws BundleError: a file is missing, or is not the one that was exported.
  */
 export async function fetchFiles(
   bundle: string,
-  manifest: Manifest,
+  { files }: Manifest,
   names: readonly string[],
   progress: (progress: Progress) => void,
 ): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
-  const expected = (name: string) => {
-    if (!manifest.files[name]) throw new BundleError(`${bundle}manifest.json: its files section has no ${name}; export the bundle again`);
-    return manifest.files[name];
-  };
-  const total = names.reduce((sum, name) => sum + expected(name).size, 0);
-  const files = new Map<string, Uint8Array<ArrayBuffer>>();
+  const total = names.reduce((sum, name) => sum + files[name].size, 0);
+  const fetched = new Map<string, Uint8Array<ArrayBuffer>>();
   let before = 0;
   for (const name of names) {
-    const { size, sha256 } = expected(name);
-    const data = new Uint8Array(size);
-    let found = 0;
-    const reader = (await get(bundle + name)).body!.getReader();
-    for (let part = await reader.read(); !part.done; part = await reader.read()) {
-      if (found + part.value.length <= size) data.set(part.value, found);
-      found += part.value.length;
-      progress({ loaded: before + Math.min(found, size), total });
-    }
-    if (found !== size) throw new BundleError(`${bundle}${name}: has ${found} bytes, the manifest says ${size}; copy or export the bundle again`);
-    if (size <= HASH_LIMIT && crypto.subtle && (await hash(data)) !== sha256) {
-      throw new BundleError(`${bundle}${name}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`);
-    }
-    files.set(name, data);
-    before += size;
+    const advance = (loaded: number) => progress({ loaded: before + loaded, total });
+    fetched.set(name, await fetchFile(bundle + encodeURIComponent(name), files[name], advance));
+    before += files[name].size;
   }
-  return files;
+  return fetched;
+}
+
+/**
+ * Fetches a file and holds it against the manifest: the size always; the SHA-256 up to `HASH_LIMIT`, and only where the
+ * browser computes it, which is on https and on this machine.
+ */
+async function fetchFile(
+  path: string,
+  { size, sha256 }: File,
+  progress: (loaded: number) => void,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const data = allocate(path, size);
+  let found = 0;
+  const reader = (await get(path)).body!.getReader();
+  const read = () => reader.read().catch(brokenOff(path));
+  for (let part = await read(); !part.done; part = await read()) {
+    if (found + part.value.length <= size) data.set(part.value, found);
+    found += part.value.length;
+    progress(Math.min(found, size));
+  }
+  if (found !== size)
+    throw new BundleError(`${path}: has ${found} bytes, the manifest says ${size}; copy or export the bundle again`);
+  if (size <= HASH_LIMIT && crypto.subtle && (await hash(data)) !== sha256) {
+    throw new BundleError(
+      `${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`,
+    );
+  }
+  return data;
+}
+
+function allocate(path: string, size: number): Uint8Array<ArrayBuffer> {
+  try {
+    return new Uint8Array(size);
+  } catch {
+    throw new BundleError(
+      `${path}: has ${size} bytes, the manifest says, which is more than a browser holds; take a smaller bundle`,
+    );
+  }
 }
 
 async function get(path: string): Promise<Response> {
@@ -66,8 +88,15 @@ async function get(path: string): Promise<Response> {
   } catch (error) {
     throw new BundleError(`${path}: cannot be fetched (${(error as Error).message}); is the server running?`);
   }
-  if (!response.ok) throw new BundleError(`${path}: is missing, the server says ${response.status}; copy or export the bundle again`);
+  if (!response.ok)
+    throw new BundleError(`${path}: is missing, the server says ${response.status}; copy or export the bundle again`);
   return response;
+}
+
+function brokenOff(path: string) {
+  return (error: Error): never => {
+    throw new BundleError(`${path}: its transfer broke off (${error.message}); load the bundle again`);
+  };
 }
 
 async function hash(data: Uint8Array<ArrayBuffer>): Promise<string> {

@@ -29,14 +29,17 @@ async function load(): Promise<PhiMoE> {
     progress({ loaded, total }) {
       [bar.value, bar.max] = [loaded, total];
       element("bytes").textContent =
-        loaded < total ? `Loading ${megabytes(loaded)} of ${megabytes(total)} MB` : `Loaded ${megabytes(total)} MB, starting …`;
+        loaded < total
+          ? `Loading ${megabytes(loaded)} of ${megabytes(total)} MB`
+          : `Loaded ${megabytes(total)} MB, starting …`;
     },
   });
   element("loading").hidden = true;
   const seconds = ((performance.now() - start) / 1000).toFixed(1);
   const place = model.device === "webgpu" ? "WebGPU" : "WebAssembly";
   const threads = crossOriginIsolated ? "threads" : "one thread, as the page is not cross-origin isolated";
-  element("machine").textContent = `${model.manifest.source}, ${model.manifest.quantize}, loaded in ${seconds} s; ${place}, ${threads}`;
+  element("machine").textContent =
+    `${model.manifest.source}, ${model.manifest.quantize}, loaded in ${seconds} s; ${place}, ${threads}`;
   return model;
 }
 
@@ -52,7 +55,11 @@ function converse(model: PhiMoE): void {
     say("user", content.value);
     const answer = say("assistant", "");
     control = new AbortController();
-    const options = { temperature: number("temperature"), max_new_tokens: number("max_new_tokens"), signal: control.signal };
+    const options = {
+      temperature: number("temperature"),
+      max_new_tokens: number("max_new_tokens"),
+      signal: control.signal,
+    };
     const question = content.value;
     content.value = "";
     setStop(true);

@@ -1,10 +1,11 @@
-import { receivedError } from "../../node/src/errors.js";
-import { Model } from "../../node/src/model.js";
+import { receivedError } from "phimoe-onnx/core/errors";
+import { Model } from "phimoe-onnx/core/model";
+
 import type { Progress } from "./files.js";
 import type { Device } from "./session.js";
 import type { FromWebWorker, Load } from "./worker.js";
 
-export { BundleError, DeviceError, GenerationError, PhiMoEError } from "../../node/src/errors.js";
+export { BundleError, DeviceError, GenerationError, PhiMoEError } from "phimoe-onnx/core/errors";
 export type { Device } from "./session.js";
 
 /** How a bundle is loaded. */

@@ -1,9 +1,11 @@
 /** The thread that fetches a bundle and runs its graph. */
-import { chooseGraph } from "../../node/src/bundle.js";
-import { Engine } from "../../node/src/engine.js";
-import { DeviceError, sentError } from "../../node/src/errors.js";
-import type { FromWorker, ToWorker } from "../../node/src/protocol.js";
-import { Tokenizer } from "../../node/src/tokenizer.js";
+import { checkGraph } from "phimoe-onnx/core/agreement";
+import { Engine } from "phimoe-onnx/core/engine";
+import { DeviceError, sentError } from "phimoe-onnx/core/errors";
+import type { FromWorker, ToWorker } from "phimoe-onnx/core/protocol";
+import { checkThreads, chooseGraph } from "phimoe-onnx/core/session";
+import { Tokenizer } from "phimoe-onnx/core/tokenizer";
+
 import { fetchFiles, fetchManifest, type Progress } from "./files.js";
 import { bestDevice, type Device, loadRuntime, openSession } from "./session.js";
 
@@ -30,22 +32,24 @@ addEventListener("message", async ({ data }: MessageEvent<Load | ToWorker>) => {
 });
 
 async function load({ bundle, threads, device: wanted }: Load): Promise<void> {
+  checkThreads(threads);
   const manifest = await fetchManifest(bundle);
   const device = wanted ?? (await bestDevice());
   if (device !== "wasm" && device !== "webgpu") throw new DeviceError(`device is ${device}, expected wasm or webgpu`);
   const ort = await loadRuntime(device);
-  const { file } = chooseGraph(manifest, ort.env.versions.web!, false);
-  const weights = Object.keys(manifest.files).filter((name) => name.endsWith(".data"));
-  const files = await fetchFiles(bundle, manifest, ["tokenizer.json", file, ...weights], (progress) => post({ progress }));
-  const take = (name: string) => {
-    const data = files.get(name)!;
-    files.delete(name);
-    return data;
-  };
-  const text = new TextDecoder().decode(take("tokenizer.json"));
+  const graph = chooseGraph(manifest, ort.env.versions.web!, false);
+  const first = ["tokenizer.json", graph.file];
+  const before = first.reduce((sum, name) => sum + manifest.files[name].size, 0);
+  const files = await fetchFiles(bundle, manifest, first, (progress) => post({ progress }));
+  const bytes = files.get(graph.file)!;
+  const names = checkGraph(graph, bytes, manifest, `${bundle}manifest.json`); // only the graph says where its weights are
+  const weights = await fetchFiles(bundle, manifest, names, ({ loaded, total }) =>
+    post({ progress: { loaded: before + loaded, total: before + total } }),
+  );
+  const text = new TextDecoder().decode(files.get("tokenizer.json"));
   const tokenizer = new Tokenizer(text, `${bundle}tokenizer.json`, Object.values(manifest.decoding.hidden_tokens));
-  const graph = await openSession(ort, device, bundle + file, take(file), files, threads);
-  engine = new Engine(graph, manifest, tokenizer, post);
+  const session = await openSession(ort, device, bundle + graph.file, bytes, weights, threads);
+  engine = new Engine(session, manifest, tokenizer, post);
   post({ device });
   post({ ready: manifest });
 }

@@ -1,20 +1,29 @@
-// The page in a headless Chromium, against what the Python runtime gives. CHROMIUM names another program than `chromium`;
+// The page in a headless Chromium, against what the Python runtime gives. CHROMIUM names another than `chromium`;
 // SCREENSHOT a file to write a picture of the page to.
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { basename, join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { fileURLToPath } from "node:url";
 
 import { chromium } from "playwright-core";
 
+import { changedBundle } from "../../node/tests/changes.mjs";
 import { pageServer } from "../serve.mjs";
 
 const SUITE = new URL("../../../spec/", import.meta.url);
+const BUNDLE = fileURLToPath(new URL("bundle", SUITE));
 const { cases } = JSON.parse(readFileSync(new URL("cases.json", SUITE), "utf-8"));
 const executablePath = find(process.env.CHROMIUM ?? "chromium");
 // Chromium's own renderer, on the processor, in the place of a graphics processor
-const SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan", "--use-vulkan=swiftshader"];
+const SOFTWARE_GPU = [
+  "--enable-unsafe-webgpu",
+  "--use-webgpu-adapter=swiftshader",
+  "--enable-features=Vulkan",
+  "--use-vulkan=swiftshader",
+];
 
 function find(program) {
   try {
@@ -24,8 +33,25 @@ function find(program) {
   }
 }
 
+function plain({ prompt_tokens, token_ids, text, finish_reason }) {
+  return { prompt_tokens, token_ids, text, finish_reason };
+}
+
+/** In the page: what a bundle gives, or the error that it ends with. */
+async function outcome({ bundle, load, prompt, options }) {
+  const { PhiMoE } = await import("/phimoe.js");
+  try {
+    const model = await PhiMoE.load(bundle, load);
+    const generations = await model.generate(prompt ?? "a", options);
+    await model.close();
+    return { generations };
+  } catch ({ name, message }) {
+    return { error: name, message };
+  }
+}
+
 describe("the page", { skip: executablePath ? false : "no chromium here; name one in CHROMIUM" }, () => {
-  const server = pageServer(fileURLToPath(new URL("bundle", SUITE)));
+  const server = pageServer(BUNDLE);
   let browser, page, address;
   const errors = [];
 
@@ -67,7 +93,11 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
 
   test("stop ends an answer", async () => {
     await ask("Continue this passage: She had been", 700);
-    await page.locator(".assistant").last().filter({ hasText: /\w+ \w+/ }).waitFor();
+    await page
+      .locator(".assistant")
+      .last()
+      .filter({ hasText: /\w+ \w+/ })
+      .waitFor();
     await page.getByRole("button", { name: "Stop" }).click();
     await page.getByRole("button", { name: "Send" }).waitFor();
     assert.match(await page.locator("#speed").textContent(), /stopped$/);
@@ -79,23 +109,62 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
   });
 
   test("every generation of the conformance suite", async () => {
-    const generations = cases.filter((each) => each.expected);
+    const generations = cases.filter((each) => each.expected && !each.bundle);
     const answers = await page.evaluate(async (generations) => {
       const { PhiMoE } = await import("/phimoe.js");
       const model = await PhiMoE.load("bundle");
       const answers = [];
-      for (const { prompt, batch, options } of generations) answers.push(await model.generate(batch ?? prompt, options));
+      for (const { prompt, batch, options } of generations)
+        answers.push(await model.generate(batch ?? prompt, options));
       await model.close();
       return answers;
     }, generations);
     for (const [index, { name, expected }] of generations.entries()) {
-      const plain = ({ prompt_tokens, token_ids, text, finish_reason }) => ({ prompt_tokens, token_ids, text, finish_reason });
       assert.deepEqual([answers[index]].flat().map(plain), [expected].flat(), name);
     }
   });
 
+  test("every changed bundle of the conformance suite", async (context) => {
+    // it fetches the graph that it runs, and of the other files those that the graph names
+    const unread = ["config.json", "model.onnx"];
+    const read = ({ bundle }) =>
+      bundle &&
+      !(bundle.length && bundle.every(([step, file]) => ["delete", "replace"].includes(step) && unread.includes(file)));
+    const changed = cases.filter(read);
+    assert.ok(changed.length > 50);
+    const bundles = mkdtempSync(join(tmpdir(), "bundles-"));
+    const other = pageServer(bundles);
+    context.after(() => rmSync(bundles, { recursive: true }));
+    context.after(() => other.close());
+    await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
+    const tab = await browser.newPage();
+    await tab.goto(`http://127.0.0.1:${other.address().port}/phimoe.js`);
+    for (const { name, bundle, load, batch, prompt, options, expected, error, names } of changed) {
+      const folder = changedBundle(BUNDLE, bundle, bundles);
+      const answer = await tab.evaluate(outcome, {
+        bundle: `/bundle/${basename(folder)}`,
+        load,
+        prompt: batch ?? prompt,
+        options,
+      });
+      rmSync(folder, { recursive: true });
+      if (expected)
+        assert.deepEqual([answer.generations].flat().map(plain), [expected].flat(), `${name}: ${answer.message}`);
+      else {
+        assert.equal(answer.error, error, `${name}: ${answer.message}`);
+        assert.deepEqual(
+          names.filter((each) => !answer.message.includes(each)),
+          [],
+          `${name}: ${answer.message}`,
+        );
+      }
+    }
+    await tab.close();
+  });
+
   test("WebGPU gives the same tokens", async (context) => {
-    if (!(await page.evaluate(async () => navigator.gpu?.requestAdapter().then(Boolean)))) return context.skip("no WebGPU here");
+    if (!(await page.evaluate(async () => navigator.gpu?.requestAdapter().then(Boolean))))
+      return context.skip("no WebGPU here");
     const { prompt, options, expected } = cases.find(({ name }) => name === "newlines");
     const answer = async ({ prompt, options }) => {
       const { PhiMoE } = await import("/phimoe.js");
@@ -110,7 +179,10 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
   test("what is wrong with a bundle is said", async () => {
     const other = await browser.newPage();
     await other.goto(`${address}?bundle=nowhere/`);
-    assert.match(await other.locator(".error").textContent(), /nowhere\/manifest\.json: is missing, the server says 404/);
+    assert.match(
+      await other.locator(".error").textContent(),
+      /nowhere\/manifest\.json: is missing, the server says 404/,
+    );
     await other.goto(`${address}?device=abacus`);
     assert.match(await other.locator(".error").textContent(), /device is abacus, expected wasm or webgpu/);
     await other.close();

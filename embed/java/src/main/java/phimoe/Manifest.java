@@ -149,9 +149,10 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
         return graphs;
     }
 
-    /** Holds that names of files are plain, and that every graph's file is listed. */
+    /** Holds that names of files are plain, and that every graph's file is listed, and the tokenizer's. */
     private void checkNames(Json root) {
         root.get("files").keys().forEach(Json::fileName);
+        root.get("files").get("tokenizer.json");
         root.get("graphs").list(graph -> listed(graph.get("file")));
         root.get("decoding").find("sampling_graph").flatMap(Json::unlessNull).ifPresent(this::listed);
     }

@@ -1,38 +1,30 @@
 import { type CacheShape, type CacheType, cacheNames, type Decoding } from "./bundle.js";
+import { GenerationError } from "./errors.js";
+import type { Session, Value } from "./session.js";
 
-/** A tensor; its numbers lie in row-major order. */
-export interface Value {
-  type: CacheType | "int64";
-  dims: number[];
-  data: Numbers;
-}
-
-export type Numbers = Float32Array | Uint16Array | Int8Array | Uint8Array | BigInt64Array;
-
-/** An open graph of ONNX Runtime, whichever package runs it. */
-export interface Graph {
-  /** Whether the outputs' data are written in place; else other data take their place. */
-  readonly inPlace: boolean;
-  /** Runs it once. */
-  run(inputs: Record<string, Value>, outputs: Record<string, Value>): Promise<void>;
-}
-
-const ARRAYS = { float32: Float32Array, float16: Uint16Array, int8: Int8Array, uint8: Uint8Array };
+const ARRAYS = {
+  float32: Float32Array,
+  float16: Uint16Array,
+  bfloat16: Uint16Array,
+  int8: Int8Array,
+  uint8: Uint8Array,
+};
 
 /**
- * The KV cache of a batch and one pass of the graph over it, in one fixed buffer [B, K, capacity, D] per layer and part that is
- * past and present at once; GroupQueryAttention writes in place.
+ * The KV cache of a batch and one pass of the graph over it, in one fixed buffer [B, K, capacity, D] per layer and part
+ * that is past and present at once; GroupQueryAttention writes in place.
  *
- * The kernel takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of the
- * buffers that is the row's own memory; a step runs all rows together. decoder.ts says which tokens a row holds, this only
- * where the keys and values lie. B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D head_dim.
+ * The kernel takes several new tokens over a past for one row only, so a prefill runs each row alone, on the slice of
+ * the buffers that is the row's own memory; a step runs all rows together. decoder.ts says which tokens a row holds,
+ * this only where the keys and values lie. B rows, S new tokens, P cached tokens, T = P + S, K num_key_value_heads, D
+ * head_dim.
  */
 export class SharedCache {
   private buffers: Value[];
   private step?: Value[];
 
   constructor(
-    private readonly graph: Graph,
+    private readonly session: Session,
     private readonly decoding: Decoding,
     rows: number,
     capacity: number,
@@ -49,14 +41,14 @@ export class SharedCache {
    */
   async runRow(row: number, ids: readonly number[], past: number, ropeLength: number): Promise<Float32Array> {
     const slices = this.slices(row, 1);
-    return (await pass(this.graph, this.decoding, [ids], [past + ids.length], ropeLength, slices, slices))[0];
+    return (await pass(this.session, this.decoding, [ids], [past + ids.length], ropeLength, slices, slices))[0];
   }
 
   /** Runs one new token of every row, after `lengths` cached ones each; returns float32 [vocab_size] a row. */
   runStep(ids: readonly number[], lengths: readonly number[]): Promise<Float32Array[]> {
     this.step ??= this.slices(0, ids.length);
     const [tokens, totals] = [ids.map((id) => [id]), lengths.map((length) => length + 1)];
-    return pass(this.graph, this.decoding, tokens, totals, 0, this.step, this.step);
+    return pass(this.session, this.decoding, tokens, totals, 0, this.step, this.step);
   }
 
   /** Forgets a row; the last row takes its number. */
@@ -85,12 +77,15 @@ export class SharedCache {
   }
 }
 
-/** As SharedCache, for graphs of standard operators: each row's own [1, K, P, D], which every pass replaces by [1, K, T, D]. */
+/**
+ * As SharedCache, for graphs of standard operators: each row's own [1, K, P, D], which every pass replaces by [1, K, T,
+ * D].
+ */
 export class GrowingCache {
   private readonly rows: Value[][];
 
   constructor(
-    private readonly graph: Graph,
+    private readonly session: Session,
     private readonly decoding: Decoding,
     rows: number,
   ) {
@@ -101,7 +96,7 @@ export class GrowingCache {
   async runRow(row: number, ids: readonly number[], past: number, ropeLength: number): Promise<Float32Array> {
     const cached = this.rows[row].map((value) => (value.dims[2] > past ? resized(value, past) : value));
     const present = zeros(this.decoding.cache, 1, past + ids.length);
-    const [logits] = await pass(this.graph, this.decoding, [ids], [past + ids.length], ropeLength, cached, present);
+    const [logits] = await pass(this.session, this.decoding, [ids], [past + ids.length], ropeLength, cached, present);
     this.rows[row] = present;
     return logits;
   }
@@ -131,23 +126,41 @@ function roundUp(capacity: number): number {
 /** The cache's values [rows, K, length, D]; the pages of a long buffer cost no memory before they are written. */
 function zeros(shape: CacheShape, rows: number, length: number): Value[] {
   const dims = [rows, shape.num_key_value_heads, length, shape.head_dim];
-  const size = dims.reduce((product, dim) => product * dim);
-  return cacheNames(shape.num_hidden_layers, "").map(() => ({ type: shape.dtype, dims: [...dims], data: new ARRAYS[shape.dtype](size) }));
+  return cacheNames(shape.num_hidden_layers, "").map(() => ({
+    type: shape.dtype,
+    dims: [...dims],
+    data: array(shape.dtype, dims),
+  }));
 }
 
 /** The value [rows, K, length, D] with another length, keeping what fits. */
 function resized({ type, dims: [rows, heads, before, size], data }: Value, length: number): Value {
-  const result = new ARRAYS[type as CacheType](rows * heads * length * size);
+  const dims = [rows, heads, length, size];
+  const result = array(type as CacheType, dims);
   const kept = Math.min(before, length) * size;
   for (let head = 0; head < rows * heads; head++) {
     result.set(data.subarray(head * before * size, head * before * size + kept) as typeof result, head * length * size);
   }
-  return { type, dims: [rows, heads, length, size], data: result };
+  return { type, dims, data: result };
 }
 
-/** One run of the graph: new `tokens` [B, S], each row's `totals` T, and its cache; the last token's logits, float32 [V] a row. */
+/** @throws GenerationError: there is no room for it. */
+function array(type: CacheType, dims: readonly number[]): InstanceType<(typeof ARRAYS)[CacheType]> {
+  try {
+    return new ARRAYS[type](dims.reduce((product, dim) => product * dim));
+  } catch {
+    throw new GenerationError(
+      `a cache of ${type} [${dims}] finds no memory; give fewer prompts, shorter ones, or a smaller max_new_tokens`,
+    );
+  }
+}
+
+/**
+ * One run of the graph: new `tokens` [B, S], each row's `totals` T, and its cache; the last token's logits, float32 [V]
+ * a row.
+ */
 async function pass(
-  graph: Graph,
+  session: Session,
   { vocab_size, cache }: Decoding,
   tokens: readonly (readonly number[])[],
   totals: readonly number[],
@@ -168,9 +181,10 @@ async function pass(
   const outputs: Record<string, Value> = {
     logits: { type: "float32", dims: [rows, 1, vocab_size], data: new Float32Array(rows * vocab_size) },
   };
-  for (const [index, name] of cacheNames(cache.num_hidden_layers, "past_key_values").entries()) inputs[name] = past[index];
+  for (const [index, name] of cacheNames(cache.num_hidden_layers, "past_key_values").entries())
+    inputs[name] = past[index];
   for (const [index, name] of cacheNames(cache.num_hidden_layers, "present").entries()) outputs[name] = present[index];
-  await graph.run(inputs, outputs);
+  await session.run(inputs, outputs);
   const logits = outputs.logits.data as Float32Array;
   return tokens.map((_, row) => logits.subarray(row * vocab_size, (row + 1) * vocab_size));
 }

@@ -1,16 +1,12 @@
 import type { Manifest } from "./bundle.js";
 import { Conversation } from "./conversation.js";
 import { GenerationError, receivedError } from "./errors.js";
-import type { Generation, Options, Piece } from "./generate.js";
-import { type FromWorker, isBatch, type Prompt, type ToWorker } from "./protocol.js";
-
-/** Options, and a signal that ends the generation; its promise or stream then fails with the signal's reason. */
-export interface CallOptions extends Options {
-  signal?: AbortSignal;
-}
+import { collect, type Generation, type Piece } from "./generation.js";
+import type { FromWorker, ToWorker } from "./protocol.js";
+import { type CallOptions, isBatch, type Prompt } from "./request.js";
 
 /** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
-interface WorkerLike {
+export interface WorkerLike {
   postMessage(message: ToWorker): void;
   ref?(): void;
   unref?(): void;
@@ -29,7 +25,7 @@ export class Model {
   #ended?: Error;
   #lastId = 0;
 
-  /** @internal */
+  /** For the platform: a worker with an Engine that is ready. */
   constructor(worker: WorkerLike, manifest: Manifest) {
     this.manifest = manifest;
     this.#worker = worker;
@@ -53,8 +49,8 @@ export class Model {
   }
 
   /**
-   * As `generate`, piece by piece; leaving the loop that reads them ends the generation. Errors of the prompt and the options
-   * come before the first piece.
+   * As `generate`, piece by piece; leaving the loop that reads them ends the generation. Errors of the prompt and the
+   * options come before the first piece.
    */
   stream(prompt: Prompt | readonly Prompt[], options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
     return this.answer(prompt, options);
@@ -62,7 +58,12 @@ export class Model {
 
   /** A conversation that keeps its cache from turn to turn, opened by a system message if one is given. */
   chat(system?: string): Conversation {
-    return new Conversation(this, ++this.#lastId, system);
+    const id = ++this.#lastId;
+    return new Conversation(
+      (messages, options) => this.answer(messages, options, id),
+      () => this.forget(id),
+      system,
+    );
   }
 
   /** Ends all generations and frees the memory. */
@@ -79,8 +80,8 @@ export class Model {
     return this.close();
   }
 
-  /** @internal As `stream`, with the cache of a conversation. */
-  async *answer(
+  /** As `stream`, with the cache of a conversation if one is given. */
+  private async *answer(
     prompt: Prompt | readonly Prompt[],
     { signal, ...options }: CallOptions = {},
     conversation?: number,
@@ -109,12 +110,12 @@ export class Model {
     }
   }
 
-  /** @internal Frees a conversation's cache. */
-  forget(conversation: number): void {
+  /** Frees a conversation's cache. */
+  private forget(conversation: number): void {
     if (!this.#ended) this.#worker.postMessage({ forget: conversation });
   }
 
-  /** @internal Takes a message of the worker. */
+  /** For the platform: takes a message of the worker. */
   receive(message: FromWorker): void {
     if ("closed" in message) this.#setClosed();
     else if ("id" in message) {
@@ -122,13 +123,13 @@ export class Model {
     }
   }
 
-  /** @internal The worker is no more, or soon will be. */
-  end(error: Error): void {
+  /** The worker is no more, or soon will be. */
+  private end(error: Error): void {
     this.#ended ??= error;
     for (const inbox of this.#inboxes.values()) inbox.push({ error });
   }
 
-  /** @internal The worker ended by itself. */
+  /** For the platform: the worker ended by itself. */
   fail(error: Error): void {
     this.end(error);
     this.#setClosed();
@@ -149,11 +150,4 @@ class Inbox {
     while (!this.#replies.length) await new Promise<void>((resolve) => (this.#wake = resolve));
     return this.#replies.shift()!;
   }
-}
-
-/** The results of a stream, by row. */
-export async function collect(pieces: AsyncIterable<Piece>): Promise<Generation[]> {
-  const results: Generation[] = [];
-  for await (const { row, result } of pieces) if (result) results[row] = result;
-  return results;
 }

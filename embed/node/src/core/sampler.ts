@@ -10,7 +10,9 @@ export interface Sampling {
   top_p: number;
   /** Keeps tokens at least min_p times as likely as the most likely one (arXiv 2407.01082). */
   min_p: number;
-  /** Divides the positive logits of seen tokens and multiplies the others (CTRL, arXiv 1909.05858); 1 changes nothing. */
+  /**
+   * Divides the positive logits of seen tokens and multiplies the others (CTRL, arXiv 1909.05858); 1 changes nothing.
+   */
   repetition_penalty: number;
   /** Of the draw, taken modulo 2^64. */
   seed: bigint;
@@ -27,7 +29,8 @@ export interface Sampling {
  */
 export function sample(logits: Float32Array, sampling: Sampling, step: number, seen: Iterable<number> = []): number {
   const likeliest = argmax(logits);
-  if (!Number.isFinite(logits[likeliest])) throw new GenerationError("the graph's logits are not finite; check the bundle with phimoe-verify");
+  if (!Number.isFinite(logits[likeliest]))
+    throw new GenerationError("the graph's logits are not finite; check the bundle with phimoe-verify");
   if (sampling.repetition_penalty === 1 && sampling.temperature === 0) return likeliest;
   const penalty = Math.fround(sampling.repetition_penalty);
   if (penalty !== 1) for (const id of seen) logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;

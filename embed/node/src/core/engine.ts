@@ -1,10 +1,11 @@
 import type { Manifest } from "./bundle.js";
-import { type Graph, GrowingCache, SharedCache } from "./cache.js";
-import { type Message, render } from "./chat.js";
+import { GrowingCache, SharedCache } from "./cache.js";
 import { Decoder } from "./decoder.js";
-import { GenerationError, sentError } from "./errors.js";
-import { generate, makeRequest, type Options, type Request } from "./generate.js";
-import { type Call, type FromWorker, isBatch, type Prompt, type ToWorker } from "./protocol.js";
+import { sentError } from "./errors.js";
+import { generate } from "./generate.js";
+import type { Call, FromWorker, ToWorker } from "./protocol.js";
+import { isBatch, makeRequest } from "./request.js";
+import type { Session } from "./session.js";
 import type { Tokenizer } from "./tokenizer.js";
 
 /** The side of a loaded bundle that computes, on a thread of its own; model.ts is the other side. */
@@ -15,7 +16,7 @@ export class Engine {
 
   /** `post` sends an answer back. */
   constructor(
-    private readonly graph: Graph,
+    private readonly session: Session,
     private readonly manifest: Manifest,
     private readonly tokenizer: Tokenizer,
     private readonly post: (message: FromWorker) => void,
@@ -23,7 +24,7 @@ export class Engine {
     this.eos = new Set(manifest.decoding.eos_token_ids);
   }
 
-  /** Takes a message. After "close" the graph is at rest when this resolves. */
+  /** Takes a message. After "close" the session is at rest when this resolves. */
   async receive(message: ToWorker): Promise<void> {
     if ("call" in message) {
       const { call } = message;
@@ -42,9 +43,10 @@ export class Engine {
   }
 
   private async answer({ id, prompt, options, conversation }: Call, signal: AbortSignal): Promise<void> {
-    const requests = isBatch(prompt)
-      ? prompt.map((each, row) => this.request(each, `prompt ${row}`, options))
-      : [this.request(prompt, conversation === undefined ? "the prompt" : "the conversation", options)];
+    const named = isBatch(prompt)
+      ? prompt.map((each, row) => [each, `prompt ${row}`] as const)
+      : [[prompt, conversation === undefined ? "the prompt" : "the conversation"] as const];
+    const requests = named.map(([each, name]) => makeRequest(each, name, options, this.manifest, this.tokenizer));
     const room = Math.max(...requests.map((request) => request.prompt.length + request.max_new_tokens));
     const run = async (decoder: Decoder) => {
       decoder.signal = signal;
@@ -64,26 +66,10 @@ export class Engine {
 
   private newDecoder(rows: number, capacity: number): Decoder {
     const { decoding } = this.manifest;
-    const shared = decoding.cache.shared && this.graph.inPlace;
-    const cache = shared ? new SharedCache(this.graph, decoding, rows, capacity) : new GrowingCache(this.graph, decoding, rows);
+    const shared = decoding.cache.shared && this.session.inPlace;
+    const cache = shared
+      ? new SharedCache(this.session, decoding, rows, capacity)
+      : new GrowingCache(this.session, decoding, rows);
     return new Decoder(cache, decoding, rows);
-  }
-
-  private request(prompt: Prompt, name: string, options: Options): Request {
-    return makeRequest(this.encode(prompt, name), this.manifest.decoding.context, name, options);
-  }
-
-  /** The token ids of a prompt; `name` is its name in errors. */
-  private encode(prompt: Prompt, name: string): readonly number[] {
-    if (typeof prompt !== "string" && !Array.isArray(prompt)) {
-      throw new GenerationError(`${name} is ${prompt}, expected a string, a list of messages or a list of token ids`);
-    }
-    if (!prompt.length) throw new GenerationError(`${name} or the batch is empty; give at least one character, message, token or prompt`);
-    if (typeof prompt === "string") return this.tokenizer.encode(prompt);
-    if (typeof prompt[0] === "object") return this.tokenizer.encode(render(this.manifest.chat, prompt as Message[]), false);
-    const last = this.manifest.decoding.vocab_size - 1;
-    const wrong = (prompt as number[]).findIndex((id) => !(Number.isInteger(id) && id >= 0 && id <= last));
-    if (wrong >= 0) throw new GenerationError(`${name} holds ${prompt[wrong]}, expected token ids from 0 to ${last}`);
-    return prompt as number[];
   }
 }

@@ -23,11 +23,14 @@ export class Tokenizer {
       this.library = new Library(JSON.parse(text), {});
       const decoder = this.library.decoder as { decoders?: unknown[] } | null;
       for (const each of [decoder, ...(decoder?.decoders ?? [])]) {
-        if (each instanceof ByteFallbackDecoder) each.text_decoder = new ByteDecoder("utf-8", { fatal: true, ignoreBOM: true });
+        if (each instanceof ByteFallbackDecoder)
+          each.text_decoder = new ByteDecoder("utf-8", { fatal: true, ignoreBOM: true });
       }
       this.anchor = this.encode("a", false);
     } catch (error) {
-      throw new BundleError(`${path}: cannot be read as a tokenizer (${(error as Error).message}); copy or export the bundle again`);
+      throw new BundleError(
+        `${path}: cannot be read as a tokenizer (${(error as Error).message}); copy or export the bundle again`,
+      );
     }
     this.hidden = new Set(hidden);
     this.anchorLength = this.decode(this.anchor).length;
@@ -41,7 +44,9 @@ export class Tokenizer {
   /** The text of the ids, without the hidden tokens. */
   decode(ids: readonly number[]): string {
     const shown = ids.filter((id) => !this.hidden.has(id));
-    return shown.length ? this.library.decode(shown, { skip_special_tokens: false, clean_up_tokenization_spaces: false }) : "";
+    return shown.length
+      ? this.library.decode(shown, { skip_special_tokens: false, clean_up_tokenization_spaces: false })
+      : "";
   }
 
   /** The text of the ids where they follow other text: a decoder strips the space before a text's first word only. */
@@ -69,8 +74,8 @@ class ByteDecoder extends TextDecoder {
 /**
  * Token ids in, text out: each character once, and only when it is whole.
  *
- * A character may be spread over several byte tokens, so ids wait until they decode without a replacement character. Only
- * those that wait are decoded, so a token costs the same however long the text is.
+ * A character may be spread over several byte tokens, so ids wait until they decode without a replacement character.
+ * Only those that wait are decoded, so a token costs the same however long the text is.
  */
 export class TextStream {
   private waiting: number[] = [];

@@ -17,7 +17,9 @@ export function render(format: ChatFormat | null, messages: readonly Message[]):
   const turns = messages.map(({ role, content }) => {
     if (typeof content !== "string") throw new GenerationError(`message of role ${role}: its content is no string`);
     if (!Object.hasOwn(format.turns, role)) {
-      throw new GenerationError(`message of role ${JSON.stringify(role)}: expected one of ${Object.keys(format.turns).join(", ")}`);
+      throw new GenerationError(
+        `message of role ${JSON.stringify(role)}: expected one of ${Object.keys(format.turns).join(", ")}`,
+      );
     }
     const [prefix, suffix] = format.turns[role];
     return content === "" && format.skipped_when_empty.includes(role) ? "" : prefix + content + suffix;

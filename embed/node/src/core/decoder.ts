@@ -4,8 +4,8 @@ import type { GrowingCache, SharedCache } from "./cache.js";
 /**
  * What the rows of a batch hold in their caches, and how they go on: prefill one row, or step all rows by a token.
  *
- * A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth nothing
- * and the row is prefilled again: longrope's change of factors is handled here and nowhere above.
+ * A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth
+ * nothing and the row is prefilled again: longrope's change of factors is handled here and nowhere above.
  */
 export class Decoder {
   /** The tokens that each row has in its cache. */
@@ -46,13 +46,18 @@ export class Decoder {
     return logits;
   }
 
-  /** Appends one token to every row; returns the logits after it, float32 [vocab_size] a row, valid until the next pass. */
+  /**
+   * Appends one token to every row; returns the logits after it, float32 [vocab_size] a row, valid until the next pass.
+   */
   async step(ids: readonly number[]): Promise<Float32Array[]> {
     for (const [row, held] of this.tokens.entries()) {
       if (this.isLong(held.length + 1) !== this.long[row]) await this.prefill(row, [...held], held.length + 1);
     }
     this.signal?.throwIfAborted();
-    const logits = await this.cache.runStep(ids, this.tokens.map((held) => held.length));
+    const logits = await this.cache.runStep(
+      ids,
+      this.tokens.map((held) => held.length),
+    );
     for (const [row, held] of this.tokens.entries()) held.push(ids[row]);
     return logits;
   }

@@ -1,10 +1,7 @@
 import type { Manifest } from "./bundle.js";
-import type { Message } from "./chat.js";
 import type { SentError } from "./errors.js";
-import type { Options, Piece } from "./generate.js";
-
-/** A text, messages of a chat, or token ids. */
-export type Prompt = string | readonly Message[] | readonly number[];
+import type { Piece } from "./generation.js";
+import type { Options, Prompt } from "./request.js";
 
 /** Asks for a generation; the cache of a `conversation` is kept for its next call. */
 export interface Call {
@@ -25,8 +22,3 @@ export type FromWorker =
   | { id: number; done: true }
   | { id: number; error: SentError }
   | { closed: true };
-
-/** Whether this is several prompts: a list whose first item is itself a string or a list. */
-export function isBatch(prompt: Prompt | readonly Prompt[]): prompt is readonly Prompt[] {
-  return Array.isArray(prompt) && (typeof prompt[0] === "string" || Array.isArray(prompt[0]));
-}

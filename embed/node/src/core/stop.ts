@@ -9,7 +9,9 @@ export class StopStrings {
     const all = this.held + text;
     const found = this.stops.map((stop) => all.indexOf(stop)).filter((place) => place >= 0);
     const stopped = found.length > 0;
-    const certain = stopped ? Math.min(...found) : all.length - Math.max(0, ...this.stops.map((stop) => overlap(all, stop)));
+    const certain = stopped
+      ? Math.min(...found)
+      : all.length - Math.max(0, ...this.stops.map((stop) => overlap(all, stop)));
     this.held = stopped ? "" : all.slice(certain);
     return { text: all.slice(0, certain), stopped };
   }

@@ -1,7 +1,10 @@
 import type { Message } from "./chat.js";
 import { GenerationError } from "./errors.js";
-import type { Generation, Piece } from "./generate.js";
-import { type CallOptions, collect, type Model } from "./model.js";
+import { collect, type Generation, type Piece } from "./generation.js";
+import type { CallOptions } from "./request.js";
+
+/** Answers messages with a cache of the conversation's own, which a function beside it frees. */
+type Answer = (messages: readonly Message[], options?: CallOptions) => AsyncGenerator<Piece, void, undefined>;
 
 /**
  * What was said so far; `PhiMoE.chat` makes one.
@@ -11,15 +14,15 @@ import { type CallOptions, collect, type Model } from "./model.js";
 export class Conversation {
   /** The turns; may be edited between answers. */
   messages: Message[] = [];
-  readonly #model: Model;
-  readonly #id: number;
+  readonly #answer: Answer;
+  readonly #forget: () => void;
   readonly #system: string | undefined;
   #answering = false;
 
   /** @internal */
-  constructor(model: Model, id: number, system: string | undefined) {
-    this.#model = model;
-    this.#id = id;
+  constructor(answer: Answer, forget: () => void, system: string | undefined) {
+    this.#answer = answer;
+    this.#forget = forget;
     this.#system = system;
     this.reset();
   }
@@ -35,17 +38,18 @@ export class Conversation {
   }
 
   /**
-   * As `send`, piece by piece. The message and its answer are kept once the answer has begun, as far as it came if the stream
-   * is left early.
+   * As `send`, piece by piece. The message and its answer are kept once the answer has begun, as far as it came if the
+   * stream is left early.
    */
   async *stream(content: string, options?: CallOptions): AsyncGenerator<Piece, void, undefined> {
     if (!content) throw new GenerationError("the message is empty; give at least one character");
-    if (this.#answering) throw new GenerationError("the conversation is still answering; wait for the end of its answer, or leave it");
+    if (this.#answering)
+      throw new GenerationError("the conversation is still answering; wait for the end of its answer, or leave it");
     const messages = [...this.messages, { role: "user", content }];
     let answer = "";
     this.#answering = true;
     try {
-      for await (const piece of this.#model.answer(messages, options, this.#id)) {
+      for await (const piece of this.#answer(messages, options)) {
         answer += piece.text;
         this.messages = [...messages, { role: "assistant", content: answer }];
         yield piece;
@@ -57,7 +61,7 @@ export class Conversation {
 
   /** Frees the cache; closing the model does so, too. */
   close(): void {
-    this.#model.forget(this.#id);
+    this.#forget();
   }
 
   [Symbol.dispose](): void {

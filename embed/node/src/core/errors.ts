@@ -28,7 +28,9 @@ export interface SentError {
 
 /** What of an error survives the way. */
 export function sentError(error: unknown): SentError {
-  return error instanceof Error ? { name: error.name, message: error.message } : { name: "Error", message: String(error) };
+  return error instanceof Error
+    ? { name: error.name, message: error.message }
+    : { name: "Error", message: String(error) };
 }
 
 /** The error again, of its class if it is one of this file. */

@@ -1,0 +1,106 @@
+//! Prompts to token ids, and token ids to text.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use tokenizers::Tokenizer as Library;
+
+use crate::errors::{Error, Result};
+use crate::manifest::{ChatFormat, Decoding, Manifest, TOKENIZER};
+
+const BROKEN: char = '\u{FFFD}'; // what half a character decodes to
+
+/// A text, token ids or messages.
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub enum Prompt {
+    Text(String),
+    Tokens(Vec<i64>),
+    Messages(Vec<Message>),
+}
+
+#[derive(Deserialize)]
+pub struct Message {
+    pub role: String,
+    pub content: String,
+}
+
+pub struct Tokenizer {
+    library: Library,
+}
+
+impl Tokenizer {
+    /// Reads tokenizer.json; a `BundleError` where it cannot be read.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join(TOKENIZER);
+        let library = Library::from_file(&path)
+            .map_err(|error| Error::Bundle(format!("{}: is no tokenizer ({error})", path.display())))?;
+        Ok(Tokenizer { library })
+    }
+
+    /// The token ids of a prompt; a `GenerationError` where it is empty or not one of the bundle.
+    pub fn encode(&self, prompt: &Prompt, manifest: &Manifest) -> Result<Vec<u32>> {
+        match prompt {
+            Prompt::Text(text) => self.ids(text, true),
+            Prompt::Messages(messages) => self.ids(&render(messages, manifest.chat.as_ref())?, false),
+            Prompt::Tokens(ids) => ids.iter().map(|&id| token_id(id, manifest.decoding.vocab_size)).collect(),
+        }
+    }
+
+    /// The text of `new` tokens behind `prompt`, without hidden tokens and without half a character at its end.
+    pub fn decode(&self, decoding: &Decoding, prompt: &[u32], new: &[u32]) -> Result<String> {
+        let hidden = |id: u32| decoding.hidden_tokens.values().any(|other| other.0 == id);
+        // the bytes of a character that the prompt ends inside of wait for the rest
+        let mut start = prompt.len();
+        while start > 0 && !hidden(prompt[start - 1]) && self.text(&prompt[start - 1..start])?.ends_with(BROKEN) {
+            start -= 1;
+        }
+        let mut ids = Vec::new();
+        for &id in &prompt[start..] {
+            ids.push(id);
+            if !self.text(&ids)?.ends_with(BROKEN) {
+                ids.clear();
+            }
+        }
+        ids.extend(new.iter().filter(|&&id| !hidden(id)));
+        let follows = prompt.last().is_some_and(|&id| !hidden(id));
+        // a decoder strips the space before a text's first word, so a fixed word goes before one that follows others
+        let before = if follows { self.ids("a", false)? } else { Vec::new() };
+        let skipped = self.text(&before)?.len();
+        Ok(self.text(&[before, ids].concat())?[skipped..].trim_end_matches(BROKEN).to_string())
+    }
+
+    fn ids(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.library.encode(text, special).map_err(|error| Error::Generation(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    fn text(&self, ids: &[u32]) -> Result<String> {
+        self.library.decode(ids, false).map_err(|error| Error::Generation(error.to_string()))
+    }
+}
+
+fn token_id(id: i64, vocab_size: usize) -> Result<u32> {
+    let known = u32::try_from(id).ok().filter(|&id| (id as usize) < vocab_size);
+    let last = vocab_size - 1;
+    known.ok_or_else(|| Error::Generation(format!("the prompt holds {id}, expected token ids from 0 to {last}")))
+}
+
+/// The text of a chat, which the answer follows.
+fn render(messages: &[Message], format: Option<&ChatFormat>) -> Result<String> {
+    let format = format.ok_or_else(|| {
+        Error::Generation("the bundle has no chat format; give the prompt as a text, as its model expects it".into())
+    })?;
+    let mut text = String::new();
+    for Message { role, content } in messages {
+        let (prefix, suffix) = format.turns.get(role).ok_or_else(|| {
+            let mut known: Vec<&str> = format.turns.keys().map(String::as_str).collect();
+            known.sort_unstable();
+            Error::Generation(format!("role is {role:?}, expected one of {}", known.join(", ")))
+        })?;
+        if !content.is_empty() || !format.skipped_when_empty.contains(role) {
+            text += &format!("{prefix}{content}{suffix}");
+        }
+    }
+    Ok(text + &format.generation)
+}
