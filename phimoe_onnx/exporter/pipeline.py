@@ -38,6 +38,7 @@ from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
 from phimoe_onnx.exporter.quantize.rtn import Format
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
+from phimoe_onnx.exporter.tokenizer import check_text, tokenizer_files
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.progress import Progress, counter
@@ -94,6 +95,7 @@ def export(
     activations = activation_dtype(target, dtype)
     format = format_for(config, target, quantize, block_size, dtype)
     decoding = read_decoding(config, folder, target, kv_cache, DTYPE_NAMES[activations])
+    check_text(folder)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored, task)
@@ -238,6 +240,8 @@ def _copy(source: Path, staging: Path) -> None:
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
+    for name, text in tokenizer_files(source).items():
+        (staging / name).write_text(text, encoding="utf-8")
 
 
 def _weights(

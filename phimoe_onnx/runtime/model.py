@@ -122,7 +122,8 @@ class PhiMoE:
         if manifest.task not in TASKS:
             raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
         check_files(folder, manifest)
-        tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
+        decoding = manifest.decoding
+        tokenizer = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)
         template = ChatTemplate(folder)
         session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
         sampling = open_sampling(folder, manifest, device)

@@ -9,8 +9,9 @@ from typing import Any
 
 from phimoe_onnx.bundle import PREFILL_CHUNK, CacheDtype, CacheShape, Decoding
 from phimoe_onnx.config import PhiMoEConfig, read_token_ids
+from phimoe_onnx.exporter.tokenizer import all_hidden_tokens
 from phimoe_onnx.files import read_json
-from phimoe_onnx.text.tokenizer import hidden_tokens
+from phimoe_onnx.text.special_tokens import read_tokenizer_config
 
 
 def read_decoding(
@@ -35,8 +36,9 @@ def read_decoding(
         rope_boundary=rope.original_max_position_embeddings if rope else None,
         prefill_chunk=PREFILL_CHUNK[target],
         eos_token_ids=eos_token_ids(config, read_generation(folder)),
-        hidden_tokens=hidden_tokens(folder),
+        hidden_tokens=all_hidden_tokens(folder),
         cache=cache,
+        clean_up_tokenization_spaces=bool(read_tokenizer_config(folder).get("clean_up_tokenization_spaces")),
     )
 
 
