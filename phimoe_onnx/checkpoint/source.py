@@ -17,6 +17,7 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+READ = ("additional_chat_templates/tool_use.jinja",)  # which a bundle has in another form
 
 
 def resolve(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -37,7 +38,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     model = str(source)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{source}: no such folder, and no hub id of the form owner/name either")
-    return hub.snapshot(model, [*COPIED, INDEX], revision, token)
+    return hub.snapshot(model, [*COPIED, *READ, INDEX], revision, token)
 
 
 def fetch_weights(source: str | Path, folder: Path, token: str | None, report: Progress) -> None:

@@ -91,9 +91,9 @@ def read_tokenizer(folder: Path) -> str | None:
         else:
             _set_prefix_space(tokenizer, config)
         after = tokenizer.to_str()
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error}); download the file again"
+            f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error!r}); download the file again"
         ) from None
     return None if after == before else after
 
@@ -104,7 +104,8 @@ def all_hidden_tokens(folder: Path) -> dict[str, int]:
     Raises:
         ConfigError: as for `tokenizer_files`.
     """
-    return hidden_tokens(folder) | hidden_tokens(folder, read_tokenizer(folder))
+    written = read_tokenizer(folder)
+    return hidden_tokens(folder) | hidden_tokens(folder, written)
 
 
 def _has_slow(folder: Path) -> bool:
