@@ -34,7 +34,7 @@ decoder.prefill(0, ids)
 prefill = time.perf_counter() - start
 start = time.perf_counter()
 for _ in range(steps):
-    decoder.step([5])
+    decoder.step({0: 5})
 decode = time.perf_counter() - start
 figures = {"loaded": loaded, "peak": status("VmHWM"), "prefill": length / prefill, "step": 1000 * decode / steps}
 print(json.dumps(figures))

@@ -35,3 +35,7 @@ class OutOfMemoryError(PhiMoEError, MemoryError):
 
 class GenerationError(PhiMoEError, ValueError):
     """A prompt or an option of `generate` or `score` is out of range."""
+
+
+class EngineFullError(PhiMoEError):
+    """Every slot is taken, and as many requests wait for one as may."""

@@ -10,20 +10,21 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from phimoe_onnx.bundle import SAMPLING, read_manifest
+from phimoe_onnx.bundle import LOGITS, SAMPLING, read_manifest
 from phimoe_onnx.errors import GenerationError, OutOfMemoryError
-from phimoe_onnx.runtime.decoder import Decoder
-from phimoe_onnx.runtime.generate import generate, make_request
+from phimoe_onnx.runtime.decoder import Decoder, Decoders
+from phimoe_onnx.runtime.engine import Engine
+from phimoe_onnx.runtime.generate import generate
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.runtime.request import make_request
 from phimoe_onnx.runtime.sampling import Choice, Sampling
 from phimoe_onnx.runtime.slots.device import DeviceCache
-from phimoe_onnx.runtime.slots.host import SharedCache
 from phimoe_onnx.text.template import ChatTemplate
 from phimoe_onnx.text.tokenizer import Tokenizer
 
 Bundle = Callable[..., Path]
 Make = Callable[[int, int], Decoder]
-GREEDY = Choice(Sampling(), 0, ())
+GREEDY = Choice(Sampling(), (), ())
 
 
 class Sessions:
@@ -38,15 +39,13 @@ class Sessions:
         self.folder = folder
         self.tokenizer = Tokenizer(folder, self.decoding.hidden_tokens.values())
 
-    def device(self, rows: int, capacity: int) -> Decoder:
-        """Rows in the cache that is under test."""
-        return Decoder(
-            DeviceCache(self.model, self.sampling, self.decoding, "cpu", rows, capacity), self.decoding, rows
-        )
+    def device(self, slots: int, capacity: int) -> Decoder:
+        """Slots in the cache that is under test."""
+        return Decoders(self.model, self.decoding, sampling=self.sampling).open(slots, capacity)
 
-    def host(self, rows: int, capacity: int) -> Decoder:
-        """Rows in the CPU's cache, over the same graph."""
-        return Decoder(SharedCache(self.model, self.decoding, rows, capacity), self.decoding, rows)
+    def host(self, slots: int, capacity: int) -> Decoder:
+        """Slots in the CPU's cache, over the same graph."""
+        return Decoders(self.model, self.decoding).open(slots, capacity)
 
     def load(self, **options: Any) -> PhiMoE:
         """The bundle as it would be on a device; end tokens do not end its texts."""
@@ -64,7 +63,7 @@ class Sessions:
             make_request(prompt, self.decoding.context, max_new_tokens=length, **options) for prompt, length in rows
         ]
         found: list[list[int]] = [[] for _ in prompts]
-        for piece in generate(make(len(prompts), 40), self.tokenizer, frozenset(), requests):
+        for piece in generate(Engine(make, self.tokenizer), requests):
             found[piece.row].append(piece.token_id)
         return found
 
@@ -101,15 +100,15 @@ def test_a_cache_that_grows_keeps_what_it_holds(sessions: Sessions) -> None:
     [prompt] = prompts(sessions.decoding.vocab_size, 20)
     found = []
     for decoder in (sessions.device(1, 1), sessions.host(1, 1)):
-        decoder.reserve(20)
         decoder.prefill(0, prompt)
-        decoder.reserve(sessions.decoding.context)
-        tokens = decoder.choose([GREEDY])
+        decoder.reserve(2, sessions.decoding.context, 3)
+        tokens = [decoder.choose({0: GREEDY})[0]]
         for _ in range(10):
-            decoder.step(tokens[-1:])
-            tokens += decoder.choose([GREEDY])
+            assert isinstance(tokens[-1], int)
+            assert decoder.step({0: tokens[-1]}) == {}
+            tokens.append(decoder.choose({0: GREEDY})[0])
         decoder.prefill(0, [*prompt, *tokens[:3], 7])  # another turn, over the prefix that is held
-        found.append(tokens + decoder.choose([GREEDY]))
+        found.append([*tokens, decoder.choose({0: GREEDY})[0]])
     assert found[0] == found[1]
 
 
@@ -122,11 +121,17 @@ def test_all_logits_come_to_the_host(sessions: Sessions) -> None:
     assert np.array_equal(ours, theirs)
 
 
-def test_nonsense_is_an_error(sessions: Sessions) -> None:
-    cache = DeviceCache(sessions.model, sessions.sampling, sessions.decoding, "cpu", 1, 8)
-    cache._logits.update_inplace(np.full((1, 1, sessions.decoding.vocab_size), np.nan, np.float32))
-    with pytest.raises(GenerationError, match="not finite"):
-        cache.choose([GREEDY], [1])
+def test_nonsense_is_an_error_of_its_own_slot(sessions: Sessions) -> None:
+    cache = DeviceCache(sessions.model, sessions.sampling, sessions.decoding, "cpu", 2, 8)
+    cache.run_row(0, [5], 0, 1, 0)
+    cache.run_row(1, [5], 0, 1, 0)
+    expected = cache.choose({0: GREEDY, 1: GREEDY}, {0: 1, 1: 1})
+    logits = cache.sampler._values[LOGITS]
+    logits.update_inplace(logits.numpy() * np.array([[[1]], [[np.nan]]], np.float32))
+    chosen = cache.choose({0: GREEDY, 1: GREEDY}, {0: 1, 1: 1})
+    assert chosen[0] == expected[0]
+    assert isinstance(chosen[1], GenerationError)
+    assert "not finite" in str(chosen[1])
 
 
 def test_a_cache_over_its_limit_is_refused_before_it_is_made(sessions: Sessions) -> None:
@@ -146,6 +151,6 @@ def test_with_cuda_graphs_a_cache_serves_again_and_forgets(sessions: Sessions) -
     rows = prompts(sessions.decoding.vocab_size, 3, 30)
     expected = [sessions.write(sessions.host, [row], [9])[0] for row in rows]
     assert [model.generate(row, max_new_tokens=9).token_ids for row in rows] == expected
-    assert list(model._idle) == [(1, min(256, sessions.decoding.context))]
+    assert list(model._decoders.idle or {}) == [(1, min(256, sessions.decoding.context))]
     assert [result.token_ids for result in model.generate(rows, max_new_tokens=9)] == expected
-    assert {count for count, _ in model._idle} == {1, 2}
+    assert {slots for slots, _ in model._decoders.idle or {}} == {1, 2}

@@ -10,6 +10,7 @@ import pytest
 from phimoe_onnx.errors import GenerationError
 from phimoe_onnx.runtime import Generation, PhiMoE
 from phimoe_onnx.runtime.slots import host
+from phimoe_onnx.runtime.slots.host import GrowingCache, SharedCache
 from tests.toy_bundle import BOUNDARY, CONTEXT, ToyModel, write_bundle
 
 Loaded = tuple[PhiMoE, ToyModel]
@@ -41,7 +42,7 @@ def tokens(generations: list[Generation]) -> list[list[int]]:
 @pytest.mark.parametrize("length", [1, BOUNDARY, BOUNDARY + 1, CONTEXT])
 def test_logits(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, chunk: int, length: int) -> None:
     model, toy = loaded
-    monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=chunk))
+    monkeypatch.setattr(model._decoders, "decoding", replace(model.decoding, prefill_chunk=chunk))
     ids = prompt(length, model.decoding.vocab_size)
     np.testing.assert_allclose(model.logits(ids), toy.logits(ids), atol=5e-4)
 
@@ -51,7 +52,7 @@ def test_greedy_generation_on_both_sides_of_the_boundary(
     endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     model, toy = endless
-    monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=9))
+    monkeypatch.setattr(model._decoders, "decoding", replace(model.decoding, prefill_chunk=9))
     ids = prompt(length, model.decoding.vocab_size)
     generation = model.generate(ids, max_new_tokens=40)
     assert generation.token_ids == toy.greedy(ids, 40)
@@ -178,7 +179,7 @@ def test_prompts_of_every_kind(endless: Loaded) -> None:
 
 def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, toy = loaded
-    monkeypatch.setattr(model, "decoding", replace(model.decoding, prefill_chunk=5))
+    monkeypatch.setattr(model._decoders, "decoding", replace(model.decoding, prefill_chunk=5))
     text = "the stop, a the the stop. and so, the a stop. the and the"
     score = model.score(text)
     ids = model.tokenizer.encode(text)
@@ -237,16 +238,17 @@ def test_the_whole_context_can_be_used(endless: Loaded) -> None:
 
 def test_a_conversation_computes_only_what_is_new(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, toy = endless
-    monkeypatch.setattr(host, "_round_up", lambda capacity: capacity)  # so that the second turn needs longer buffers
+    monkeypatch.setattr(host, "round_up", lambda capacity: capacity)  # so that the second turn needs longer buffers
     chat = model.chat(system="a")
     ran: list[int] = []
-    run_row = type(chat._decoder._cache).run_row
+    cache = SharedCache if model.decoding.cache.shared else GrowingCache
+    run_row = cache.run_row
 
-    def counted(self: Any, row: int, ids: list[int], *rest: int) -> Any:
+    def counted(self: Any, slot: int, ids: list[int], *rest: int) -> Any:
         ran.extend(ids if len(ids) > 1 else [])
-        return run_row(self, row, ids, *rest)
+        return run_row(self, slot, ids, *rest)
 
-    monkeypatch.setattr(type(chat._decoder._cache), "run_row", counted)
+    monkeypatch.setattr(cache, "run_row", counted)
     first = chat.send("the", max_new_tokens=4)
     rendered = model.encode(chat.messages[:2])
     assert ran == rendered
@@ -256,7 +258,9 @@ def test_a_conversation_computes_only_what_is_new(endless: Loaded, monkeypatch: 
 
     # a second turn on an answer that is in the cache as it is in the text
     chat.messages[-1] = {"role": "assistant", "content": model.tokenizer.decode(first.token_ids)}
-    held = list(chat._decoder.tokens[0])
+    assert model.engine._decoder
+    [slot] = model.engine._parked.values()
+    held = list(model.engine._decoder.tokens[slot])
     ran.clear()
     second = chat.send("stop", max_new_tokens=30)
     rendered = model.encode(chat.messages[:-1])

@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,12 @@ def ours(work: Work, bundle: str, cuda_graphs: bool = False) -> Speed:
 
     def run(new_tokens: int) -> Iterator[list[int]]:
         requests = [model.request(prompt, max_new_tokens=new_tokens) for prompt in prompts]
-        decoder = model.decoder(work.batch, work.prompt + new_tokens)
-        step: list[int] = []
-        for piece in generate(decoder, model.tokenizer, frozenset(), requests):
-            step.append(piece.token_id)
-            if len(step) == work.batch:
-                yield step
-                step = []
+        requests = [dataclasses.replace(request, eos=frozenset()) for request in requests]
+        ahead: list[deque[int]] = [deque() for _ in prompts]  # a row may begin while others are in their prompts
+        for piece in generate(model.engine, requests):
+            ahead[piece.row].append(piece.token_id)
+            if all(ahead):
+                yield [tokens.popleft() for tokens in ahead]
 
     return _time(work, run, load)
 

@@ -12,7 +12,8 @@ from phimoe_onnx.cli._streams import abandon_output, forgive
 from phimoe_onnx.errors import PhiMoEError
 
 if TYPE_CHECKING:
-    from phimoe_onnx.runtime.generate import Options, Piece
+    from phimoe_onnx.runtime.request import Options
+    from phimoe_onnx.runtime.row import Piece
 
 
 def run(

@@ -21,10 +21,9 @@ from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.stored import stored_cache, stored_model
 from phimoe_onnx.parity.texts import compare_texts, cut_texts
+from phimoe_onnx.runtime.generate import generate
 from phimoe_onnx.runtime.model import PhiMoE
-from phimoe_onnx.runtime.sampling import Choice, Sampling
 
-GREEDY = Choice(Sampling(), 0, ())
 SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
 
 
@@ -261,14 +260,10 @@ def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> 
     prompt = window[: min(32, len(window))]
     new = min(new_tokens, runtime.decoding.context - len(prompt))
     expected = pytorch.greedy(exact, prompt, new)
-    decoder = runtime.decoder(1, len(prompt) + new)  # not generate(), which would end at an end token
-    decoder.prefill(0, prompt)
     got: list[int] = []
     with suppress(GenerationError):  # logits that are not finite fail the comparison as it is
-        got += decoder.choose([GREEDY])
-        while len(got) < new:
-            decoder.step(got[-1:])
-            got += decoder.choose([GREEDY])
+        request = dataclasses.replace(runtime.request(prompt, max_new_tokens=new), eos=frozenset())  # none ends it
+        got.extend(piece.token_id for piece in generate(runtime.engine, [request]))
     agreeing = next(
         (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
     )

@@ -2,7 +2,7 @@
 
 from phimoe_onnx.runtime.classification import Classification
 from phimoe_onnx.runtime.conversation import Conversation
-from phimoe_onnx.runtime.generate import Generation, Piece
 from phimoe_onnx.runtime.model import PhiMoE, Score
+from phimoe_onnx.runtime.row import Generation, Piece
 
 __all__ = ["Classification", "Conversation", "Generation", "PhiMoE", "Piece", "Score"]

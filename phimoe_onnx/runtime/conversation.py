@@ -1,32 +1,41 @@
-"""A conversation of several turns over one cache, so that a turn computes only what is new."""
+"""A conversation of several turns that keeps its slot in the engine, so that a turn computes only what is new."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Literal, Unpack, overload
 
 from phimoe_onnx.errors import GenerationError
-from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate
+from phimoe_onnx.runtime.engine import Engine
+from phimoe_onnx.runtime.generate import PieceStream, generate
+from phimoe_onnx.runtime.request import Options, Request
+from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.text.template import Message
-
-if TYPE_CHECKING:
-    from phimoe_onnx.runtime.model import PhiMoE
 
 
 class Conversation:
     """What was said so far; `PhiMoE.chat` makes one.
 
-    Every turn renders the whole conversation, and the decoder keeps the longest prefix of it that is cached already.
+    Every turn renders the whole conversation, and the engine keeps the longest prefix of it that is cached already. The
+    slot stays the conversation's from turn to turn, unless the engine is full and others need it.
+
+    A turn at a time: `send` raises GenerationError while another answer is on its way, in any thread.
 
     Attributes:
-        messages: the turns, each {"role": ..., "content": ...}; may be edited.
+        messages: the turns, each {"role": ..., "content": ...}; may be edited between turns.
 
     """
 
-    def __init__(self, model: PhiMoE, system: str | None = None) -> None:
+    def __init__(self, engine: Engine, make_request: Callable[..., Request], system: str | None = None) -> None:
         self.messages: list[Message] = []
-        self._model = model
+        self._engine = engine
+        self._make_request = make_request  # PhiMoE.request
         self._system = system
-        self._decoder = model.decoder(1, 0)
+        self._turn = threading.Lock()
+        self._session = object()
+        weakref.finalize(self, engine.forget, self._session).atexit = False
         self.reset()
 
     def reset(self) -> None:
@@ -41,13 +50,16 @@ class Conversation:
         """Answers the user's next message; options, results and errors as for `PhiMoE.generate`.
 
         The message and its answer are kept once the answer has begun, as far as it came if a stream is left early.
+
+        Raises:
+            GenerationError: also where another answer is on its way, or a stream is first read when the conversation
+                has gone on since; nothing is lost then, and the message can be sent again.
+
         """
         if not content:
             raise GenerationError("the message is empty; give at least one character")
         messages = [*self.messages, {"role": "user", "content": content}]
-        request = self._model.request(messages, "the conversation", **options)
-        self._decoder.reserve(len(request.prompt) + request.max_new_tokens)
-        pieces = self._answer(messages, request)
+        pieces = self._answer(messages, self._make_request(messages, "the conversation", **options))
         if stream:
             return pieces
         *_, last = pieces
@@ -55,11 +67,18 @@ class Conversation:
         return last.result
 
     def _answer(self, messages: list[Message], request: Request) -> PieceStream:
+        if not self._turn.acquire(blocking=False):
+            raise GenerationError(
+                "the conversation is in the middle of another answer; read that to its end, or close its stream, first"
+            )
         answer: list[str] = []
         try:
-            for piece in generate(self._decoder, self._model.tokenizer, self._model.eos, [request]):
+            if self.messages != messages[:-1]:
+                raise GenerationError("the conversation has gone on since this message was sent; send it again")
+            for piece in generate(self._engine, [request], self._session):
                 answer.append(piece.text)
                 yield piece
         finally:
             if answer:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+            self._turn.release()

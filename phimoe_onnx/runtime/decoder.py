@@ -1,103 +1,229 @@
-"""What the rows of a batch hold in their caches, and how they go on: prefill one row, choose tokens, step all rows by
-them.
-"""
+"""What the slots of a cache hold, and how they go on: a chunk of a prompt, a step of several slots, the next tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import Decoding
+from phimoe_onnx.errors import OutOfMemoryError
 from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.sampling import Choice
+from phimoe_onnx.runtime.slots.base import Cache
 from phimoe_onnx.runtime.slots.device import DeviceCache
 from phimoe_onnx.runtime.slots.host import GrowingCache, SharedCache
 
 
 class Decoder:
-    """The tokens that each row has in its cache; longrope's change of factors is handled here and nowhere above.
+    """The tokens that each slot has in its cache; longrope's change of factors is handled here and nowhere above.
 
     A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth
-    nothing and the row is prefilled again. V below is vocab_size.
+    nothing and the slot is prefilled again. V below is vocab_size.
+
+    Attributes:
+        tokens: by slot, the ids whose keys and values are cached.
+        chunk: how many tokens of a prompt run at once.
+
     """
 
-    def __init__(self, cache: SharedCache | GrowingCache | DeviceCache, decoding: Decoding, rows: int) -> None:
+    def __init__(self, cache: Cache, decoding: Decoding) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.chunk = decoding.prefill_chunk
         self._cache = cache
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self._bytes_per_token = decoding.cache.bytes_per_token
         self._boundary = decoding.rope_boundary
-        self._chunk = decoding.prefill_chunk
-        self._long = [False] * rows  # whether the row's keys were rotated by the long factors
+        self._long: dict[int, bool] = {}  # whether the slot's keys were rotated by the long factors
+        self._plans: dict[
+            int, tuple[Sequence[int], int]
+        ] = {}  # the ids that the slot is to hold, and their rope_length
 
-    def prefill(self, row: int, ids: Sequence[int]) -> None:
-        """Makes the row hold `ids`, computing only what follows the prefix that it holds already."""
-        self._prefill(row, ids, len(ids))
-
-    def choose(self, choices: Sequence[Choice]) -> list[int]:
-        """The token that follows each row's last one, whose logits the last `prefill` of the row or `step` computed.
-
-        Raises:
-            GenerationError: logits are not finite.
-
-        """
-        return self._cache.choose(choices, [len(held) for held in self.tokens])
-
-    def step(self, ids: Sequence[int]) -> None:
-        """Appends one token to every row."""
-        for row, held in enumerate(self.tokens):
-            if self._is_long(len(held) + 1) != self._long[row]:
-                self._prefill(row, held.copy(), len(held) + 1)
-        lengths = [len(held) for held in self.tokens]
-        with memory_errors(
-            f"a step of {len(ids)} rows, {sum(lengths)} tokens cached", sum(lengths) * self._bytes_per_token
-        ):
-            self._cache.run_step(ids, lengths)
-        for held, token in zip(self.tokens, ids, strict=True):
-            held.append(token)
-
-    def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Row 0 from nothing: the logits after each token, in order, in pieces float32 [up to prefill_chunk, V]."""
-        self.tokens[0].clear()
-        yield from self._run(0, ids, 0, len(ids))
-
-    def drop(self, row: int) -> None:
-        """Forgets a row; the last row takes its number."""
-        self._cache.drop(row)
-        self.tokens[row], self._long[row] = self.tokens[-1], self._long[-1]
-        self.tokens.pop()
-        self._long.pop()
-
-    def reserve(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens in every row, keeping what is cached."""
-        rows = len(self.tokens)
-        with memory_errors(f"a cache of {rows} x {capacity} tokens", rows * capacity * self._bytes_per_token):
-            self._cache.reserve(capacity)
-
-    def _prefill(self, row: int, ids: Sequence[int], rope_length: int) -> None:
-        held = self.tokens[row]
+    def begin(self, slot: int, ids: Sequence[int]) -> None:
+        """Makes the slot keep the longest prefix of `ids` that it holds, and plans the rest, for `run_chunk`."""
+        held = self.tokens.setdefault(slot, [])
         reusable = 0
-        if self._long[row] == self._is_long(rope_length):
+        if self._long.get(slot) == self._is_long(len(ids)):
             same = takewhile(lambda pair: pair[0] == pair[1], zip(held, ids, strict=False))
             reusable = min(sum(1 for _ in same), len(ids) - 1)  # the last token always runs: its logits are wanted
         del held[reusable:]
-        for _ in self._run(row, ids, 1, rope_length):
-            pass
+        self._plan(slot, ids, len(ids))
 
-    def _run(self, row: int, ids: Sequence[int], keep: int, rope_length: int) -> Iterator[NDArray[np.float32]]:
-        """Runs the rest of `ids` after what the row holds, chunk by chunk; yields float32 [keep or the chunk's length,
-        V].
+    def crosses(self, slot: int) -> bool:
+        """Whether the slot's next token is the first beyond the boundary: `renew` it then, before its step."""
+        return self._is_long(len(self.tokens[slot]) + 1) != self._long[slot]
+
+    def renew(self, slot: int) -> None:
+        """Plans all tokens that the slot holds once more, rotated as the next one will be."""
+        ids = self.tokens[slot]
+        self.tokens[slot] = []
+        self._plan(slot, ids, len(ids) + 1)
+
+    def next_chunk(self, slot: int) -> int:
+        """How many tokens `run_chunk` would run; 0 where nothing is planned."""
+        if slot not in self._plans:
+            return 0
+        return min(self.chunk, len(self._plans[slot][0]) - len(self.tokens[slot]))
+
+    def run_chunk(self, slot: int) -> None:
+        """Runs the next chunk of what is planned; after the last one the slot has logits."""
+        self._run_chunk(slot, 1)
+
+    def prefill(self, slot: int, ids: Sequence[int]) -> None:
+        """Makes the slot hold `ids` at once."""
+        self.begin(slot, ids)
+        while self.next_chunk(slot):
+            self.run_chunk(slot)
+
+    def choose(self, choices: Mapping[int, Choice]) -> dict[int, int | Exception]:
+        """The token that follows each slot's last one, or the error that kept it from having one: `Cache.choose`."""
+        return self._cache.choose(choices, {slot: len(self.tokens[slot]) for slot in choices})
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Exception]:
+        """Appends one token to each slot of `tokens`.
+
+        Returns:
+            The errors of the slots that it could not be appended to. Where the step fails as a whole, each slot is
+            run alone, so that only those have an error that fail by themselves.
+
         """
-        held = self.tokens[row]
-        self._long[row] = self._is_long(rope_length)
-        for start in range(len(held), len(ids), self._chunk):
-            chunk = ids[start : start + self._chunk]
-            with memory_errors(f"{len(chunk)} of a prompt's {len(ids)} tokens", len(ids) * self._bytes_per_token):
-                logits = self._cache.run_row(row, chunk, start, keep, rope_length)
-            held.extend(chunk)
-            yield logits
+        lengths = {slot: len(self.tokens[slot]) for slot in tokens}
+        failed: dict[int, Exception] = {}
+        try:
+            cached = sum(lengths.values())
+            with memory_errors(f"a step of {len(tokens)} rows, {cached} tokens cached", cached * self._bytes_per_token):
+                self._cache.run_step(tokens, lengths)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base below this
+            failed = self._step_alone(tokens, lengths) if len(tokens) > 1 else dict.fromkeys(tokens, error)
+        for slot, token in tokens.items():
+            if slot not in failed:
+                self.tokens[slot].append(token)
+        return failed
+
+    def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """In slot 0, from nothing: the logits after each token, in order, in pieces float32 [up to `chunk`, V]."""
+        self.tokens[0] = []
+        self._plan(0, ids, len(ids))
+        while self.next_chunk(0):
+            yield self._run_chunk(0, 0)
+
+    def release(self, slot: int) -> None:
+        """Forgets a slot."""
+        for known in (self.tokens, self._long, self._plans):
+            known.pop(slot, None)
+        self._cache.release(slot)
+
+    def reserve(self, more: int, capacity: int, most: int) -> None:
+        """Makes room for so many slots more, `most` in all, and for `capacity` tokens in each, if there is less.
+
+        Raises:
+            OutOfMemoryError: there is no memory for it; nothing has changed then.
+
+        """
+        slots = max(len(self.tokens) + more, self._cache.slots)
+        capacity = max(capacity, self._cache.capacity)
+        if slots > self._cache.slots:
+            with suppress(OutOfMemoryError):  # twice as many at once, so that rows that come one by one move seldom
+                self._resize(max(slots, min(2 * self._cache.slots, most)), capacity)
+        if slots > self._cache.slots or capacity > self._cache.capacity:
+            self._resize(slots, capacity)
+
+    def trim(self) -> None:
+        """Gives back what several rows needed, where few of them are left."""
+        if self._cache.slots > 2 * len(self.tokens):
+            with suppress(OutOfMemoryError):  # old and new are there at once
+                self._resize(len(self.tokens), 1 + max(map(len, self.tokens.values())))
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        with memory_errors(f"a cache of {slots} x {capacity} tokens", slots * capacity * self._bytes_per_token):
+            self._cache.resize(slots, capacity)
+
+    def _plan(self, slot: int, ids: Sequence[int], rope_length: int) -> None:
+        self._long[slot] = self._is_long(rope_length)
+        self._plans[slot] = (ids, rope_length)
+
+    def _run_chunk(self, slot: int, keep: int) -> NDArray[np.float32]:
+        """Runs one chunk; the logits float32 [keep or the chunk's length, V] where the cache gives them."""
+        (ids, rope_length), held = self._plans[slot], self.tokens[slot]
+        chunk = ids[len(held) : len(held) + self.chunk]
+        with memory_errors(f"{len(chunk)} of a prompt's {len(ids)} tokens", len(ids) * self._bytes_per_token):
+            logits = self._cache.run_row(slot, chunk, len(held), keep, rope_length)
+        held.extend(chunk)
+        if len(held) == len(ids):
+            del self._plans[slot]
+        return logits
+
+    def _step_alone(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> dict[int, Exception]:
+        """The errors of the slots that cannot be run alone either."""
+        failed: dict[int, Exception] = {}
+        for slot, token in tokens.items():
+            try:
+                with memory_errors(f"a step, {lengths[slot]} tokens cached", lengths[slot] * self._bytes_per_token):
+                    self._cache.run_row(slot, [token], lengths[slot], 1, 0)
+            except Exception as error:  # as in `step`
+                failed[slot] = error
+        return failed
 
     def _is_long(self, length: int) -> bool:
         return self._boundary is not None and length > self._boundary
+
+
+@dataclass
+class Decoders:
+    """Opens decoders over a bundle's graphs.
+
+    Attributes:
+        session: the bundle's graph.
+        decoding: the manifest's section about it.
+        device: where it runs.
+        sampling: the sampling graph, where rows stay on a device; else None.
+        limit: the bytes that one cache may take on a device; None is all.
+        idle: with CUDA graphs, the caches that no decoder uses, by slots and capacity: recorded steps read fixed
+            places, so a cache is used again. None without.
+
+    """
+
+    session: InferenceSession
+    decoding: Decoding
+    device: str = "cpu"
+    sampling: InferenceSession | None = None
+    limit: int | None = None
+    idle: dict[tuple[int, int], DeviceCache] | None = None
+
+    def open(self, slots: int, capacity: int) -> Decoder:
+        """A decoder of `slots` empty slots of up to `capacity` tokens.
+
+        Raises:
+            OutOfMemoryError: there is no memory for so many.
+
+        """
+        needed = slots * capacity * self.decoding.cache.bytes_per_token
+        with memory_errors(f"a cache of {slots} x {capacity} tokens", needed):
+            cache = self._cache(slots, capacity)
+        decoder = Decoder(cache, self.decoding)
+        if self.idle is not None and isinstance(cache, DeviceCache):
+            weakref.finalize(decoder, _shelve, self.idle, cache).atexit = False
+        return decoder
+
+    def _cache(self, slots: int, capacity: int) -> Cache:
+        if self.sampling is None:
+            host = SharedCache if self.decoding.cache.shared else GrowingCache
+            return host(self.session, self.decoding, slots, capacity)
+        fits = [key for key in self.idle or {} if key[0] == slots and key[1] >= capacity]
+        if self.idle and fits:
+            cache = self.idle.pop(min(fits))
+            cache.clear()
+            return cache
+        capture = self.idle is not None
+        return DeviceCache(
+            self.session, self.sampling, self.decoding, self.device, slots, capacity, self.limit, capture
+        )
+
+
+def _shelve(idle: dict[tuple[int, int], DeviceCache], cache: DeviceCache) -> None:
+    idle[cache.slots, cache.capacity] = cache

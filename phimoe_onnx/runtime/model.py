@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from phimoe_onnx.bundle import TASKS, Manifest, check_files, read_manifest
 from phimoe_onnx.errors import BundleError, GenerationError
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
-from phimoe_onnx.runtime.decoder import Decoder
-from phimoe_onnx.runtime.generate import Generation, Options, PieceStream, Request, generate, make_request
-from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.decoder import Decoder, Decoders
+from phimoe_onnx.runtime.engine import Engine
+from phimoe_onnx.runtime.generate import PieceStream, generate
 from phimoe_onnx.runtime.ort.session import open_sampling, open_session
-from phimoe_onnx.runtime.slots.device import DeviceCache
-from phimoe_onnx.runtime.slots.host import GrowingCache, SharedCache
+from phimoe_onnx.runtime.request import Options, Request, make_request
+from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.runtime.texts import run_texts
 from phimoe_onnx.text.template import ChatTemplate, Message
 from phimoe_onnx.text.tokenizer import Tokenizer
@@ -56,13 +55,14 @@ class PhiMoE:
     """A loaded bundle; `PhiMoE.load` makes one.
 
     A bundle serves one task: text-generation `generate`, `chat`, `score` and `logits`; text-classification `classify`;
-    feature-extraction `embed`. Its methods may be called from several threads: each call has a cache of its own.
+    feature-extraction `embed`. Its methods may be called from several threads; what they generate runs side by side.
 
     Attributes:
         manifest: the bundle's manifest.
         decoding: its section about the model's shape and special tokens.
         tokenizer: text to token ids and back.
         eos: the token ids that end a text.
+        engine: what `generate` and `chat` stand on, for a service that hands in requests by itself.
 
     """
 
@@ -76,6 +76,9 @@ class PhiMoE:
         sampling: InferenceSession | None = None,
         cache_limit: int | None = None,
         cuda_graphs: bool = False,
+        slots: int = 64,
+        queue: int = 1024,
+        capacity: int | None = None,
     ) -> None:
         self.manifest = manifest
         self.decoding = manifest.decoding
@@ -83,12 +86,11 @@ class PhiMoE:
         self.eos = frozenset(manifest.decoding.eos_token_ids)
         self._session = session
         self._template = template
-        self._device = device
-        self._sampling = sampling
-        self._cache_limit = cache_limit
-        self._idle: dict[tuple[int, int], DeviceCache] | None = (
-            {} if cuda_graphs else None
-        )  # recorded steps read fixed places
+        self._room = min(manifest.decoding.context, capacity or manifest.decoding.context)  # of one request, in tokens
+        self._decoders = Decoders(
+            session, manifest.decoding, device, sampling, cache_limit, idle={} if cuda_graphs else None
+        )
+        self.engine = Engine(self._decoders.open, tokenizer, slots, queue)
 
     @classmethod
     def load(
@@ -99,6 +101,9 @@ class PhiMoE:
         *,
         memory_limit: int | None = None,
         cuda_graphs: bool = False,
+        slots: int = 64,
+        queue: int = 1024,
+        capacity: int | None = None,
     ) -> PhiMoE:
         """Loads a bundle that phimoe-export wrote.
 
@@ -110,13 +115,22 @@ class PhiMoE:
                 weights, so that several models share a card.
             cuda_graphs: on CUDA, record a decode step once and replay it. A model then serves one thread, and keeps a
                 cache for each number of rows and power of two of tokens that it was asked for.
+            slots: how many prompts run at once, conversations that rest included; more of a batch wait for their turn.
+            queue: how many prompts may wait while others come; beyond it `generate` raises EngineFullError. A batch
+                that comes when fewer wait is taken whole.
+            capacity: the most tokens that one prompt and its new tokens may have together, where that is to be less
+                than the context. slots x capacity bounds the caches' memory.
 
         Raises:
+            GenerationError: slots or capacity is less than 1, or queue less than 0.
             OutOfMemoryError: the device has too little memory, or the limit leaves too little.
             BundleError: the folder is no bundle, or a file of it is missing or changed.
             DeviceError: the device or the installed ONNX Runtime cannot run the bundle.
 
         """
+        for name, value, least in (("slots", slots, 1), ("queue", queue, 0), ("capacity", capacity, 1)):
+            if value is not None and value < least:
+                raise GenerationError(f"{name} is {value}, expected {least} or more")
         folder = Path(bundle)
         manifest = read_manifest(folder)
         if manifest.task not in TASKS:
@@ -129,7 +143,8 @@ class PhiMoE:
         sampling = open_sampling(folder, manifest, device)
         weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
         cache_limit = None if memory_limit is None else memory_limit - weights
-        return cls(session, manifest, tokenizer, template, device, sampling, cache_limit, cuda_graphs)
+        options = (sampling, cache_limit, cuda_graphs, slots, queue, capacity)
+        return cls(session, manifest, tokenizer, template, device, *options)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
@@ -156,6 +171,10 @@ class PhiMoE:
                 - seed: the same seed gives the same text; a fresh one for each row if not given. A batch's row has the
                   random numbers that its prompt would have alone, so equal prompts with one seed have equal texts.
                 - stop: a string or several at which the text ends, themselves left out.
+                - logits_processor: a function that is called for every new token with the new tokens so far and the
+                  logits float32 [vocab_size], and returns the logits to go on with: a bias, a grammar (-inf is never
+                  drawn), or the same after a look at them. On a device it brings the logits to the host, which costs
+                  time. What it raises comes to this caller.
 
         Returns:
             A `Generation`, or a list of them for a batch, or an iterator of `Piece` for a stream.
@@ -163,6 +182,8 @@ class PhiMoE:
         Raises:
             GenerationError: a prompt is empty or does not fit the context, or an option is out of range; before the
                 first piece of a stream.
+            EngineFullError: all slots are taken, and as many prompts wait as may; before the first piece of a stream.
+            OutOfMemoryError: there is no memory for the prompt's cache.
             BundleError: the bundle serves another task; so do the methods below.
 
         """
@@ -175,8 +196,7 @@ class PhiMoE:
             self.request(each, f"prompt {row}" if batch else "the prompt", **options)
             for row, each in enumerate(prompts)
         ]
-        room = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        pieces = generate(self.decoder(len(requests), room), self.tokenizer, self.eos, requests)
+        pieces = generate(self.engine, requests)
         if stream:
             return pieces
         results = {piece.row: piece.result for piece in pieces if piece.result}
@@ -185,7 +205,7 @@ class PhiMoE:
     def chat(self, system: str | None = None) -> Conversation:
         """A conversation that keeps its cache from turn to turn, opened by a system message if one is given."""
         self._expect("text-generation", "chat")
-        return Conversation(self, system)
+        return Conversation(self.engine, self.request, system)
 
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of every token of a text, or of token ids, in one forward pass over all of it.
@@ -283,36 +303,16 @@ class PhiMoE:
             GenerationError: as for `generate`.
 
         """
-        return make_request(self.encode(prompt, name), self.decoding.context, name, **options)
+        return make_request(self.encode(prompt, name), self._room, name, self.eos, **options)
 
-    def decoder(self, rows: int, capacity: int) -> Decoder:
-        """Empty caches for `rows` rows of up to `capacity` tokens."""
-        cache: SharedCache | GrowingCache | DeviceCache
-        with memory_errors(
-            f"a cache of {rows} x {capacity} tokens", rows * capacity * self.decoding.cache.bytes_per_token
-        ):
-            if self._sampling:
-                cache = self._device_cache(self._sampling, rows, capacity)
-            elif self.decoding.cache.shared:
-                cache = SharedCache(self._session, self.decoding, rows, capacity)
-            else:
-                cache = GrowingCache(self._session, self.decoding, rows)
-        decoder = Decoder(cache, self.decoding, rows)
-        if self._idle is not None and isinstance(cache, DeviceCache):
-            weakref.finalize(decoder, _shelve, self._idle, rows, cache).atexit = False
-        return decoder
+    def decoder(self, slots: int, capacity: int) -> Decoder:
+        """Empty caches beside the engine's, for `slots` slots of up to `capacity` tokens.
 
-    def _device_cache(self, sampling: InferenceSession, rows: int, capacity: int) -> DeviceCache:
-        """A new cache on the device, or with CUDA graphs an idle one that has its graph already."""
-        if self._idle is not None:
-            capacity = min(max(256, 1 << (capacity - 1).bit_length()), self.decoding.context)
-            if cache := self._idle.pop((rows, capacity), None):
-                cache.clear()
-                return cache
-        capture = self._idle is not None
-        return DeviceCache(
-            self._session, sampling, self.decoding, self._device, rows, capacity, self._cache_limit, capture
-        )
+        Raises:
+            OutOfMemoryError: there is no memory for them.
+
+        """
+        return self._decoders.open(slots, capacity)
 
     def _expect(self, task: str, method: str) -> None:
         if self.manifest.task != task:
@@ -335,10 +335,6 @@ class PhiMoE:
         if len(ids) > self.decoding.context:
             raise GenerationError(f"the text has {len(ids)} tokens, the context holds {self.decoding.context}")
         return self.decoder(1, len(ids)).logits(ids)
-
-
-def _shelve(idle: dict[tuple[int, int], DeviceCache], rows: int, cache: DeviceCache) -> None:
-    idle[rows, cache.capacity] = cache
 
 
 def _is_batch(prompt: Prompt | Batch) -> bool:

@@ -7,7 +7,7 @@ top-k, top-p, min-p and the draw. Ties go to the lower token id throughout. spec
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,18 +53,48 @@ class Sampling:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected {expected}")
 
 
+LogitsProcessor = Callable[[Sequence[int], NDArray[np.float32]], NDArray[np.float32]]
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One row's next token: how it is chosen, how many came before it, and the tokens that a penalty counts."""
+    """How a row's next token is chosen. `token_ids` and `seen` are the row's own and grow with it.
+
+    Attributes:
+        sampling: its options.
+        token_ids: the new tokens so far; how many they are is the draw's step.
+        seen: the distinct tokens of the prompt and of what was generated, for the repetition penalty.
+        logits_processor: sees `token_ids` and the logits float32 [V] first, and returns the logits to go on with.
+
+    """
 
     sampling: Sampling
-    step: int
+    token_ids: Sequence[int]
     seen: Collection[int]
+    logits_processor: LogitsProcessor | None = None
 
 
-def sample_rows(logits: Sequence[NDArray[np.float32]], choices: Sequence[Choice]) -> list[int]:
-    """`sample` of each row's logits [V]."""
-    return [sample(row, choice.sampling, choice.step, choice.seen) for row, choice in zip(logits, choices, strict=True)]
+def sample_rows(logits: Mapping[int, NDArray[np.float32]], choices: Mapping[int, Choice]) -> dict[int, int | Exception]:
+    """`sample` of each slot's logits [V]: the token, or the error that kept this slot alone from having one."""
+    tokens: dict[int, int | Exception] = {}
+    for slot, choice in choices.items():
+        try:
+            scores = logits[slot]
+            if choice.logits_processor:
+                scores = _process(scores, choice.token_ids, choice.logits_processor)
+            tokens[slot] = sample(scores, choice.sampling, len(choice.token_ids), choice.seen)
+        except Exception as error:  # a processor is the caller's code and may raise anything
+            tokens[slot] = error
+    return tokens
+
+
+def _process(logits: NDArray[np.float32], token_ids: Sequence[int], processor: LogitsProcessor) -> NDArray[np.float32]:
+    processed = np.asarray(processor(token_ids, logits), np.float32)
+    if processed.shape != logits.shape:
+        raise GenerationError(
+            f"logits_processor returned the shape {list(processed.shape)}, expected {list(logits.shape)}"
+        )
+    return processed
 
 
 def sample(logits: NDArray[np.float32], sampling: Sampling, step: int, seen: Collection[int] = ()) -> int:

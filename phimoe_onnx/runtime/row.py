@@ -1,0 +1,132 @@
+"""A request on its way to its end: its tokens, its text, and what its caller is given of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from phimoe_onnx.runtime.request import Request
+from phimoe_onnx.runtime.sampling import Choice
+from phimoe_onnx.runtime.stop import StopStrings
+from phimoe_onnx.text.tokenizer import Tokenizer
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt led to.
+
+    Attributes:
+        text: the new text, without special tokens and without the stop string.
+        token_ids: the new tokens, with the one that ended the text.
+        finish_reason: "eos" (an end token of the model), "stop" (a stop string) or "length" (max_new_tokens).
+        prompt_tokens: the length of the prompt.
+        first_token_seconds: from the call to the row's first token.
+        seconds: from the call to the row's last token.
+
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed after the first token; 0 where there is no second one."""
+        return (len(self.token_ids) - 1) / max(self.seconds - self.first_token_seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One new token of a stream.
+
+    Attributes:
+        row: which prompt of the batch; 0 for a single one.
+        token_id: the token.
+        text: the text that became certain with it; empty while a character is incomplete or a stop string may have
+            begun.
+        result: on the row's last piece, all of it; else None.
+
+    """
+
+    row: int
+    token_id: int
+    text: str
+    result: Generation | None
+
+
+class Row:
+    """A request on its way to its end.
+
+    Attributes:
+        request: what was asked.
+        choice: how its next token is chosen.
+        deliver: takes each piece, or the error that ends the row.
+        session: see `Engine.submit`.
+        slot: the row's number in the caches, once it has one.
+        pending: the last token while it is not in the cache yet.
+        ended: whether nothing more comes.
+
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        tokenizer: Tokenizer,
+        deliver: Callable[[Piece | Exception], None],
+        session: object = None,
+    ) -> None:
+        self.request = request
+        self._token_ids: list[int] = []
+        self._seen = set(request.prompt)
+        self.choice = Choice(request.sampling, self._token_ids, self._seen, request.logits_processor)
+        self.deliver = deliver
+        self.session = session
+        self.slot = -1
+        self.pending: int | None = None
+        self.ended = False
+        self._number = number
+        self._start = self._first = time.perf_counter()
+        self._text = ""
+        self._characters = tokenizer.stream(request.prompt)
+        self._strings = StopStrings(request.stop)
+        # a hidden token has no text that a stop string could be found in
+        self._stop_ids = {tokenizer.token_id(stop) for stop in request.stop} & tokenizer.hidden
+
+    @property
+    def room(self) -> int:
+        """The most tokens that the row may come to hold."""
+        return len(self.request.prompt) + self.request.max_new_tokens
+
+    def add(self, token: int) -> Piece:
+        """Takes the row's next token."""
+        now = time.perf_counter()
+        if not self._token_ids:
+            self._first = now
+        self._token_ids.append(token)
+        self._seen.add(token)
+        self.pending = token
+        eos = token in self.request.eos
+        text, stopped = self._strings.add("" if eos else self._characters.add(token))
+        reason: FinishReason | None = None
+        if eos:
+            reason = "eos"
+        elif stopped or token in self._stop_ids:
+            reason = "stop"
+        elif len(self._token_ids) == self.request.max_new_tokens:
+            reason = "length"
+        if reason is None:
+            self._text += text
+            return Piece(self._number, token, text, None)
+        text += self._strings.finish()
+        self._text += text
+        seconds = (self._first - self._start, now - self._start)
+        result = Generation(self._text, self._token_ids, reason, len(self.request.prompt), *seconds)
+        return Piece(self._number, token, text, result)
