@@ -67,6 +67,7 @@ def test_no_chat_template(tmp_path: Path, config: object) -> None:
     "config",
     [
         {"chat_template": 5},
+        {"chat_template": "\ud800"},
         {"chat_template": ["a"]},
         {"chat_template": [{"name": "default"}]},
         {"bos_token": {}},
@@ -182,7 +183,7 @@ ENDLESS = [
 ]
 
 
-@pytest.mark.parametrize("source", [*ENDLESS, "{{ 1 / 0 }}", "{% include 'x' %}", "{{ none.x.y }}"])
+@pytest.mark.parametrize("source", [*ENDLESS, "{{ 1 / 0 }}", "{% include 'x' %}", "{{ none.x.y }}", "{{ '\\ud800' }}"])
 def test_a_template_ends_and_its_faults_are_our_errors(tmp_path: Path, source: str) -> None:
     endless = template(tmp_path, {"chat_template": source})
     with pytest.raises(GenerationError, match="refuses the messages: "):

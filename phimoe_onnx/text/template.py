@@ -97,12 +97,17 @@ def _named(folder: Path, template: Any) -> dict[str, Any]:
     entries = template if isinstance(template, list) else [{"name": "default", "template": template}]
     for entry in entries:
         named = isinstance(entry, dict) and {"name", "template"} <= entry.keys()
-        if not named or not isinstance(entry["template"], str | None):
+        if not named or not isinstance(entry["template"], str | None) or not _is_text(entry["template"] or ""):
             raise ConfigError(
                 f"{folder / 'tokenizer_config.json'}: chat_template holds {str(entry)[:80]}, expected one template, "
                 'or a list of {"name": ..., "template": ...}'
             )
     return {entry["name"]: entry["template"] for entry in entries}
+
+
+def _is_text(text: str) -> bool:
+    """Whether there is no half character, which JSON can spell and no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse(source: str) -> Template:
@@ -140,13 +145,17 @@ def render(
     values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
     token = BUDGET.set(Budget(values))
     try:
-        return template.render(**{**values, **tokens})
+        text = template.render(**{**values, **tokens})
+        text.encode("utf-8")
     except TemplateError:
         raise
+    except UnicodeEncodeError as error:
+        raise TemplateError(f"its text holds {text[error.start]!r}, half a character") from None
     except Exception as error:
         raise _foreign(error) from error
     finally:
         BUDGET.reset(token)
+    return text
 
 
 def _foreign(error: Exception) -> TemplateError:
