@@ -36,7 +36,8 @@ from phimoe_onnx._version import __version__
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.exporter import pipeline
-from phimoe_onnx.exporter.quantize.rtn import Format
+from phimoe_onnx.exporter.quantize.format import Format
+from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
 from phimoe_onnx.exporter.weights import tensor_bytes
 from tests.checkpoints import write_checkpoint
 
@@ -207,15 +208,14 @@ def ours(checkpoint: Path, output: Path, between: tuple[str, str]) -> Times:
 
 
 def bare_ours(matrices: list[torch.Tensor]) -> Times:
-    """`Format.quantize` alone, a matrix a worker, a worker a core, as the export does it."""
+    """`round_to_nearest` alone, a matrix a worker, a worker a core, as the export does it."""
     format = Format(4, BLOCK)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = _now()
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for _ in workers.map(
-            format.quantize, [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])]
-        ):
+        parts = [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])]
+        for _ in workers.map(lambda part: round_to_nearest(part, format, "", None), parts):
             pass
     times = _now() - start
     torch.set_num_threads(threads)

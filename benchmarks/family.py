@@ -20,9 +20,10 @@ import psutil
 from process import measure
 from shapes import SHAPES, write_checkpoint
 
-from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import read_config
 from phimoe_onnx.exporter.plan import requirements
+from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.target import TARGETS
 
 EXPORT = "import sys; from phimoe_onnx.cli.export import main; sys.exit(main())"
 LARGE = ("GRIN-MoE", "Phi-3.5-MoE")
@@ -107,7 +108,7 @@ def _planned(folder: Path, shape: str, layers: int, quantize: str) -> int:
 def run_memory(source: Path, quantize: str) -> int:
     """Bytes that `phimoe-export --plan` gives for running the checkpoint's bundle."""
     config = read_config(source)
-    return requirements(config, parameters(config, read_headers(source)), "cpu", quantize, None).run_memory
+    return requirements(config, recipe_for(config, TARGETS["cpu"], quantize)).run_memory
 
 
 if __name__ == "__main__":

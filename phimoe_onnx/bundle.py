@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,6 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: spec/sampling.md for the device
-PREFILL_CHUNK = {
-    "cpu": 512,
-    "cuda": 4096,
-    "portable": 512,
-}  # enough to fill the matrix products, and bounds their memory
 LARGEST = 2**31 - 1  # of any number of a manifest but a file's size
 HASH_LIMIT = (
     256 << 20
@@ -188,6 +183,15 @@ class StoredWeights:
     block_size: Count | None = None
     scale_dtype: str | None = None
     symmetric: bool = True
+
+    def names(self) -> Iterator[str]:
+        """The whole names of all its parameters."""
+        if self.layers is None:
+            yield from self.parameters
+            return
+        first, last = self.layers
+        for layer in range(first, last + 1):
+            yield from (f"model.layers.{layer}.{name}" for name in self.parameters)
 
 
 @dataclass(frozen=True)

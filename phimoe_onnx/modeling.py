@@ -4,11 +4,15 @@ Dimensions: B batch, S new tokens, P cached tokens, T = P + S, H hidden_size, N 
 num_key_value_heads, D head_dim, E num_local_experts, I intermediate_size, V vocab_size. Everything but the router is
 computed in the dtype of the weights.
 
-The three functions `attention`, `sparse_mixer` and `experts` are the seams: tracing keeps each as one node of the
-graph.
+The three functions `attention`, `sparse_mixer` and `experts` are the seams: a model takes others in their place, so
+that tracing keeps each as one node of the graph, and routing can be recorded or replayed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -115,9 +119,22 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, do
     return output.view_as(x)
 
 
+@dataclass(frozen=True)
+class Seams:
+    """What a model computes attention, routing and experts with; each has the signature of the function of its name."""
+
+    attention: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention
+    sparse_mixer: Callable[[Tensor, float], tuple[Tensor, Tensor]] = sparse_mixer
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts
+
+
+EXACT = Seams()
+
+
 class Attention(nn.Module):
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams) -> None:
         super().__init__()
+        self.seams = seams
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=config.attention_bias)
@@ -126,7 +143,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue, visible: Tensor) -> tuple[Tensor, KeyValue]:
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        output, present_key, present_value = attention(query, key, value, cos, sin, *past, visible)
+        output, present_key, present_value = self.seams.attention(query, key, value, cos, sin, *past, visible)
         return self.o_proj(output), (present_key, present_value)
 
 
@@ -139,25 +156,26 @@ class Experts(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams) -> None:
         super().__init__()
+        self.seams = seams
         self.jitter = config.router_jitter_noise
         # float32 whatever the model's dtype: a rounded score can flip the choice
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False, dtype=torch.float32)
         self.experts = Experts(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = sparse_mixer(self.gate(x.float()), self.jitter)
-        return experts(x, weights, chosen, self.experts.gate_up_proj, self.experts.down_proj)
+        weights, chosen = self.seams.sparse_mixer(self.gate(x.float()), self.jitter)
+        return self.seams.experts(x, weights, chosen, self.experts.gate_up_proj, self.experts.down_proj)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, seams)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.block_sparse_moe = SparseMoE(config)
+        self.block_sparse_moe = SparseMoE(config, seams)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue, visible: Tensor) -> tuple[Tensor, KeyValue]:
         attended, present = self.self_attn(self.input_layernorm(x), cos, sin, past, visible)
@@ -198,12 +216,12 @@ class Rope(nn.Module):
 class PhiMoEModel(nn.Module):
     """The decoder without its head."""
 
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams = EXACT) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, seams) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def empty_cache(self, batch: int = 1) -> list[KeyValue]:
@@ -247,10 +265,11 @@ class PhiMoEForCausalLM(nn.Module):
     5.
     """
 
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams = EXACT) -> None:
         super().__init__()
         self.config = config
-        self.model = PhiMoEModel(config)
+        self.seams = seams
+        self.model = PhiMoEModel(config, seams)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -281,10 +300,11 @@ class PhiMoEForCausalLM(nn.Module):
 class PhiMoEForFeatureExtraction(nn.Module):
     """The decoder over whole texts, without a cache and without a head; parameters are named as in the others."""
 
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams = EXACT) -> None:
         super().__init__()
         self.config = config
-        self.model = PhiMoEModel(config)
+        self.seams = seams
+        self.model = PhiMoEModel(config, seams)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids int64 [B, S] and attention_mask int64 [B, S], 1 for a real token -> hidden states, float32 [B, S,
@@ -296,10 +316,11 @@ class PhiMoEForFeatureExtraction(nn.Module):
 class PhiMoEForSequenceClassification(nn.Module):
     """The decoder over whole texts, without a cache, with a head on each row's last real token."""
 
-    def __init__(self, config: PhiMoEConfig) -> None:
+    def __init__(self, config: PhiMoEConfig, seams: Seams = EXACT) -> None:
         super().__init__()
         self.config = config
-        self.model = PhiMoEModel(config)
+        self.seams = seams
+        self.model = PhiMoEModel(config, seams)
         # float32 whatever the model's dtype, like the router: it is small, and what it gives is the answer
         self.score = nn.Linear(config.hidden_size, len(config.labels), bias=False, dtype=torch.float32)
 
@@ -318,3 +339,21 @@ MODELS: dict[str, type[Model]] = {
     "text-classification": PhiMoEForSequenceClassification,
     "feature-extraction": PhiMoEForFeatureExtraction,
 }
+
+AnyModel = TypeVar("AnyModel", bound=Model)
+
+
+def with_seams(model: AnyModel, seams: Seams) -> AnyModel:
+    """The same model over the very same parameters, with other seams."""
+    with torch.device("meta"):
+        other = type(model)(model.config, seams)
+    other.load_state_dict(model.state_dict(), assign=True)
+    if isinstance(other, PhiMoEForCausalLM) and _is_tied(model):  # one parameter, not two alike
+        other.lm_head.weight = other.model.embed_tokens.weight
+    other.model.rope = model.model.rope  # its buffers are in no state_dict
+    other.train(model.training)
+    return other
+
+
+def _is_tied(model: Model) -> bool:
+    return isinstance(model, PhiMoEForCausalLM) and model.lm_head.weight is model.model.embed_tokens.weight

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,10 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phimoe_onnx import modeling
-from phimoe_onnx.checkpoint.tensors import parameters, read_headers, read_rows
+from phimoe_onnx.checkpoint.data import read_rows
+from phimoe_onnx.checkpoint.source import task_for
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import read_config
-from phimoe_onnx.exporter.formats import task_for
-from phimoe_onnx.modeling import PhiMoEForCausalLM, PhiMoEForFeatureExtraction, PhiMoEForSequenceClassification
+from phimoe_onnx.modeling import (
+    AnyModel,
+    PhiMoEForCausalLM,
+    PhiMoEForFeatureExtraction,
+    PhiMoEForSequenceClassification,
+    with_seams,
+)
 
 Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in order
 TextModel = PhiMoEForSequenceClassification | PhiMoEForFeatureExtraction
@@ -73,19 +79,27 @@ def greedy(model: PhiMoEForCausalLM, token_ids: Sequence[int], new: int) -> list
     return ids[len(token_ids) :]
 
 
-@contextmanager
-def recorded_routing() -> Iterator[Routing]:
-    """Collects the experts that are chosen inside the block, a layer after the other."""
+def recorded(model: AnyModel) -> tuple[AnyModel, Routing]:
+    """The model as one that notes the experts that it chooses, and the list that it adds them to, layer by layer."""
     routing: Routing = []
-    original = modeling.sparse_mixer
 
     def record(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-        weights, chosen = original(scores, jitter)
+        weights, chosen = model.seams.sparse_mixer(scores, jitter)
         routing.append(chosen)
         return weights, chosen
 
-    with patch.object(modeling, "sparse_mixer", record):
-        yield routing
+    return with_seams(model, dataclasses.replace(model.seams, sparse_mixer=record)), routing
+
+
+def replayed(model: AnyModel, routing: Routing) -> AnyModel:
+    """The model as one that chooses the recorded experts, with weights from its own scores; for one pass."""
+    remaining = iter(routing)
+
+    def replay(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+        chosen = next(remaining)
+        return modeling.mixer_weights(scores, chosen, jitter), chosen
+
+    return with_seams(model, dataclasses.replace(model.seams, sparse_mixer=replay))
 
 
 def agreement(routing: Routing, other: Routing) -> float:
@@ -94,19 +108,6 @@ def agreement(routing: Routing, other: Routing) -> float:
         torch.equal(a, b) for one, two in zip(routing, other, strict=True) for a, b in zip(one[0], two[0], strict=True)
     ]
     return sum(same) / len(same)
-
-
-@contextmanager
-def replayed_routing(routing: Routing) -> Iterator[None]:
-    """Makes the block choose the recorded experts, with weights from its own scores."""
-    remaining = iter(routing)
-
-    def replay(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-        chosen = next(remaining)
-        return modeling.mixer_weights(scores, chosen, jitter), chosen
-
-    with patch.object(modeling, "sparse_mixer", replay):
-        yield
 
 
 def _forward(

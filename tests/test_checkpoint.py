@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, parameters, read_headers, read_rows
+from phimoe_onnx.checkpoint.data import read_rows
+from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, parameters, read_headers
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.reference import load_reference

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from phimoe_onnx import export, reference
-from phimoe_onnx.bundle import Graph, check_files, describe_files, read_manifest
+from phimoe_onnx.bundle import OPTIONAL_INPUTS, Graph, check_files, describe_files, read_manifest
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import CheckpointError, ConfigError, DeviceError, ExportError
-from phimoe_onnx.exporter import pipeline
+from phimoe_onnx.exporter import pipeline, write
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.staging import Journal, staged
+from phimoe_onnx.exporter.write import DataFile
 from phimoe_onnx.modeling import PhiMoEForCausalLM
-from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.parity.stored import stored_as, stored_model
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import (
     BASE,
@@ -320,8 +322,8 @@ def test_experts_that_no_token_chose_are_not_computed(
     folder = Path(shutil.copytree(exact, tmp_path / "bundle"))
     ids = random_ids(3)
     inputs = feeds(model.config, [ids], **ALL_LOGITS)
-    with reference.recorded_routing() as routing:
-        reference.logits(model, ids)
+    recording, routing = reference.recorded(model)
+    reference.logits(recording, ids)
     expected = open_graph(folder / graph).run(["logits"], inputs)[0]
     for layer, chosen in enumerate(routing):
         unused = set(range(16)) - set(chosen.flatten().tolist())
@@ -350,13 +352,20 @@ def test_every_writer_gives_the_same_bundle(tmp_path: Path, bundle: Bundle, writ
     assert describe_files(again) == describe_files(bundle("experts", "cpu", "int4"))
 
 
+OLD, NEW = {"cpu": "1.29"}, {"cpu": "1.31"}
 GRAPHS = {
-    ("cpu", "none"): [Graph("model.onnx", "1.29"), Graph("model.branches.onnx", "1.29", ())],
-    ("cpu", "fp16"): [Graph("model.onnx", "1.29"), Graph("model.branches.onnx", "1.29", ())],
-    ("portable", "none"): [Graph("model.onnx", "1.29")],
-    ("cpu", "int8"): [Graph("model.onnx", "1.31"), Graph("model.branches.onnx", "1.29", ())],
-    ("cpu", "int4"): [Graph("model.onnx", "1.31"), Graph("model.branches.onnx", "1.29", ())],
+    ("cpu", "none"): [Graph("model.onnx", OLD, OPTIONAL_INPUTS), Graph("model.branches.onnx", OLD)],
+    ("cpu", "fp16"): [Graph("model.onnx", OLD, OPTIONAL_INPUTS), Graph("model.branches.onnx", OLD)],
+    ("portable", "none"): [Graph("model.onnx", {"cpu": "1.29", "cuda": "1.29"}, OPTIONAL_INPUTS)],
+    ("cpu", "int8"): [Graph("model.onnx", NEW, OPTIONAL_INPUTS), Graph("model.branches.onnx", OLD)],
+    ("cpu", "int4"): [Graph("model.onnx", NEW, OPTIONAL_INPUTS), Graph("model.branches.onnx", OLD)],
 }
+
+
+def form(quantize: str) -> tuple[str, int | None, str | None]:
+    """dtype, block size and scales' dtype of a matrix of the shape longrope-window."""
+    blocks = (quantize, 64, "float32")
+    return {"none": ("float32", None, None), "fp16": ("float16", None, None)}.get(quantize, blocks)
 
 
 @pytest.mark.parametrize(("target", "quantize"), GRAPHS)
@@ -374,10 +383,26 @@ def test_the_manifest(bundle: Bundle, target: str, quantize: str) -> None:
     assert manifest.files == describe_files(folder)
     assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
     check_files(folder, manifest, hash_everything=True)
-    assert manifest.weights["router"] == "float32"
-    stored = {"none": "float32", "fp16": "float16", "int8": "int8, block 64", "int4": "int4, block 64"}[quantize]
-    assert {manifest.weights[kind] for kind in ("experts", "attention", "lm_head")} == {stored}
-    assert manifest.weights["embeddings"] == ("int8, block 64" if quantize == "int4" else stored)
+    assert manifest.recipe is not None
+    assert manifest.decoding.sampling_graph is None
+    layer = {
+        f"model.layers.1.{name}": form(quantize)
+        for name in (
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+            "self_attn.o_proj.weight",
+            "block_sparse_moe.experts.gate_up_proj",
+            "block_sparse_moe.experts.down_proj",
+        )
+    }
+    stored = {name: (each.dtype, each.block_size, each.scale_dtype) for name, each in stored_as(manifest).items()}
+    assert layer.items() <= stored.items()
+    assert stored["lm_head.weight"] == form(quantize)
+    assert stored["model.embed_tokens.weight"] == form("int8" if quantize == "int4" else quantize)
+    others = {name for name in stored if name.endswith(("norm.weight", "gate.weight", "bias"))}
+    assert {stored[name] for name in others} == {("float32", None, None)}
+    assert stored.keys() == dict(make_model(BASE | SHAPES["longrope-window"]).named_parameters()).keys()
     assert manifest.parity is None
 
 
@@ -437,7 +462,8 @@ def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_block_sizes(tmp_path: Path, checkpoint: Checkpoint, block_size: int) -> None:
     folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4", block_size=block_size)
-    assert read_manifest(folder).weights["experts"] == f"int4, block {block_size}"
+    experts = stored_as(read_manifest(folder))["model.layers.0.block_sparse_moe.experts.down_proj"]
+    assert (experts.dtype, experts.block_size) == ("int4", block_size)
     scales = ir.load(folder / "model.onnx").graph.initializers["model.layers.0.block_sparse_moe.experts.fc2.scales"]
     assert scales.shape == (16, 64, 96 // block_size)
 
@@ -552,16 +578,16 @@ def test_a_full_disk_is_seen_before_writing(
 def test_a_disk_that_fills_up_leaves_nothing(
     tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    calls, pwrite = 0, os.pwrite
+    calls, write = 0, DataFile.write
 
-    def fill_up(descriptor: int, data: Any, offset: int) -> int:
+    def fill_up(file: DataFile, data: memoryview, offset: int) -> None:
         nonlocal calls
         calls += 1
         if calls > fail_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(descriptor, data, offset)
+        write(file, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", fill_up)
+    monkeypatch.setattr(DataFile, "write", fill_up)
     with pytest.raises(ExportError, match="No space left on device"):
         export(checkpoint("plain"), tmp_path / "bundle")
     assert calls > fail_at
@@ -669,8 +695,14 @@ def test_one_export_at_a_time_writes_a_bundle(tmp_path: Path, checkpoint: Checkp
 def test_short_writes_are_continued(
     tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, pwrite = describe_files(bundle("plain", "cpu", "none")), os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:10_000], offset))
+    class Short(FileIO):
+        """A file that takes a part of what it is given, as a system may."""
+
+        def write(self, data: Any) -> int:
+            return super().write(data[:10_000]) or 0
+
+    whole = describe_files(bundle("plain", "cpu", "none"))
+    monkeypatch.setattr(write, "FileIO", Short)
     folder = export(checkpoint("plain"), tmp_path / "bundle")
     assert describe_files(folder) == whole
 
@@ -754,7 +786,7 @@ def test_bfloat16_is_the_float16_graph_in_another_type(
         assert tensor.dtype == swap.get(theirs.graph.initializers[name].dtype, theirs.graph.initializers[name].dtype)
     assert {value.dtype for value in ours.graph.inputs if value.name.startswith("past")} == {ir.DataType.BFLOAT16}
     assert ours.graph.outputs[0].dtype == ir.DataType.FLOAT
-    with pytest.raises(DeviceError, match="activations are bfloat16"):
+    with pytest.raises(DeviceError, match="runs on cuda, not on cpu"):
         PhiMoE.load(folder)
 
 
@@ -765,7 +797,9 @@ def test_what_onnxruntimes_cuda_provider_cannot_do_stays_out_of_its_graphs(bundl
     for shape, inside in (("tiles", 0), ("tiles-xqa", 1)):
         folder = bundle(shape, "cuda", "int4")
         graph = ir.load(folder / "model.onnx").graph
-        assert [each.minimum_onnxruntime for each in read_manifest(folder).graphs] == ["1.31"]
+        manifest = read_manifest(folder)
+        assert [each.devices for each in manifest.graphs] == [{"cuda": "1.31", "cpu": "1.32"}]
+        assert manifest.decoding.sampling_graph == "sampling.onnx"
         attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
         assert {node.attributes["do_rotary"].as_int() for node in attention} == {inside}
         assert {"ReduceMax", "ArgMax", "If", "Loop"} & {node.op_type for node in graph} == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,17 @@ from torch import Tensor
 
 from phimoe_onnx import reference
 from phimoe_onnx.config import parse_config
-from phimoe_onnx.modeling import PhiMoEForCausalLM, Rope, experts, mixer_weights, sparse_mixer
-from tests.checkpoints import BASE, SHAPES, assert_close, make_model, random_ids
+from phimoe_onnx.modeling import (
+    MODELS,
+    PhiMoEForCausalLM,
+    Rope,
+    Seams,
+    experts,
+    mixer_weights,
+    sparse_mixer,
+    with_seams,
+)
+from tests.checkpoints import BASE, SHAPES, TASKS, assert_close, make_model, random_ids
 
 Row = NDArray[np.float32]
 
@@ -124,8 +134,8 @@ def test_experts_is_the_formula_for_each_token() -> None:
 def test_experts_that_no_token_chose_are_not_computed() -> None:
     model = make_model(BASE)
     ids = random_ids(4)
-    with reference.recorded_routing() as routing:
-        expected = reference.logits(model, ids)
+    recording, routing = reference.recorded(model)
+    expected = reference.logits(recording, ids)
     with torch.no_grad():
         for layer, chosen in zip(model.model.layers, routing, strict=True):
             unused = sorted(set(range(16)) - set(chosen.flatten().tolist()))
@@ -254,14 +264,40 @@ def test_greedy_is_the_argmax_of_whole_passes() -> None:
 def test_replayed_routing_is_the_recorded_one() -> None:
     model, other = make_model(BASE), make_model(BASE, seed=1)
     ids = random_ids(12)
-    with reference.recorded_routing() as routing:
-        expected = reference.logits(model, ids)
-    with reference.recorded_routing() as own:
-        reference.logits(other, ids)
+    recording, routing = reference.recorded(model)
+    expected = reference.logits(recording, ids)
+    recording, own = reference.recorded(other)
+    reference.logits(recording, ids)
     assert [chosen.shape for chosen in routing] == [(1, 12, 2)] * 2
     assert not torch.equal(routing[0], own[0])
-    with reference.replayed_routing(routing):
-        assert np.array_equal(reference.logits(model, ids), expected)
-    with reference.replayed_routing(routing), reference.recorded_routing() as replayed:
-        reference.logits(other, ids)
+    assert np.array_equal(reference.logits(reference.replayed(model, routing), ids), expected)
+    recording, replayed = reference.recorded(reference.replayed(other, routing))
+    reference.logits(recording, ids)
     assert all(torch.equal(a, b) for a, b in zip(replayed, routing, strict=True))
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_seams_are_handed_in_and_parameters_shared(task: str) -> None:
+    """A model with other seams computes with them, over the very parameters of the one that it was made of."""
+    model = make_model(BASE | {"tie_word_embeddings": task == "text-generation"} | TASKS[task])
+    called: list[str] = []
+
+    def noted(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            called.append(name)
+            return getattr(model.seams, name)(*arguments)
+
+        return call
+
+    names = ("attention", "sparse_mixer", "experts")
+    other = with_seams(model, Seams(**{name: noted(name) for name in names}))
+    ids, mask = torch.tensor([random_ids(6)]), torch.ones(1, 6, dtype=torch.int64)
+    more = [torch.zeros(1, dtype=torch.int64), model.empty_cache()] if task == "text-generation" else []
+    with torch.no_grad():
+        expected, got = model(ids, mask, *more), other(ids, mask, *more)
+    assert torch.equal(expected[0], got[0])
+    assert called == list(names) * 2
+    for (name, one), (again, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert name == again
+        assert one.data_ptr() == two.data_ptr()
+    assert not other.training

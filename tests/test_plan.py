@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from phimoe_onnx import export
-from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import read_config
 from phimoe_onnx.exporter.kinds import stored_sizes
 from phimoe_onnx.exporter.plan import count_parameters, requirements
+from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.target import TARGETS
 from tests.checkpoints import MODEL
 
 FORMS = [
@@ -37,7 +40,7 @@ def test_bundle_is_as_large_as_planned(
         pytest.skip("QMoE on CUDA takes the last shape alone, which serves only for that")
     source = MODEL if shape == "model" else checkpoint(shape)
     config = read_config(source)
-    need = requirements(config, parameters(config, read_headers(source)), target, quantize, None)
+    need = requirements(config, recipe_for(config, TARGETS[target], quantize))
     bundle = export(source, tmp_path / "bundle", target=target, quantize=quantize)
     weights = sum(path.stat().st_size for path in bundle.glob("*.data"))
     graphs = sum(path.stat().st_size for path in bundle.glob("*.onnx"))
@@ -54,7 +57,7 @@ def test_other_tasks_have_no_cache_and_other_heads(
 ) -> None:
     source = checkpoint("plain", task)
     config = read_config(source)
-    need = requirements(config, parameters(config, read_headers(source), task), target, quantize, None, task=task)
+    need = requirements(config, recipe_for(config, TARGETS[target], quantize, task=task))
     assert need.cache_per_token == 0
     folder = bundle("plain", target, quantize, task)
     written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".data", ".onnx"))
@@ -63,7 +66,7 @@ def test_other_tasks_have_no_cache_and_other_heads(
 
 def test_parameters_are_counted_by_kind() -> None:
     config = read_config(MODEL)
-    counts = count_parameters(config, parameters(config, read_headers(MODEL)))
+    counts = count_parameters(config)
     h, i, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     assert counts["experts"] == layers * 16 * 3 * h * i
     assert counts["router"] == layers * 16 * h
@@ -78,6 +81,7 @@ def test_plan_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert main([str(MODEL), "--plan"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(f"{MODEL}: 4.7 M parameters\n")
     assert "experts 3.5 M" in printed
     for target, quantize in FORMS:
         refused = f"{target} {quantize}: --target cuda has no {quantize} for hidden_size 192 and intermediate_size 96"
@@ -85,3 +89,101 @@ def test_plan_writes_nothing(
         assert (refused in printed) != planned
         assert planned or target == "cuda"
     assert not list(tmp_path.iterdir())
+
+
+def rows(printed: str) -> dict[tuple[str, str], list[str]]:
+    """The table's rows by target and form."""
+    lines = [line.split() for line in printed.splitlines()]
+    return {(line[0], line[1]): line[2:] for line in lines if line and line[0] in TARGETS and not line[1].endswith(":")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--quantize", "int4", "--target", "cpu"], {("cpu", "int4")}),
+        (["--quantize", "fp16"], {("cpu", "fp16"), ("cuda", "fp16"), ("portable", "fp16")}),
+        (["--target", "portable"], {("portable", "none"), ("portable", "fp16")}),
+        (["--kv-cache", "int8"], {("cpu", form) for form in ("none", "fp16", "int8", "int4")} | {("cuda", "none")}),
+        (["--dtype", "bfloat16"], {("cuda", "none")}),
+    ],
+)
+def test_plan_shows_what_the_options_leave(
+    capsys: pytest.CaptureFixture[str], options: list[str], expected: set[tuple[str, str]]
+) -> None:
+    assert main([str(MODEL), "--plan", *options]) == 0
+    assert rows(capsys.readouterr().out).keys() == expected
+
+
+def test_plan_counts_what_the_options_change(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(*options: str) -> list[str]:
+        assert main([str(MODEL), "--plan", "--quantize", "int4", "--target", "cpu", *options]) == 0
+        return rows(capsys.readouterr().out)["cpu", "int4"]
+
+    plain, cache, head = row(), row("--kv-cache", "int4"), row("--store", "lm_head.weight=int8")
+    assert (plain[6:8], cache[6:8]) == (["2.05", "MB"], ["256.00", "kB"])
+    assert float(head[0]) - float(plain[0]) == pytest.approx(2048 * 192 / 2 / 1e6, abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quantize", "int3"], "quantize is 'int3', expected one of none, fp16, int8, int4"),
+        (["--target", "tpu"], "target is 'tpu', expected one of cpu, cuda, portable"),
+        (["--kv-cache", "int2"], "kv_cache is 'int2'"),
+        (["--store", "head=int8"], "--store head=int8: no parameter is called so"),
+        (["--store", "head"], "--store head: expected PATTERN=FORM"),
+        (["--target", "portable", "--quantize", "int4"], "--target portable has no int4"),
+        (["--target", "cpu", "--dtype", "bfloat16"], "--target cpu has no --dtype bfloat16"),
+    ],
+)
+def test_plan_refuses_what_no_row_takes(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert main([str(MODEL), "--plan", *options]) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+
+
+EXTRA = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+    "filelock",
+    "psutil",
+    "transformers",
+)
+
+
+def without(packages: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """phimoe-export in a process in which importing these packages fails."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+    code += "from importlib import util; found = util.find_spec\n"
+    code += f"util.find_spec = lambda name, *rest: None if name in {packages} else found(name, *rest)\n"
+    code += f"from phimoe_onnx.cli.export import main; sys.exit(main({list(arguments)}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_plan_needs_no_package_of_the_exports(capsys: pytest.CaptureFixture[str]) -> None:
+    done = without(EXTRA, str(MODEL), "--plan", "--quantize", "int4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert rows(done.stdout).keys() == {("cpu", "int4")}
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx_ir", "onnxscript", "safetensors", "filelock"])
+def test_an_export_says_in_a_line_what_it_lacks(tmp_path: Path, package: str) -> None:
+    done = without((package,), str(MODEL), "-o", str(tmp_path / "bundle"))
+    message = f"error: export needs the package {package}; pip install 'phimoe-onnx[export]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [[], ["--plan"]])
+def test_a_hub_id_says_in_a_line_what_it_lacks(tmp_path: Path, option: list[str]) -> None:
+    done = without(("huggingface_hub",), "owner/name", "-o", str(tmp_path / "bundle"), *option)
+    message = (
+        "error: owner/name is a hub id, which needs the package huggingface_hub; pip install 'phimoe-onnx[export]'\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)

@@ -24,7 +24,8 @@ def write_bundle(output: Path, text: str) -> None:
     """All that an export does on the disk, with little in it."""
     check_output(output, overwrite=True)
     with staged(output, overwrite=True) as folder:
-        (folder / "model.onnx").write_text(text)
+        for name in ("model.onnx", "tokenizer.json"):
+            (folder / name).write_text(text)
         journal = Journal(folder, text)
         for job in range(2):
             with (folder / "model.data").open("ab") as file:
@@ -32,7 +33,18 @@ def write_bundle(output: Path, text: str) -> None:
             journal.add(job)
         journal.close()
         files = bundle.describe_files(folder)
-        bundle.Manifest("0", text, "text-generation", "cpu", "none", "float32", {}, (), DECODING, files).write(folder)
+        bundle.Manifest(
+            tool_version="0",
+            source=text,
+            task="text-generation",
+            target="cpu",
+            quantize="none",
+            dtype="float32",
+            weights=(),
+            graphs=(bundle.Graph("model.onnx", {"cpu": "1.29"}),),
+            decoding=DECODING,
+            files=files,
+        ).write(folder)
 
 
 def whole(output: Path) -> str:

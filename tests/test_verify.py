@@ -19,8 +19,10 @@ from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.cli.verify import main
 from phimoe_onnx.config import parse_config
 from phimoe_onnx.errors import BundleError, PhiMoEError
+from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.report import junit, markdown
-from phimoe_onnx.parity.verify import DEFAULTS, Comparison, Thresholds, cut, log_softmax
+from phimoe_onnx.parity.thresholds import DEFAULTS, Thresholds
+from phimoe_onnx.parity.verify import cut
 from phimoe_onnx.runtime import PhiMoE
 from tests.checkpoints import BASE, MODEL, SHAPES
 
@@ -53,7 +55,7 @@ def test_float32_passes_its_default_thresholds(bundle: Bundle, checkpoint: Check
     folder = bundle(SHAPE, target, "none")
     report = verify(folder, checkpoint(SHAPE), tokens=200, new_tokens=20, progress=lambda *call: progress.append(call))
     assert report.failures == []
-    assert report.thresholds == DEFAULTS["none"]
+    assert report.thresholds == DEFAULTS[32]
     assert (report.tokens, report.windows, report.target, report.quantize) == (200, [100, 100], target, "none")
     assert 0 < report.bundle_to_reference.mean_difference <= 1e-5
     assert report.bundle_to_reference.mean_difference <= report.bundle_to_reference.max_difference <= 1e-3
@@ -170,9 +172,9 @@ def test_windows_are_consecutive_and_cross_the_boundary(length: int, context: in
 
 
 def test_the_defaults_cover_every_precision() -> None:
-    assert set(DEFAULTS) == {"none", "fp16", "int8", "int4"}
-    assert DEFAULTS["none"] == Thresholds(mean_difference=1e-4, max_difference=1e-3)
-    assert all(DEFAULTS[name].kl and DEFAULTS[name].kernel_kl for name in ("fp16", "int8", "int4"))
+    assert set(DEFAULTS) == {32, 16, 8, 4}
+    assert DEFAULTS[32] == Thresholds(mean_difference=1e-4, max_difference=1e-3)
+    assert all(DEFAULTS[bits].kl and DEFAULTS[bits].kernel_kl for bits in (16, 8, 4))
 
 
 def test_a_comparison_is_the_formulas_over_all_windows() -> None:
@@ -336,6 +338,6 @@ def test_the_small_models_cuda_bundle_passes_on_the_cpu(tmp_path: Path) -> None:
     """Its float16, past the rope boundary of 256, with the thresholds of float16 weights."""
     report = verify(export(MODEL, tmp_path / "bundle", target="cuda"), MODEL, tokens=1024, new_tokens=32)
     assert report.failures == []
-    assert report.thresholds == DEFAULTS["fp16"]
+    assert report.thresholds == DEFAULTS[16]
     assert 1e-4 < report.bundle_to_reference.mean_difference < 1e-2  # float16, and no more than that
     assert report.greedy["agreeing"] == 32

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from phimoe_onnx.bundle import Manifest
+from phimoe_onnx.bundle import Manifest, StoredWeights
 from phimoe_onnx.config import PhiMoEConfig, read_config
-from phimoe_onnx.errors import PhiMoEError
 
-_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int8": 8.0, "int4": 4.0}
 _SHARE = 256 << 20  # bytes that a thread reads in turn: more than any cache
+_EXPERTS = "block_sparse_moe.experts."
 
 
 def step_bytes(bundle: Path, manifest: Manifest, batch: int, length: int) -> int:
     """Bytes of weights and cache that a decode step of a bundle for text-generation reads.
 
     Of the experts those count that some row chose: with each row choosing 2 of E at random, E (1 - (1 - 2 / E) **
-    batch) of a layer. An embedding's row, norms and activations are left out.
+    batch) of a layer. An embedding's row, norms and biases are left out.
 
     Args:
         bundle: the bundle's folder, for its config.json.
@@ -30,22 +30,19 @@ def step_bytes(bundle: Path, manifest: Manifest, batch: int, length: int) -> int
         length: tokens in each row's cache.
     """
     config = read_config(bundle)
-    scale = _BITS[manifest.dtype]
-    dense = _attention(config) * _bits(manifest, "self_attn.q_proj.weight", scale)
-    dense += config.hidden_size * config.num_local_experts * _bits(manifest, "block_sparse_moe.gate.weight", scale)
-    experts = config.num_local_experts
-    used = experts * (1 - (1 - 2 / experts) ** batch)
-    dense += (
-        used
-        * 3
-        * config.hidden_size
-        * config.intermediate_size
-        * _bits(manifest, "block_sparse_moe.experts.gate_up_proj", scale)
-    )
-    cache = manifest.decoding.cache
-    cached = batch * min(length, config.window or length) * cache.bytes_per_token
-    head = config.vocab_size * config.hidden_size * _bits(manifest, "lm_head.weight", scale)
-    return int((config.num_hidden_layers * dense + head) / 8) + cached
+    sizes = _matrices(config)
+    chosen = 1 - (1 - 2 / config.num_local_experts) ** batch
+    bits = 0.0
+    for group in manifest.weights:
+        layers = 1 if group.layers is None else group.layers[1] - group.layers[0] + 1
+        for name in group.parameters:
+            weights = sizes.get(name, 0)
+            if (stack := name.rpartition(".")[0]) in sizes and name not in sizes:  # NAME.EXPERT, where experts differ
+                weights = sizes[stack] // config.num_local_experts
+            share = chosen if _EXPERTS in name else 1.0
+            bits += layers * weights * share * _bits(group)
+    cached = batch * min(length, config.window or length) * manifest.decoding.cache.bytes_per_token
+    return int(bits / 8) + cached
 
 
 def read_bandwidth(threads: int | None = None) -> float:
@@ -61,16 +58,23 @@ def read_bandwidth(threads: int | None = None) -> float:
     return best
 
 
-def _attention(config: PhiMoEConfig) -> int:
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return config.hidden_size * heads * config.head_dim
+def _matrices(config: PhiMoEConfig) -> dict[str, int]:
+    """How many weights each matrix that a step reads has, by the manifest's names."""
+    hidden, experts = config.hidden_size, config.num_local_experts
+    heads = {"q": config.num_attention_heads, "o": config.num_attention_heads}
+    heads |= {"k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    attention = {f"self_attn.{part}_proj.weight": hidden * heads[part] * config.head_dim for part in heads}
+    return attention | {
+        "block_sparse_moe.gate.weight": hidden * experts,
+        f"{_EXPERTS}gate_up_proj": experts * 2 * config.intermediate_size * hidden,
+        f"{_EXPERTS}down_proj": experts * config.intermediate_size * hidden,
+        "lm_head.weight": config.vocab_size * hidden,
+    }
 
 
-def _bits(manifest: Manifest, parameter: str, scale: float) -> float:
-    """Bits that a weight of a parameter takes, its share of a block's scale included."""
-    stored = next((group for group in manifest.weights if parameter in group.parameters), None)
-    if stored is None:
-        raise PhiMoEError(f"the manifest does not say how {parameter} is stored; export the bundle again")
+def _bits(stored: StoredWeights) -> float:
+    """Bits that a weight takes, with its share of a block's scale and zero point."""
     if stored.block_size is None:
         return _BITS[stored.dtype]
-    return int(stored.dtype.removeprefix("int")) + scale / stored.block_size
+    beside = _BITS[stored.scale_dtype or "float32"] + (0.0 if stored.symmetric else _BITS[stored.dtype])
+    return _BITS[stored.dtype] + beside / stored.block_size

@@ -14,8 +14,6 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from phimoe_onnx.checkpoint.tensors import Stored
 from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.files import sha256
@@ -102,6 +100,7 @@ def _fetch(
     """Downloads one file to where the hub's cache keeps its content, under its lock, and lets the hub link it into
     `folder`.
     """
+    from filelock import FileLock
     from huggingface_hub import hf_hub_download
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers

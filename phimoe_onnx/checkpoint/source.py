@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from phimoe_onnx.checkpoint import hub
 from phimoe_onnx.checkpoint.tensors import INDEX, Stored, read_headers, shard_files
-from phimoe_onnx.errors import CheckpointError, ExportError
+from phimoe_onnx.config import ARCHITECTURES, PhiMoEConfig
+from phimoe_onnx.errors import CheckpointError, ExportError, MissingPackageError
 from phimoe_onnx.progress import Progress
 
+TASKS = tuple(dict.fromkeys(ARCHITECTURES.values()))
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -27,6 +30,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
 
     Raises:
         CheckpointError: there is no such folder and no such model, or the hub cannot be reached.
+        MissingPackageError: it is a model of the hub, and huggingface_hub is not installed.
         ExportError: a revision of a local folder is asked for.
     """
     if Path(source).is_dir():
@@ -38,6 +42,10 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     model = str(source)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{source}: no such folder, and no hub id of the form owner/name either")
+    if find_spec("huggingface_hub") is None:
+        raise MissingPackageError(
+            f"{source} is a hub id, which needs the package huggingface_hub; pip install 'phimoe-onnx[export]'"
+        )
     return hub.snapshot(model, [*COPIED, *READ, INDEX], revision, token)
 
 
@@ -69,3 +77,18 @@ def headers(
 def origin(source: str | Path, folder: Path) -> str:
     """What the manifest calls a checkpoint: a local folder's name, or a hub id with its commit."""
     return Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
+
+
+def task_for(config: PhiMoEConfig, task: str | None, source: object) -> str:
+    """The task that the checkpoint `source` is used for: the one that is asked for, else the one it was made for.
+
+    Raises:
+        ExportError: there is no such task, or the checkpoint lacks the head that it needs.
+    """
+    if task not in (None, *TASKS):
+        raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    made_for = config.task or task or "text-generation"
+    if task not in (None, made_for, "feature-extraction"):
+        served = " or ".join(dict.fromkeys((made_for, "feature-extraction")))
+        raise ExportError(f"{source}: was made for {made_for} and has no head for {task}; use --task {served}")
+    return task or made_for

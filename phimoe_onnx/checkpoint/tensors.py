@@ -1,33 +1,29 @@
-"""Reads a PhiMoE checkpoint's safetensors lazily, under every writer's tensor names."""
+"""What a PhiMoE checkpoint's safetensors hold, under every writer's tensor names, from the headers alone.
+
+Needs neither torch nor safetensors; data.py reads the numbers.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ConfigError
 from phimoe_onnx.files import read_json
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a checkpoint's tensor, [rows, ...]; `read` loads them, in the dtype in which they are stored."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,6 @@ class Stored:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-
-
-def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
-    """All rows at once, float32."""
-    return torch.cat([part.read().float() for part in rows])
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -152,58 +143,63 @@ class _Names:
         )
 
 
-def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tuple[str, list[_Part]]]:
+def shapes(config: PhiMoEConfig, task: str = "text-generation") -> dict[str, tuple[int, ...]]:
+    """Each parameter of the task's model in modeling.py with its shape there; a tied head is none of its own."""
     h, v = config.hidden_size, config.vocab_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     e, i = config.num_local_experts, config.intermediate_size
-
-    def plain(name: str, *shape: int) -> tuple[str, list[_Part]]:
-        return name, [names.part(shape, name)]
-
-    yield plain("model.embed_tokens.weight", v, h)
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h)}
     for layer in (f"model.layers.{n}." for n in range(config.num_hidden_layers)):
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield plain(f"{layer}{norm}.weight", h)
-            yield plain(f"{layer}{norm}.bias", h)
+            found |= {f"{layer}{norm}.weight": (h,), f"{layer}{norm}.bias": (h,)}
         for proj, rows, columns in (("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)):
-            yield plain(f"{layer}self_attn.{proj}_proj.weight", rows, columns)
+            found[f"{layer}self_attn.{proj}_proj.weight"] = (rows, columns)
             if config.attention_bias:
-                yield plain(f"{layer}self_attn.{proj}_proj.bias", rows)
-        moe, mlp = f"{layer}block_sparse_moe.", f"{layer}mlp."
-        yield f"{moe}gate.weight", [names.part((e, h), f"{moe}gate.weight", f"{mlp}router.weight", f"{mlp}gate.weight")]
-        gate_up, down = f"{moe}experts.gate_up_proj", f"{moe}experts.down_proj"
-        fused = next((name for name in (f"{mlp}experts.gate_up_proj", gate_up) if names.has(name)), None)
-        if fused:
-            fused_up = names.part((e, 2 * i, h), fused).tensor
-            fused_down = names.part((e, h, i), fused.replace("gate_up_proj", "down_proj")).tensor
-            yield gate_up, [_Part(fused_up, (n, first, first + i)) for n in range(e) for first in (0, i)]
-            yield down, [_Part(fused_down, (n, 0, h)) for n in range(e)]
-        else:
-            expert = [f"{moe}experts.{n}." for n in range(e)]
-            yield gate_up, [names.part((i, h), f"{n}{w}.weight") for n in expert for w in ("w1", "w3")]
-            yield down, [names.part((h, i), f"{n}w2.weight") for n in expert]
-    yield plain("model.norm.weight", h)
-    yield plain("model.norm.bias", h)
+                found[f"{layer}self_attn.{proj}_proj.bias"] = (rows,)
+        moe = f"{layer}block_sparse_moe."
+        found |= {f"{moe}gate.weight": (e, h), f"{moe}experts.gate_up_proj": (e, 2 * i, h)}
+        found[f"{moe}experts.down_proj"] = (e, h, i)
+    found |= {"model.norm.weight": (h,), "model.norm.bias": (h,)}
     if task == "text-classification":
-        yield plain("score.weight", len(config.labels), h)
+        found["score.weight"] = (len(config.labels), h)
     if task == "text-generation" and not config.tie_word_embeddings:
-        yield plain("lm_head.weight", v, h)
+        found["lm_head.weight"] = (v, h)
     if task == "text-generation" and config.lm_head_bias:
-        yield plain("lm_head.bias", v)
+        found["lm_head.bias"] = (v,)
+    return found
+
+
+def _parameters(config: PhiMoEConfig, names: _Names, task: str) -> Iterator[tuple[str, list[_Part]]]:
+    for name, shape in shapes(config, task).items():
+        mlp = name.replace("block_sparse_moe.", "mlp.")
+        if name.endswith(".gate.weight"):
+            yield name, [names.part(shape, name, mlp.replace("gate.", "router."), mlp)]
+        elif ".experts." in name:
+            yield name, list(_experts(names, name, mlp, shape))
+        else:
+            yield name, [names.part(shape, name)]
+
+
+def _experts(names: _Names, name: str, mlp: str, shape: tuple[int, ...]) -> Iterator[_Part]:
+    """The parts of a stack of experts [E, N, K]: of each expert gate and then up, [I, H] each, or down, [H, I]."""
+    number, n, k = shape
+    matrices = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
+    rows = n // len(matrices)
+    kind = name.rpartition(".")[2]
+    if fused := next((stack for stack in (mlp, name) if names.has(stack.replace(kind, "gate_up_proj"))), None):
+        tensor = names.part(shape, fused).tensor
+        yield from (_Part(tensor, (e, first, first + rows)) for e in range(number) for first in range(0, n, rows))
+    else:
+        prefix = name.rpartition(".")[0]
+        yield from (
+            names.part((rows, k), f"{prefix}.{e}.{matrix}.weight") for e in range(number) for matrix in matrices
+        )
 
 
 def _read(file: Path, tensor: str, index: tuple[int, int, int] | None) -> torch.Tensor:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            rows: torch.Tensor
-            if index is None:
-                rows = shard.get_tensor(tensor)
-            else:
-                expert, first, last = index
-                rows = shard.get_slice(tensor)[expert, first:last]
-            return rows
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: {tensor} cannot be read ({error})") from None
+    from phimoe_onnx.checkpoint.data import read_tensor  # needs torch, which the headers do not
+
+    return read_tensor(file, tensor, index)
 
 
 def _read_header(file: Path) -> dict[str, Stored]:

@@ -15,6 +15,7 @@ from rich.table import Table
 import phimoe_onnx
 from phimoe_onnx.bundle import StoredWeights, read_manifest
 from phimoe_onnx.cli._common import run
+from phimoe_onnx.errors import ExportError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,20 +31,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--plan",
         action="store_true",
-        help="write nothing; say what each form would take on disk and in memory, and whether it is here",
+        help="write nothing; say what each form, or the one of the other options, would take on disk and in memory, "
+        "and whether it is here",
     )
     add(
         "--task",
         metavar="TASK",
         help="text-generation, text-classification or feature-extraction (default: as config.json says)",
     )
-    add("--quantize", default="none", metavar="FORM", help="none (default), fp16, int8 or int4")
+    add("--quantize", metavar="FORM", help="none (default), fp16, int8 or int4")
     add(
-        "--target",
-        default="cpu",
-        metavar="TARGET",
-        help="cpu (default), cuda or portable (standard ONNX operators only)",
+        "--store",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORM",
+        help="a form for the matrices whose names match, on top of --quantize: lm_head.weight=int8, "
+        "model.layers.0.*=int8; may be repeated, the last that matches counts",
     )
+    add("--target", metavar="TARGET", help="cpu (default), cuda or portable (standard ONNX operators only)")
     add(
         "--block-size",
         type=int,
@@ -64,78 +69,104 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    store = dict(_pair(each) for each in arguments.store)
     if arguments.plan:
         from phimoe_onnx.cli.plan import show_plan
 
-        show_plan(
-            arguments.source,
-            arguments.output,
-            arguments.task,
-            arguments.block_size,
-            arguments.revision,
-            arguments.token,
-        )
+        show_plan(arguments, store)
         return
+    export = phimoe_onnx.export  # first: it says what is missing where a package is
     start = time.monotonic()
-    seconds: dict[str, float] = {}
-    phase_start, phase = start, ""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(now: str, done: int, total: int) -> None:
-            nonlocal phase, phase_start, task
-            if now != phase:
-                if phase:
-                    seconds[phase] = time.monotonic() - phase_start
-                phase, phase_start = now, time.monotonic()
-                bar.remove_task(task)  # a task's rate is its own phase's
-                task = bar.add_task(now, total=total or None)
-            bar.update(task, completed=done, total=total or None)
-
-        folder = phimoe_onnx.export(
+    with Phases() as phases:
+        folder = export(
             arguments.source,
             arguments.output,
             task=arguments.task,
-            quantize=arguments.quantize,
-            target=arguments.target,
+            quantize=arguments.quantize or "none",
+            target=arguments.target or "cpu",
             block_size=arguments.block_size,
             kv_cache=arguments.kv_cache,
             dtype=arguments.dtype,
+            store=store,
             revision=arguments.revision,
             token=arguments.token,
             overwrite=arguments.overwrite,
-            progress=progress,
+            progress=phases,
         )
-        seconds[phase] = time.monotonic() - phase_start
     print(f"{folder}: {_size(folder) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
-    _summarise(folder, seconds)
+    _summarise(folder, phases.seconds)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pattern, found, form = text.rpartition("=")
+    if not found or not pattern:
+        raise ExportError(f"--store {text}: expected PATTERN=FORM, such as lm_head.weight=int8")
+    return pattern, form
+
+
+class Phases:
+    """Shows the phases of an export as they go, with a bar for each, and keeps the seconds that each took."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        console = Console(file=sys.stderr)
+        self.seconds: dict[str, float] = {}
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("reading", total=None)
+        self._now, self._start = "", time.monotonic()
+
+    def __enter__(self) -> Phases:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self._bar.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Takes a report of progress."""
+        if phase != self._now:
+            self._end()
+            self._now, self._start = phase, time.monotonic()
+            self._bar.remove_task(self._task)  # a task's rate is its own phase's
+            self._task = self._bar.add_task(phase, total=total or None)
+        self._bar.update(self._task, completed=done, total=total or None)
+
+    def _end(self) -> None:
+        if self._now:
+            self.seconds[self._now] = time.monotonic() - self._start
 
 
 def _summarise(folder: Path, seconds: dict[str, float]) -> None:
     """Prints sizes by kind of weight, times by phase and the peak of memory."""
     from phimoe_onnx.exporter.kinds import kind, stored_sizes
 
-    forms = {kind(name): _stored_as(group) for group in read_manifest(folder).weights for name in group.parameters}
+    forms: dict[str, dict[str, None]] = {}  # of each kind, in order
+    for group in read_manifest(folder).weights:
+        for name in group.names():
+            if not name.endswith(".bias"):
+                forms.setdefault(kind(name), {})[_stored_as(group)] = None
     sizes = stored_sizes(folder)
     table = Table("weights", "stored as", "MB", "share", box=None, header_style="")
-    for name in ("MB", "share"):
-        next(column for column in table.columns if column.header == name).justify = "right"
+    for column in table.columns[2:]:
+        column.justify = "right"
     for name, size in sizes.items():
-        table.add_row(name, forms.get(name, ""), f"{size / 1e6:.2f}", f"{size / sum(sizes.values()):.1%}")
+        stored = "; ".join(forms.get(name, ()))
+        table.add_row(name, stored, f"{size / 1e6:.2f}", f"{size / sum(sizes.values()):.1%}")
     Console().print(table)
     print(", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items()) + _peak_memory())
 
 
 def _stored_as(group: StoredWeights) -> str:
-    return group.dtype if group.block_size is None else f"{group.dtype}, block {group.block_size}"
+    if group.block_size is None:
+        return group.dtype
+    return f"{group.dtype}, block {group.block_size}" + ("" if group.symmetric else ", zero points")
 
 
 def _peak_memory() -> str:

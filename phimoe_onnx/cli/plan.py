@@ -2,82 +2,115 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from phimoe_onnx.checkpoint.source import headers
+from phimoe_onnx.checkpoint.source import headers, task_for
 from phimoe_onnx.checkpoint.tensors import parameters
-from phimoe_onnx.config import read_config
+from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.formats import task_for
 from phimoe_onnx.exporter.plan import Machine, Requirements, count_parameters, requirements, this_machine
-
-FORMS = (
-    ("cpu", "none"),
-    ("cpu", "fp16"),
-    ("cpu", "int8"),
-    ("cpu", "int4"),
-    ("portable", "none"),
-    ("portable", "fp16"),
-    ("cuda", "none"),
-    ("cuda", "int8"),
-    ("cuda", "int4"),
-)
+from phimoe_onnx.exporter.recipe import QUANTIZE, Recipe, recipe_for
+from phimoe_onnx.exporter.target import TARGETS, Target, target_named
 
 
-def show_plan(
-    source: str, output: str | None, task: str | None, block_size: int | None, revision: str | None, token: str | None
-) -> None:
-    """Prints the checkpoint's parameters by kind, and a row for each target and form."""
-    folder, stored = headers(source, revision, token)
+def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
+    """Prints the checkpoint's parameters by kind, and a row for each target and form that the options leave."""
+    source = arguments.source
+    folder, stored = headers(source, arguments.revision, arguments.token)
     config = read_config(folder)
-    task = task_for(config, task, source)
-    rows = parameters(config, stored, task)
-    counts = count_parameters(config, rows)
+    task = task_for(config, arguments.task, source)
+    parameters(config, stored, task)  # says what is wrong with the checkpoint
+    counts = count_parameters(config, task)
+    machine = this_machine(Path(arguments.output or ".").resolve().parent)
+    table = _table()
+    refused: dict[str, ExportError] = {}
+    for target, quantize in _wanted(arguments, store):
+        try:
+            recipe = _recipe(arguments, store, config, target, quantize, task)
+        except ExportError as error:
+            refused[f"{target.name} {quantize}"] = error
+            continue
+        need = requirements(config, recipe)
+        sizes = (need.bundle, need.export_memory, need.run_memory, 1000 * need.cache_per_token)
+        shown = (decimal(size, precision=2) for size in sizes)
+        table.add_row(target.name, quantize, *shown, *_verdicts(need, target, machine))
     console = Console(width=140)  # a row stays a line, in a file too
-    console.print(f"{source}: {sum(counts.values()) / 1e9:.2f} B parameters")
+    if refused and not table.rows:
+        raise next(iter(refused.values()))
+    console.print(f"{source}: {_count(sum(counts.values()))} parameters")
     console.print(", ".join(f"{kind} {count / 1e6:.1f} M" for kind, count in counts.items()))
+    for row, reason in refused.items():
+        console.print(f"{row}: {reason}", soft_wrap=True)
+    console.print(table)
+    gpu = "no NVIDIA GPU" if machine.gpu is None else f"{decimal(machine.gpu)} on the GPU"
+    memory = "an unknown amount" if machine.memory is None else decimal(machine.memory)
+    console.print(f"free here: {decimal(machine.disk)} of disk, {memory} of memory, {gpu}")
 
-    machine = this_machine(Path(output or ".").resolve().parent)
-    table = Table(
-        "target",
-        "quantize",
-        "bundle",
-        "memory to export",
-        "memory to run",
-        "cache a 1,000 tokens",
-        box=None,
-        header_style="",
+
+def _count(parameters: int) -> str:
+    """With three digits or so: 41.87 B, 4.8 M."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def _wanted(arguments: argparse.Namespace, store: Mapping[str, str]) -> Iterator[tuple[Target, str]]:
+    """The targets and forms to show: those asked for, else all that differ."""
+    targets = [target_named(arguments.target)] if arguments.target else list(TARGETS.values())
+    for target in targets:
+        for quantize in [arguments.quantize] if arguments.quantize else QUANTIZE:
+            # half the activations' width, or nothing new
+            same = quantize == "fp16" and target.activations(None) != "float32" and not arguments.quantize
+            if not same and (quantize in target.forms or arguments.quantize):
+                yield target, quantize
+
+
+def _recipe(
+    arguments: argparse.Namespace,
+    store: Mapping[str, str],
+    config: PhiMoEConfig,
+    target: Target,
+    quantize: str,
+    task: str,
+) -> Recipe:
+    return recipe_for(
+        config,
+        target,
+        quantize,
+        task=task,
+        block_size=arguments.block_size,
+        kv_cache=arguments.kv_cache,
+        dtype=arguments.dtype,
+        store=store,
     )
+
+
+def _table() -> Table:
+    columns = ("target", "quantize", "bundle", "memory to export", "memory to run", "cache a 1,000 tokens")
+    table = Table(*columns, box=None, header_style="")
     for column in table.columns[2:]:
         column.justify = "right"
     table.add_column("exports here")
     table.add_column("runs here")
-    for target, quantize in FORMS:
-        try:
-            need = requirements(config, rows, target, quantize, block_size, task)
-        except ExportError as error:
-            console.print(f"{target} {quantize}: {error}")
-            continue
-        sizes = (need.bundle, need.export_memory, need.run_memory, 1000 * need.cache_per_token)
-        table.add_row(target, quantize, *(decimal(size, precision=2) for size in sizes), *_verdicts(need, machine))
-    console.print(table)
-    gpu = "no NVIDIA GPU" if machine.gpu is None else f"{decimal(machine.gpu)} on the GPU"
-    console.print(f"free here: {decimal(machine.disk)} of disk, {decimal(machine.memory)} of memory, {gpu}")
+    return table
 
 
-def _verdicts(need: Requirements, machine: Machine) -> tuple[str, str]:
+def _verdicts(need: Requirements, target: Target, machine: Machine) -> tuple[str, str]:
     """Whether this machine can export a form, and run it."""
-    lacking = [
-        name
-        for name, lacks in (("disk", need.bundle > machine.disk), ("memory", need.export_memory > machine.memory))
-        if lacks
-    ]
+    memory = machine.memory
+    too_little = {"disk": need.bundle > machine.disk, "memory": memory is not None and need.export_memory > memory}
+    lacking = [name for name, lacks in too_little.items() if lacks]
     exports = f"no, too little {' and '.join(lacking)}" if lacking else "yes"
-    if need.target == "cuda" and machine.gpu is None:
-        return exports, "no, no GPU"
-    memory = machine.gpu if need.target == "cuda" and machine.gpu is not None else machine.memory
+    if memory is None and not lacking:
+        exports = "unknown"
+    if target.gpu:
+        if machine.gpu is None:
+            return exports, "no, no GPU"
+        memory = machine.gpu
+    if memory is None:
+        return exports, "unknown"
     return exports, "yes" if need.run_memory <= memory else "no, too little memory"

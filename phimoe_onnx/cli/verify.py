@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _verify(arguments: argparse.Namespace) -> None:
     verify = phimoe_onnx.verify  # first: it says what is missing where a package is
     from phimoe_onnx.parity import report as reports
-    from phimoe_onnx.parity.verify import default_thresholds
+    from phimoe_onnx.parity.thresholds import default_thresholds
 
     bundle = Path(arguments.bundle)
     given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import onnx_ir as ir
-
 _KINDS = (
     (".experts.", "experts"),
     (".gate.", "router"),
@@ -27,6 +25,8 @@ def kind(name: str) -> str:
 
 def stored_sizes(bundle: Path) -> dict[str, int]:
     """Bytes of the weights in a bundle's data files, by kind, the largest first."""
+    import onnx_ir as ir  # needs the extra [export], which names and their kinds do not
+
     sizes: Counter[str] = Counter()
     for name, value in ir.load(bundle / "model.onnx").graph.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -16,32 +14,38 @@ from onnxscript import optimizer
 
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
-from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve
+from phimoe_onnx.checkpoint.rows import Rows
+from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve, task_for
 from phimoe_onnx.checkpoint.tensors import Stored, parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.formats import DTYPES, activation_dtype, check_names, format_for, task_for
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.manifest.genai import genai_config
 from phimoe_onnx.exporter.passes.attention import FuseAttention
-from phimoe_onnx.exporter.passes.branches import BranchExperts
 from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
+from phimoe_onnx.exporter.passes.experts_branches import BranchExperts
+from phimoe_onnx.exporter.passes.experts_fused import FuseExperts
+from phimoe_onnx.exporter.passes.experts_stored import StoreExperts
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs, RequireInputs
-from phimoe_onnx.exporter.passes.moe import FuseExperts
 from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
-from phimoe_onnx.exporter.quantize.rtn import Format
+from phimoe_onnx.exporter.recipe import Recipe, recipe_for
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
+from phimoe_onnx.exporter.target import target_named
 from phimoe_onnx.exporter.tokenizer import check_text, tokenizer_files
 from phimoe_onnx.exporter.trace import trace
+from phimoe_onnx.exporter.weights import DTYPES
 from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.progress import Progress, counter
+
+# by what a recipe calls them
+EXPERTS: dict[str, type[FuseExperts] | type[BranchExperts]] = {"fused": FuseExperts, "branches": BranchExperts}
 
 
 def export(
@@ -54,6 +58,8 @@ def export(
     block_size: int | None = None,
     kv_cache: str = "none",
     dtype: str | None = None,
+    store: Mapping[str, str] | None = None,
+    rounding: str = "rtn",
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -73,6 +79,10 @@ def export(
             shape.
         kv_cache: "none" (the dtype of the activations), "int8" or "int4": how keys and values are cached.
         dtype: of the activations, on CUDA "float16" (the default) or "bfloat16"; the other targets have "float32" only.
+        store: forms of `quantize` for single matrices, on top of it: {"lm_head.weight": "int8"}. A key is a name or a
+            pattern (fnmatch) over modeling.py's parameter names, for one expert of a stack with its number behind:
+            "model.layers.0.block_sparse_moe.experts.down_proj.3"; the last that matches counts.
+        rounding: how weights in blocks are rounded: "rtn", to nearest.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
         progress: called with a phase, the bytes done and the bytes to do.
@@ -85,119 +95,77 @@ def export(
         ExportError: the options do not fit, or the output cannot be written.
     """
     report = progress or (lambda phase, done, total: None)
-    check_names(target, quantize, kv_cache, task)
+    wanted = target_named(target)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
-    task = task_for(config, task, source, kv_cache)
+    recipe = recipe_for(
+        config,
+        wanted,
+        quantize,
+        task=task_for(config, task, source),
+        block_size=block_size,
+        kv_cache=kv_cache,
+        dtype=dtype,
+        store=store,
+        rounding=rounding,
+    )
     output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
-    activations = activation_dtype(target, dtype)
-    format = format_for(config, target, quantize, block_size, dtype)
-    decoding = read_decoding(config, folder, target, kv_cache, DTYPE_NAMES[activations])
+    decoding = read_decoding(config, folder, recipe)
     check_text(folder)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
-    rows = parameters(config, stored, task)
+    rows = parameters(config, stored, recipe.task)
 
     report("tracing", 0, 0)
-    model = trace(config, rows, activations, task)
-    _fuse(model, config, task, target, format)
-    if kv_cache != "none":
-        QuantizeCache(config, rows, int(kv_cache[3:]))(model)
-    models = {"model.onnx": model}
-    if target != "cuda":
-        branched = model if format is None else model.clone()
-        BranchExperts(config.num_hidden_layers, format)(branched)
-        _clean(branched)
-        if target == "cpu" and task == "text-generation":
-            models["model.branches.onnx"] = branched if format else branched.clone()
-            RequireInputs()(models["model.branches.onnx"])
-        elif target == "cpu" and format:
-            models["model.branches.onnx"] = branched
-    store_half = StoreHalf()
-    for graph in models.values():
-        if quantize == "fp16" and activations == ir.DataType.FLOAT:
-            store_half(graph)
-        graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
-
+    graphs = build_graphs(trace(config, rows, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
     with staged(output, overwrite) as staging:
-        layout = Layout()
-        for file, graph in models.items():
-            layout.save(graph, staging / file)
-        journal = Journal(staging, _plan(staging, models, stored))
-        _check_room(staging, layout.nbytes)
-        try:
-            write_weights(layout, staging, journal, counter(report, "writing weights", layout.nbytes))
-        finally:
-            journal.close()
-        _copy(folder, staging)
-        if task == "text-generation" and target != "portable":
-            genai = genai_config(config, read_generation(folder), "model.onnx", target)
-            (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-        if task == "text-generation" and target == "cuda":
-            ir.save(sampling_graph(), staging / bundle.SAMPLING)
-            decoding = dataclasses.replace(decoding, sampling_graph=bundle.SAMPLING)
-        bundle.Manifest(
-            tool_version=__version__,
-            source=origin(source, folder),
-            task=task,
-            target=target,
-            quantize=quantize,
-            dtype=DTYPE_NAMES[activations],
-            weights=_weights(config, task, quantize, DTYPE_NAMES[activations], format),
-            graphs=tuple(
-                _describe_graph(file, graph, target, DTYPE_NAMES[activations]) for file, graph in models.items()
-            ),
-            decoding=decoding,
-            files=bundle.describe_files(staging, counter(report, "hashing", layout.nbytes)),
-            chat=chat_format(folder) if task == "text-generation" else None,
-            classes=bundle.Classes(config.labels, config.function_to_apply) if task == "text-classification" else None,
-        ).write(staging)
+        nbytes = _write_graphs(graphs, staging, recipe, stored, report)
+        _write_files(folder, staging, config, recipe)
+        files = bundle.describe_files(staging, counter(report, "hashing", nbytes))
+        _manifest(origin(source, folder), folder, config, recipe, decoding, files).write(staging)
     return output
 
 
-DTYPE_NAMES: dict[ir.DataType, Any] = {dtype: name for known in DTYPES.values() for name, dtype in known.items()}
+def build_graphs(
+    traced: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], recipe: Recipe
+) -> dict[str, ir.Model]:
+    """The bundle's graphs by file; they have their weights in common, described and not yet computed."""
+    shared = _lower(traced, config, rows, recipe)
+    store_half = StoreHalf(recipe)
+    graphs = {}
+    for file, (experts, optional_inputs) in recipe.graphs().items():
+        graph = shared.clone()
+        EXPERTS[experts](config, recipe)(graph)
+        common.InlinePass()(graph)
+        NameNodes()(graph)
+        _clean(graph)
+        if recipe.task == "text-generation" and not optional_inputs:
+            RequireInputs()(graph)
+        store_half(graph)
+        graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
+        graphs[file] = graph
+    return graphs
 
-# The least ONNX Runtime release on which a graph loads and is right: QMoE knows accuracy_level, without which it is
-# slow, from 1.31 on. MoE on the CPU is wrong before 1.32 (it writes its output over its input), so only CUDA's graphs
-# have it. Theirs need 1.31, too: before, GroupQueryAttention does not rotate at positions beyond the cache's length,
-# where the long factors are.
-MINIMUM_ONNXRUNTIME = {"QMoE": "1.31", "MoE": "1.31"}
-OTHERWISE = "1.29"
 
-
-def _describe_graph(file: str, model: ir.Model, target: str, dtype: str) -> bundle.Graph:
-    minimum = next(
-        (MINIMUM_ONNXRUNTIME[node.op_type] for node in model.graph if node.op_type in MINIMUM_ONNXRUNTIME), OTHERWISE
-    )
-    devices = {"cpu": minimum, "cuda": minimum} if target == "portable" else {target: minimum}
-    if target == "cuda" and dtype == "float16":
-        devices["cpu"] = "1.32"  # the release whose float16 MoE on the CPU is right
-    optional = tuple(name for name in bundle.OPTIONAL_INPUTS if name in model.graph.initializers)
-    return bundle.Graph(file, devices, optional)
-
-
-def _fuse(model: ir.Model, config: PhiMoEConfig, task: str, target: str, format: Format | None) -> None:
-    """The traced graph in ONNX Runtime's own operators; for the portable target only the experts and what stays
-    standard.
-    """
-    layers = config.num_hidden_layers
-    if target != "portable":
-        FuseAttention(config, target)(model)
-        FuseSkipLayerNorm(layers)(model)
-    elif task == "text-generation":
+def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], recipe: Recipe) -> ir.Model:
+    """The traced graph in the target's operators over stored weights, but for the experts."""
+    target, layers, cached = recipe.target, config.num_hidden_layers, recipe.task == "text-generation"
+    if target.attention == "GroupQueryAttention":
+        FuseAttention(config, target.rotates(config))(model)
+    elif cached:
         ReshapeCache(config)(model)
-    FuseExperts(layers, format)(model)
-    if task == "text-generation":
+    if target.skip_norm:
+        FuseSkipLayerNorm(layers)(model)
+    StoreExperts(layers, recipe)(model)
+    if cached:
         AddOptionalInputs()(model)
-    formats = {} if format is None else dict.fromkeys(("qkv_proj", "o_proj", "lm_head", "embed_tokens"), format)
-    StoreProjections(formats)(model)
-    if format is not None:
-        QuantizeEmbedding(Format(8, format.block_size, format.dtype))(model)
-    common.InlinePass()(model)
-    NameNodes()(model)
-    _clean(model)
+    StoreProjections(recipe)(model)
+    QuantizeEmbedding(recipe)(model)
+    if recipe.kv_cache != "none":
+        QuantizeCache(config, rows, int(recipe.kv_cache[3:]))(model)
+    return model
 
 
 def _clean(model: ir.Model) -> None:
@@ -213,10 +181,28 @@ def _clean(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)
 
 
-def _plan(staging: Path, models: Iterable[str], stored: dict[str, Stored]) -> str:
-    """A hash of the graphs, which say what lies where and how it was made, and of the shards' sizes and times."""
-    digest = hashlib.sha256(__version__.encode())
-    for file in models:
+def _write_graphs(
+    graphs: dict[str, ir.Model], staging: Path, recipe: Recipe, stored: dict[str, Stored], report: Progress
+) -> int:
+    """Writes the graphs and their weights; returns the weights' bytes."""
+    layout = Layout()
+    for file, graph in graphs.items():
+        layout.save(graph, staging / file)
+    journal = Journal(staging, _plan(staging, graphs, recipe, stored))
+    try:
+        _check_room(staging, layout.nbytes)
+        write_weights(layout, staging, journal, counter(report, "writing weights", layout.nbytes))
+    finally:
+        journal.close()
+    return layout.nbytes
+
+
+def _plan(staging: Path, graphs: Iterable[str], recipe: Recipe, stored: dict[str, Stored]) -> str:
+    """A hash of the graphs, which say what lies where, of the recipe, which says how it is made, and of the shards'
+    sizes and times.
+    """
+    digest = hashlib.sha256(f"{__version__} {recipe.digest()}".encode())
+    for file in graphs:
         digest.update((staging / file).read_bytes())
     for shard in sorted({where.file for where in stored.values()}):
         status = shard.stat()
@@ -225,9 +211,7 @@ def _plan(staging: Path, models: Iterable[str], stored: dict[str, Stored]) -> st
 
 
 def _check_room(folder: Path, nbytes: int) -> None:
-    written = sum(
-        path.stat().st_blocks * 512 for path in folder.glob("*.data")
-    )  # by an earlier run; the files may be sparse
+    written = sum(_on_disk(path) for path in folder.glob("*.data"))  # by an earlier run
     free = shutil.disk_usage(folder).free
     if nbytes - written > free:
         raise ExportError(
@@ -235,36 +219,56 @@ def _check_room(folder: Path, nbytes: int) -> None:
         )
 
 
-def _copy(source: Path, staging: Path) -> None:
-    """Copies the configuration and tokenizer files that exist."""
+def _on_disk(path: Path) -> int:
+    """Bytes that a file takes, which may be sparse; Windows does not say, and counts none of it."""
+    blocks: int = getattr(path.stat(), "st_blocks", 0)
+    return blocks * 512
+
+
+def _write_files(folder: Path, staging: Path, config: PhiMoEConfig, recipe: Recipe) -> None:
+    """The files beside graphs and weights: the checkpoint's configuration and tokenizer, and what other tools read."""
     for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
-    for name, text in tokenizer_files(source).items():
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, staging / name)
+    for name, text in tokenizer_files(folder).items():
         (staging / name).write_text(text, encoding="utf-8")
+    if recipe.task == "text-generation" and recipe.target.genai is not None:
+        genai = genai_config(config, read_generation(folder), "model.onnx", recipe.target)
+        (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+    if recipe.draws_on_device:
+        ir.save(sampling_graph(), staging / bundle.SAMPLING)
 
 
-def _weights(
-    config: PhiMoEConfig, task: str, quantize: str, dtype: str, format: Format | None
-) -> tuple[bundle.StoredWeights, ...]:
-    stored = "float16" if quantize == "fp16" and dtype == "float32" else dtype
-    layers = (0, config.num_hidden_layers - 1)
-
-    def group(form: Format | str, layers: tuple[int, int] | None, *names: str) -> bundle.StoredWeights:
-        if isinstance(form, str):
-            return bundle.StoredWeights(names, layers, form)
-        return bundle.StoredWeights(names, layers, f"int{form.bits}", form.block_size, dtype)
-
-    moe = "block_sparse_moe."
-    matrices = (
-        f"{moe}experts.gate_up_proj",
-        f"{moe}experts.down_proj",
-        *(f"self_attn.{p}_proj.weight" for p in "qkvo"),
+def _manifest(
+    source: str,
+    folder: Path,
+    config: PhiMoEConfig,
+    recipe: Recipe,
+    decoding: bundle.Decoding,
+    files: dict[str, bundle.File],
+) -> bundle.Manifest:
+    graphs = tuple(
+        bundle.Graph(
+            file=file,
+            devices=recipe.target.devices_for(recipe.dtype, experts),
+            optional_inputs=bundle.OPTIONAL_INPUTS if optional_inputs else (),
+        )
+        for file, (experts, optional_inputs) in recipe.graphs().items()
     )
-    head = {"text-generation": ("lm_head.weight",)}.get(task, ())
-    return (
-        group(format or stored, layers, *matrices),
-        group("float32", layers, f"{moe}gate.weight"),
-        group(Format(8, format.block_size) if format else stored, None, "model.embed_tokens.weight"),
-        *(group(format or stored, None, name) for name in head),
+    return bundle.Manifest(
+        tool_version=__version__,
+        source=source,
+        task=recipe.task,
+        target=recipe.target.name,
+        quantize=recipe.quantize,
+        dtype=recipe.dtype,
+        recipe=recipe.digest(),
+        weights=recipe.stored_weights(),
+        graphs=graphs,
+        decoding=decoding,
+        chat=chat_format(folder) if recipe.task == "text-generation" else None,
+        classes=bundle.Classes(config.labels, config.function_to_apply)
+        if recipe.task == "text-classification"
+        else None,
+        files=files,
     )

@@ -84,6 +84,11 @@ def read_tokenizer(folder: Path) -> str | None:
             f"{path}: cannot be read as a tokenizer ({error}); download the checkpoint's file again"
         ) from None
     config = read_tokenizer_config(folder)
+    if config.get("split_special_tokens"):
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: split_special_tokens is {config['split_special_tokens']!r}, which no "
+            "tokenizer.json can say, and with which no chat works; take it out"
+        )
     try:
         _add_tokens(tokenizer, config, read_special_tokens(folder))
         if is_llama(folder, config):
@@ -95,7 +100,10 @@ def read_tokenizer(folder: Path) -> str | None:
         raise ConfigError(
             f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error!r}); download the file again"
         ) from None
-    return None if after == before else after
+    if after == before:
+        return None
+    _check_written(tokenizer, after, config, folder / "tokenizer_config.json")
+    return after
 
 
 def all_hidden_tokens(folder: Path) -> dict[str, int]:
@@ -127,6 +135,22 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
         flags["special"] = bool(flags.get("special")) or flags["content"] in texts
         tokens.append(AddedToken(**flags))
     tokenizer.add_tokens(tokens)
+
+
+def _check_written(tokenizer: tokenizers.Tokenizer, text: str, config: dict[str, Any], path: Path) -> None:
+    """Refuses what cannot be written: a token whose flags contradict tokenizer.json is in memory a bit of both.
+
+    Raises:
+        ConfigError: the tokenizer in `text` gives other ids than the one in memory.
+    """
+    written = tokenizers.Tokenizer.from_str(text)
+    for token in (config.get("added_tokens_decoder") or {}).values():
+        probe = "a{0}a {0} a\n{0}\n".format(content(token))
+        if written.encode(probe).ids != tokenizer.encode(probe).ids:
+            raise ConfigError(
+                f"{path}: its token {content(token)!r} contradicts the one of tokenizer.json; make the two agree, or "
+                f"take it out of added_tokens_decoder"
+            )
 
 
 def _frame(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> None:

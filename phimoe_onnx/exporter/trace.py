@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
@@ -20,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from phimoe_onnx import bundle, modeling
-from phimoe_onnx.checkpoint.tensors import Rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.functions import DOMAIN, FUNCTIONS, OPSET
-from phimoe_onnx.exporter.weights import FLOATS, Parameter
+from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, parts_of
 
 Contract = dict[str, tuple[str | int, ...]]  # names and dimensions
 
@@ -43,9 +43,9 @@ def trace(
         A complete model in standard operators and calls of the functions in the domain `phimoe`; its weights are
         `Parameter`s.
     """
-    seams = patch.multiple(modeling, attention=_attention, sparse_mixer=_sparse_mixer, experts=_experts)
-    with FakeTensorMode(), seams, _default_dtype(FLOATS[dtype]):
-        model = modeling.MODELS[task](config).eval()
+    seams = modeling.Seams(_attention, _sparse_mixer, _experts)
+    with FakeTensorMode(), _default_dtype(FLOATS[dtype]):
+        model = modeling.MODELS[task](config, seams).eval()
         arguments, shapes = _cached(config) if task == "text-generation" else _whole()
         with warnings.catch_warnings(), _quiet_logging():
             warnings.simplefilter("ignore")
@@ -57,12 +57,12 @@ def trace(
         traced.functions[function.identifier()] = function
     traced.opset_imports[DOMAIN] = 1
     _name_inputs_and_outputs(traced.graph, *_contract(config, task))
-    if task == "text-generation" and config.tie_word_embeddings:
-        rows = rows | {"lm_head.weight": rows["model.embed_tokens.weight"]}
+    tied = {HEAD: EMBEDDING} if task == "text-generation" and config.tie_word_embeddings else {}
     rope = modeling.Rope(config)
     for name, value in traced.graph.initializers.items():
-        if name in rows:
-            value.const_value = Parameter(name, value.dtype, value.shape.numpy(), rows[name])
+        if (parameter := tied.get(name, name)) in rows:  # a tied parameter is called after the head
+            shape = value.shape.numpy()
+            value.const_value = Parameter(name, value.dtype, shape, parts_of(parameter, shape, rows[parameter]))
         else:  # the rope's inverse frequencies
             value.const_value = ir.tensor(rope.get_buffer(name.removeprefix("model.rope.")).numpy(), name=name)
     return traced
@@ -103,10 +103,10 @@ def _attention(
     past_key: Tensor,
     past_value: Tensor,
     visible: Tensor,
-) -> Sequence[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, kv_heads, _, head_dim = past_key.shape
     present = [batch, kv_heads, visible.shape[-1], head_dim]
-    return torch.onnx.ops.symbolic_multi_out(
+    output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Attention",
         [query, key, value, cos, sin, past_key, past_value, visible],
         {"kv_heads": kv_heads, "head_dim": head_dim},
@@ -114,11 +114,12 @@ def _attention(
         shapes=[query.shape, present, present],
         version=1,
     )
+    return output, present_key, present_value
 
 
-def _sparse_mixer(scores: Tensor, jitter: float) -> Sequence[Tensor]:
+def _sparse_mixer(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     shape = [*scores.shape[:-1], 2]
-    return torch.onnx.ops.symbolic_multi_out(
+    weights, chosen = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::SparseMixer",
         [scores],
         {"jitter": jitter},
@@ -126,6 +127,7 @@ def _sparse_mixer(scores: Tensor, jitter: float) -> Sequence[Tensor]:
         shapes=[shape, shape],
         version=1,
     )
+    return weights, chosen
 
 
 def _experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import FileIO
 from pathlib import Path
+from threading import Lock
 
 import onnx_ir as ir
 import torch
@@ -15,6 +18,7 @@ from phimoe_onnx.exporter.staging import Journal
 from phimoe_onnx.exporter.weights import Job, Piece, Weight, tensor_bytes
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads
+SCALES = re.compile(r"\.scales(\.\d+)?$")  # of a matrix or a stack, or of one expert
 FILE_LIMIT = 8 << 30  # bytes after which a new data file begins
 
 
@@ -75,7 +79,7 @@ class Layout:
         return first
 
     def _append(self, weight: Weight) -> tuple[str, int]:
-        stem = f"{self.stem}.scales" if weight.name.endswith(".scales") else self.stem
+        stem = f"{self.stem}.scales" if SCALES.search(weight.name) else self.stem
         file = self._open.get(stem, f"{stem}.data")
         start = -(-self.sizes.get(file, 0) // ALIGNMENT) * ALIGNMENT
         if start and start + weight.nbytes > self.file_limit:
@@ -95,6 +99,11 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
     A worker per core takes one job at a time, so reading, computing and writing overlap, and memory holds as many jobs
     as there are cores.
 
+    Order: jobs are begun by their layer, within a layer in the order of the files, and a job is begun only when every
+    job before it has been begun. So a rounding that needs what the layers before have become (a calibration, say) may
+    wait inside its job for theirs: those are done or under way, and none waits for a later one. All other jobs go on
+    beside it. What is written does not depend on the order, nor on the number of cores.
+
     Args:
         advance: called with the number of bytes just written, or found written.
 
@@ -102,19 +111,18 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
         ExportError: the disk is full or the folder cannot be written.
         CheckpointError: a source tensor cannot be read.
     """
-    files: dict[str, int] = {}
+    files: dict[str, DataFile] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the cores are busy with a job each
-    workers = ThreadPoolExecutor(os.cpu_count())
+    workers = ThreadPoolExecutor(os.cpu_count())  # begins in the order of submission
     try:
         for name, size in layout.sizes.items():
-            files[name] = os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o644)
-            os.ftruncate(files[name], size)
-        jobs = list(enumerate(layout.jobs().items()))
+            files[name] = DataFile(folder / name, size)
+        jobs = list(enumerate(layout.jobs().items()))  # the journal's numbers are those of the files' order
         advance(sum(sum(job.nbytes) for number, (job, _) in jobs if number in journal.done))
         running = {
             workers.submit(_write, job, places, files): (number, job)
-            for number, (job, places) in jobs
+            for number, (job, places) in sorted(jobs, key=lambda entry: entry[1][0].layer)
             if number not in journal.done
         }
         for future in as_completed(running):
@@ -129,11 +137,32 @@ def write_weights(layout: Layout, folder: Path, journal: Journal, advance: Calla
     finally:
         workers.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-        for descriptor in files.values():
-            os.close(descriptor)
+        for file in files.values():
+            file.close()
 
 
-def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, int]) -> None:
+class DataFile:
+    """A data file of a known size that several threads write into, on every system."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        path.touch()
+        self._file = FileIO(path, "r+")
+        self._lock = Lock()
+        self._file.truncate(size)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Writes all of `data` at `offset`."""
+        with self._lock:
+            self._file.seek(offset)
+            while data:
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+
+
+def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, DataFile]) -> None:
     outputs = job.run()
     for index, name, offset in places:
         data = tensor_bytes(outputs[index])
@@ -141,13 +170,7 @@ def _write(job: Job, places: list[tuple[int, str, int]], files: dict[str, int]) 
             raise ExportError(
                 f"{name}: a weight has {data.nbytes} bytes, planned were {job.nbytes[index]}; please report it"
             )
-        _write_all(files[name], data.data, offset)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+        files[name].write(data.data, offset)
 
 
 def _initializers(model: ir.Model) -> Iterable[ir.Value]:

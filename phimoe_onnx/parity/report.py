@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,9 +16,46 @@ from rich.text import Text
 
 from phimoe_onnx import bundle as bundles
 from phimoe_onnx.parity.comparison import Comparison
-from phimoe_onnx.parity.verify import Report
+from phimoe_onnx.parity.thresholds import Thresholds
 
 COLUMNS = ("", "mean |d| / std", "max |d| / std", "KL, nats", "top-1 agreement")
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        tokens: how many tokens were run, in windows of `windows` tokens.
+        bundle_to_reference: what a user of the bundle sees.
+        bundle_to_stored: the kernels alone, against PyTorch over the stored weights and cache; None where those are the
+            reference's.
+        stored_to_reference: the rounding of weights and cache alone, with the reference's choice of experts replayed.
+        routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
+        perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
+        greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
+        failures: the thresholds that were passed, in words; empty means success.
+    """
+
+    bundle: str
+    reference: str
+    task: str
+    quantize: str
+    target: str
+    tokens: int
+    windows: list[int]
+    thresholds: Thresholds
+    bundle_to_reference: Comparison
+    bundle_to_stored: Comparison | None
+    stored_to_reference: Comparison | None
+    routing_agreement: float | None
+    perplexity: dict[str, float]
+    greedy: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
 
 
 def show(report: Report, console: Console) -> None:

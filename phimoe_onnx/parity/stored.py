@@ -1,100 +1,152 @@
-"""The weights that a bundle really stores, back in PyTorch: quantisation error without kernel error."""
+"""The weights and the cache that a bundle really stores, back in PyTorch: quantisation error without kernel error."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from phimoe_onnx import modeling
-from phimoe_onnx.bundle import Manifest
+from phimoe_onnx.bundle import Manifest, StoredWeights
+from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import BundleError
-from phimoe_onnx.exporter.quantize.rtn import Format
-from phimoe_onnx.modeling import PhiMoEForCausalLM
+from phimoe_onnx.exporter.quantize.format import Format
+from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
 
 CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
-Stored = dict[str, ir.TensorProtocol | None]
-AnyModel = TypeVar("AnyModel", bound=modeling.Model)
+Initializers = dict[str, ir.TensorProtocol | None]
+
+
+def stored_as(manifest: Manifest) -> dict[str, StoredWeights]:
+    """How each parameter is stored, by its name in modeling.py; of experts that differ each is called NAME.EXPERT.
+
+    Raises:
+        BundleError: the manifest tells of layers that the bundle has not.
+    """
+    layers = manifest.decoding.cache.num_hidden_layers
+    for group in manifest.weights:
+        if group.layers is not None and not 0 <= group.layers[0] <= group.layers[1] < layers:
+            raise BundleError(
+                f"manifest.json: weights tells of the layers {list(group.layers)}, but there are {layers}; export the "
+                f"bundle again"
+            )
+    return {name: group for group in manifest.weights for name in group.names()}
+
+
+def is_rounded(manifest: Manifest) -> bool:
+    """Whether what a bundle stores, weights or cache, is rounded more than its activations are."""
+    coarse = any(group.block_size or _is_half(group, manifest) for group in manifest.weights)
+    return coarse or manifest.decoding.cache.dtype in CACHE_BITS
 
 
 def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyModel:
-    """A copy of the reference with every quantised or rounded weight replaced by what the bundle's graph stores.
+    """A copy of the reference with every quantised or rounded weight replaced by what the bundle's graph stores, whose
+    keys and values are rounded as the bundle's cache rounds them.
 
     Raises:
         BundleError: the graph lacks a weight that the manifest says is quantised.
     """
     model = copy.deepcopy(reference)
-    if manifest.quantize == "none":
+    if not is_rounded(manifest):
         return model
-    config = reference.config
-    if (
-        isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings
-    ):  # the bundle stores the two in formats of their own
+    config, forms = reference.config, stored_as(manifest)
+    initializers = ir.load(bundle / manifest.graphs[0].file).graph.initializers
+    stored: Initializers = {name: value.const_value for name, value in initializers.items()}
+    if isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings:  # the two are stored apart
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    graph = ir.load(bundle / manifest.graphs[0].file).graph
-    stored = {name: value.const_value for name, value in graph.initializers.items()}
-    sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim < 2 or name.endswith(("gate.weight", "score.weight")):
-                continue
-            if manifest.quantize == "fp16":
-                parameter.copy_(parameter.half())
-            else:
-                parameter.copy_(_dequantized(name, stored, parameter.shape[-1], sizes).view_as(parameter))
-    return model
+            for rows, form, expert in _matrices(name, parameter, forms):
+                if form.block_size is not None:
+                    rows.copy_(_dequantized(name, expert, form, stored, config).view_as(rows))
+                elif _is_half(form, manifest):
+                    rows.copy_(rows.half())
+    return with_stored_cache(model, stored, manifest)
 
 
-def _dequantized(name: str, stored: Stored, k: int, sizes: list[int]) -> Tensor:
-    """The parameter `name`, whose rows have k columns, from the codes and scales under the name that the passes gave
-    them.
+def _is_half(form: StoredWeights, manifest: Manifest) -> bool:
+    return form.dtype == "float16" and manifest.dtype == "float32"
+
+
+def _matrices(
+    name: str, parameter: Tensor, forms: dict[str, StoredWeights]
+) -> list[tuple[Tensor, StoredWeights, int | None]]:
+    """The parameter, or each expert's matrix of it where the experts differ, with its form; nothing where version 1 of
+    the manifest has none.
     """
+    if name in forms:
+        return [(parameter, forms[name], None)]
+    experts = [(matrix, forms.get(f"{name}.{expert}"), expert) for expert, matrix in enumerate(parameter)]
+    return [(matrix, form, expert) for matrix, form, expert in experts if form] if parameter.ndim == 3 else []
+
+
+def _dequantized(
+    name: str, expert: int | None, form: StoredWeights, stored: Initializers, config: PhiMoEConfig
+) -> Tensor:
+    """A parameter, or the matrix of one expert, from the blocks under the names that the passes gave them."""
     prefix = name.removesuffix(".weight")
     if name.endswith("experts.gate_up_proj"):
-        interleaved = _read(prefix.replace("gate_up_proj", "fc1"), stored, k)  # [E, 2 * I, H], gate and up in turns
-        return torch.cat((interleaved[:, ::2], interleaved[:, 1::2]), dim=1)
+        turns = _read_experts(prefix.replace("gate_up_proj", "fc1"), expert, form, stored, config)
+        return torch.cat((turns[..., ::2, :], turns[..., 1::2, :]), dim=-2)  # gate and up in turns
     if name.endswith("experts.down_proj"):
-        return _read(prefix.replace("down_proj", "fc2"), stored, k)
-    for part, proj in enumerate(("q_proj", "k_proj", "v_proj")):
-        if prefix.endswith(proj):
-            return torch.split(_read(prefix.replace(proj, "qkv_proj"), stored, k), sizes)[part]
-    return _read(prefix, stored, k)
+        return _read_experts(prefix.replace("down_proj", "fc2"), expert, form, stored, config)
+    packed = f"{prefix.rpartition('.')[0]}.qkv_proj"
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.codes" in stored:
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        parts = torch.split(_read(packed, None, form, stored), [number * config.head_dim for number in heads])
+        return parts["qkv".index(prefix.rpartition(".")[2][0])]
+    return _read(prefix, None, form, stored)
 
 
-def _read(prefix: str, stored: Stored, k: int) -> Tensor:
-    codes, scales = stored.get(f"{prefix}.codes"), stored.get(f"{prefix}.scales")
-    if codes is None or scales is None:
-        raise BundleError(f"the graph has no codes and scales for {prefix}; export the bundle again")
-    scale = torch.from_numpy(scales.numpy().copy())
-    code = torch.from_numpy(codes.numpy().copy()).reshape(*scale.shape[:-1], -1)
-    return Format(code.shape[-1] * 8 // k, k // scale.shape[-1]).dequantize(code, scale)
+def _read_experts(
+    prefix: str, expert: int | None, form: StoredWeights, stored: Initializers, config: PhiMoEConfig
+) -> Tensor:
+    """A matrix [N, K], or the stack of all, which a graph of branches has as a matrix an expert."""
+    if expert is not None or f"{prefix}.codes" in stored:
+        return _read(prefix, expert, form, stored)
+    return torch.stack([_read(prefix, e, form, stored) for e in range(config.num_local_experts)])
 
 
-@contextmanager
-def stored_cache(bundle: Path, manifest: Manifest) -> Iterator[None]:
-    """Rounds every key and value in PyTorch as the bundle's cache does; does nothing where they stay as they are."""
+def _read(prefix: str, expert: int | None, form: StoredWeights, stored: Initializers) -> Tensor:
+    """float32 [..., N, K]."""
+    format = Format(int(form.dtype.removeprefix("int")), form.block_size or 0, symmetric=form.symmetric)
+    kinds = ("codes", "scales") if form.symmetric else ("codes", "scales", "zeros")
+    names = [f"{prefix}.{kind}" + ("" if expert is None else f".{expert}") for kind in kinds]
+    parts = []
+    for name in names:
+        if (tensor := stored.get(name)) is None:
+            raise BundleError(f"the graph has no {name}, but the manifest says {form.dtype}; export the bundle again")
+        parts.append(torch.from_numpy(tensor.numpy().copy()))
+    codes, scales, *zeros = parts
+    return format.dequantize(codes.reshape(*scales.shape[:-1], -1), scales, *zeros)
+
+
+def with_stored_cache(model: AnyModel, stored: Initializers, manifest: Manifest) -> AnyModel:
+    """The model with every key and value rounded as the bundle's cache does; itself where they stay as they are."""
     cache = manifest.decoding.cache
     bits = CACHE_BITS.get(cache.dtype)
     if bits is None:
-        yield
-        return
-    graph = ir.load(bundle / manifest.graphs[0].file).graph
-    names = [
-        f"model.layers.{layer}.self_attn.{part}_cache.scale"
-        for layer in range(cache.num_hidden_layers)
-        for part in "kv"
-    ]
-    scales = [torch.from_numpy(graph.initializers[name].const_value.numpy().copy()) for name in names]
+        return model
+    scales = []
+    for layer, part in itertools.product(range(cache.num_hidden_layers), "kv"):
+        name = f"model.layers.{layer}.self_attn.{part}_cache.scale"
+        if (tensor := stored.get(name)) is None:
+            raise BundleError(f"the graph has no {name}, but the manifest says {cache.dtype}; export the bundle again")
+        scales.append(torch.from_numpy(tensor.numpy().copy()))
+    return with_seams(model, dataclasses.replace(model.seams, attention=_rounding_attention(model.seams, scales, bits)))
+
+
+def _rounding_attention(
+    seams: modeling.Seams, scales: list[Tensor], bits: int
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Attention over keys and values of `bits`; a pass calls it once a layer, in their order."""
     layers = itertools.cycle(zip(scales[::2], scales[1::2], strict=True))
-    exact = modeling.attention
 
     def attention(
         query: Tensor,
@@ -111,10 +163,10 @@ def stored_cache(bundle: Path, manifest: Manifest) -> Iterator[None]:
         query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
         query, key = modeling.rotate(query, cos, sin), _rounded(modeling.rotate(key, cos, sin), key_scale, bits)
         query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, _rounded(value, value_scale, bits)))
-        return exact(query, key, value, torch.ones_like(cos), torch.zeros_like(sin), past_key, past_value, visible)
+        still = torch.ones_like(cos), torch.zeros_like(sin)  # they are rotated
+        return seams.attention(query, key, value, *still, past_key, past_value, visible)
 
-    with patch.object(modeling, "attention", attention):
-        yield
+    return attention
 
 
 def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +11,8 @@ from numpy.typing import NDArray
 from phimoe_onnx import reference as pytorch
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.parity.report import Report
 from phimoe_onnx.runtime.model import PhiMoE
-
-if TYPE_CHECKING:
-    from phimoe_onnx.parity.verify import Report
 
 LENGTHS = (8, 16, 32, 64, 128)  # tokens
 
@@ -33,13 +30,12 @@ def compare_texts(
     for done, text in enumerate(texts):
         if progress:
             progress(done, len(texts))
-        with pytorch.recorded_routing() as routing:
-            expected.append(pytorch.last(exact, text))
+        recording, routing = pytorch.recorded(exact)
+        expected.append(pytorch.last(recording, text))
         if stored:
-            with pytorch.recorded_routing() as stored_routing:
-                rounded.append(pytorch.last(stored, text))
-            with pytorch.replayed_routing(routing):
-                replayed.append(pytorch.last(stored, text))
+            recording, stored_routing = pytorch.recorded(stored)
+            rounded.append(pytorch.last(recording, text))
+            replayed.append(pytorch.last(pytorch.replayed(stored, routing), text))
             same_routing.append(pytorch.agreement(routing, stored_routing))
     got = _run(runtime, texts)
     distribution = runtime.manifest.classes is not None and runtime.manifest.classes.function_to_apply == "softmax"

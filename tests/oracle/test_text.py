@@ -13,6 +13,8 @@ from tokenizers import Tokenizer as Library
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import GenerationError, PhiMoEError
 from phimoe_onnx.exporter.manifest.decoding import read_decoding
+from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.target import target_named
 from phimoe_onnx.exporter.tokenizer import all_hidden_tokens, tokenizer_files
 from phimoe_onnx.text.template import ChatTemplate
 from phimoe_onnx.text.tokenizer import Tokenizer
@@ -119,7 +121,8 @@ def test_ids(tmp_path: Path, name: str) -> None:
 def test_spaces_before_punctuation(tmp_path: Path, value: bool | None) -> None:
     folder = folder_of(tmp_path / "checkpoint", CONFIG | {"clean_up_tokenization_spaces": value})
     oracle = transformers.AutoTokenizer.from_pretrained(folder)
-    decoding = read_decoding(read_config(folder), folder, "cpu", "none")
+    config = read_config(folder)
+    decoding = read_decoding(config, folder, recipe_for(config, target_named("cpu")))
     ours = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)
     for text in (*TEXTS, "a . b ? c ! d , e ' f n't 'm 's 've 're", "  ' s  . ' '  ' ve n ' t ", "it is n ' t ."):
         ids = oracle(text).input_ids

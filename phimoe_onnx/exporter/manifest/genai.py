@@ -7,19 +7,19 @@ from typing import Any
 from phimoe_onnx import bundle
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.manifest.decoding import eos_token_ids
+from phimoe_onnx.exporter.target import Target
 
 
-def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: str, target: str) -> dict[str, Any]:
+def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: str, target: Target) -> dict[str, Any]:
     """The contents of genai_config.json for a text-generation bundle.
 
     Args:
         config: the model's shape.
         generation: generation_config.json, whose token ids go before config.json's.
         graph_file: the graph to load.
-        target: "cpu" or "cuda".
+        target: one that onnxruntime-genai runs.
     """
     eos = list(eos_token_ids(config, generation))
-    provider_options = [{"cuda": {"enable_cuda_graph": "0", "use_tf32": "0"}}] if target == "cuda" else []
     return {
         "model": {
             "type": "phimoe",
@@ -29,7 +29,7 @@ def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: s
             "eos_token_id": eos,
             "pad_token_id": generation.get("pad_token_id", eos[0] if eos else 0),
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": provider_options},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": list(target.genai or ())},
                 "filename": graph_file,
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
@@ -56,7 +56,7 @@ def genai_config(config: PhiMoEConfig, generation: dict[str, Any], graph_file: s
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": target != "portable",
+            "past_present_share_buffer": target.shared_cache,
             "temperature": 1.0,
             "top_k": 1,
             "top_p": 1.0,

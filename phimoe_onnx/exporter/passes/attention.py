@@ -13,26 +13,9 @@ from phimoe_onnx import bundle, modeling
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.functions import DOMAIN
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, constant, expect, initializer, nodes, op, parameter, replace
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, Nodes, constant, expect, initializer, nodes, parameter, replace
+from phimoe_onnx.exporter.rope import short_rows
 from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, job_piece, stacked
-
-
-def check(config: PhiMoEConfig) -> None:
-    """Raises ExportError for a shape that GroupQueryAttention does not take."""
-    if config.head_dim % 16:
-        raise ExportError(
-            f"head_dim is {config.head_dim}, ONNX Runtime's GroupQueryAttention with rope needs a multiple of 16; "
-            f"use --target portable"
-        )
-
-
-def has_xqa(config: PhiMoEConfig) -> bool:
-    """Whether CUDA's GroupQueryAttention steps with its XQA kernel (ONNX Runtime 1.31 on Ampere and later)."""
-    return config.num_attention_heads // config.num_key_value_heads in (1, 2, 4, 5, 8, 16, 32) and config.head_dim in (
-        64,
-        128,
-        256,
-    )
 
 
 class FuseAttention(ir.passes.InPlacePass):
@@ -48,18 +31,21 @@ class FuseAttention(ir.passes.InPlacePass):
     3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which
        reads each row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing
        reads them: without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
-    4. On CUDA a step with longrope whose shape has no XQA kernel may go to FlashDecoding, which ignores `position_ids`
-       (ONNX Runtime 1.31): there RotaryEmbedding turns Q and K, too.
+    4. So it does in steps with longrope where the operator may not rotate (`Target.rotates`).
     5. What fed Attention alone (cos, sin and the mask computed by the traced graph) is dead then, for a later pass to
        drop.
 
     Matches exactly `num_hidden_layers` places.
+
+    Args:
+        config: the model's shape.
+        operator_rotates: whether the operator may rotate in a step with longrope.
     """
 
-    def __init__(self, config: PhiMoEConfig, target: str) -> None:
+    def __init__(self, config: PhiMoEConfig, operator_rotates: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.operator_rotates = target != "cuda" or has_xqa(config)
+        self.operator_rotates = operator_rotates
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         matches = nodes(model, "Attention", DOMAIN)
@@ -68,22 +54,14 @@ class FuseAttention(ir.passes.InPlacePass):
         for node in matches:
             self._fuse(model.graph, node, shared)
         model.opset_imports[MICROSOFT] = 1
-        return ir.passes.PassResult(model, modified=True)
+        return ir.passes.PassResult(model, modified=bool(matches))
 
     def _fuse(self, graph: ir.Graph, attention: ir.Node, shared: list[ir.Value | None]) -> None:
         projections = [_projection(value) for value in attention.inputs[:3]]
         prefix = projections[0].weight.name.removesuffix("q_proj.weight")
-        x = projections[0].x
-
-        weight = initializer(graph, stacked(f"{prefix}qkv_proj.weight", [p.weight for p in projections]))
-        transposed = op("Transpose", [weight], f"{prefix}qkv_proj/Transpose", {"perm": [1, 0]})
-        qkv = op("MatMul", [x, transposed.outputs[0]], f"{prefix}qkv_proj/MatMul")
-        packed = [transposed, qkv]
-        biases = [p.bias for p in projections if p.bias is not None]
-        if biases:
-            bias = initializer(graph, stacked(f"{prefix}qkv_proj.bias", biases))
-            packed.append(op("Add", [qkv.outputs[0], bias], f"{prefix}qkv_proj/Add"))
-        attributes: dict[str, int | float | str] = {
+        new = Nodes(prefix)
+        qkv = _pack(graph, new, projections)
+        attributes: dict[str, int] = {
             "num_heads": self.config.num_attention_heads,
             "kv_num_heads": self.config.num_key_value_heads,
             "do_rotary": 1,
@@ -95,35 +73,46 @@ class FuseAttention(ir.passes.InPlacePass):
         if not past_key.is_graph_input():
             past_key = past_value = None
         if position_ids is not None and (past_key is None or not self.operator_rotates):
-            packed += self._rotate(graph, packed[-1].outputs[0], position_ids, cos, sin, prefix)
+            qkv = self._rotate(graph, new, qkv, position_ids, cos, sin)
             attributes["do_rotary"], position_ids, cos, sin = 0, None, None, None
-        fused = op(
+        inputs = [qkv, None, None, past_key, past_value, seqlens_k, total, cos, sin, position_ids]
+        outputs = new.several(
             "GroupQueryAttention",
-            [packed[-1].outputs[0], None, None, past_key, past_value, seqlens_k, total, cos, sin, position_ids],
-            f"{prefix}GroupQueryAttention",
-            attributes,
-            MICROSOFT,
+            *inputs,
+            name="GroupQueryAttention",
             outputs=("", "/present_key", "/present_value"),
+            domain=MICROSOFT,
+            **attributes,
         )
         old = [node for p in projections for node in p.nodes] + [attention]
-        replace(graph, old, [*packed, fused], list(zip(attention.outputs, fused.outputs, strict=True)))
+        replace(graph, old, new, list(zip(attention.outputs, outputs, strict=True)))
 
     def _rotate(
         self,
         graph: ir.Graph,
+        new: Nodes,
         qkv: ir.Value,
         position_ids: ir.Value,
         cos: ir.Value | None,
         sin: ir.Value | None,
-        prefix: str,
-    ) -> list[ir.Node]:
-        """The nodes that turn Q and K inside the packed projection."""
+    ) -> ir.Value:
+        """Turns Q and K inside the packed projection."""
         kv = self.config.num_key_value_heads * self.config.head_dim
         widths = constant(graph, "qk_and_v", [self.config.num_attention_heads * self.config.head_dim + kv, kv])
-        split = op("Split", [qkv, widths], f"{prefix}qkv_proj/Split", {"axis": -1}, outputs=("/qk", "/v"))
-        qk, v = split.outputs
-        rotated = op("RotaryEmbedding", [qk, position_ids, cos, sin], f"{prefix}RotaryEmbedding", domain=MICROSOFT)
-        return [split, rotated, op("Concat", [rotated.outputs[0], v], f"{prefix}qkv_proj/Concat", {"axis": -1})]
+        qk, v = new.several("Split", qkv, widths, name="qkv_proj/Split", outputs=("/qk", "/v"), axis=-1)
+        rotated = new.add("RotaryEmbedding", qk, position_ids, cos, sin, name="RotaryEmbedding", domain=MICROSOFT)
+        return new.add("Concat", rotated, v, name="qkv_proj/Concat", axis=-1)
+
+
+def _pack(graph: ir.Graph, new: Nodes, projections: list[_Projection]) -> ir.Value:
+    """One projection of x with the rows of all of them."""
+    name = f"{new.prefix}qkv_proj"
+    weight = initializer(graph, stacked(f"{name}.weight", [p.weight for p in projections]))
+    transposed = new.add("Transpose", weight, name="qkv_proj/Transpose", perm=[1, 0])
+    qkv = new.add("MatMul", projections[0].x, transposed, name="qkv_proj/MatMul")
+    if biases := [p.bias for p in projections if p.bias is not None]:
+        qkv = new.add("Add", qkv, initializer(graph, stacked(f"{name}.bias", biases)), name="qkv_proj/Add")
+    return qkv
 
 
 @dataclass(frozen=True)
@@ -159,12 +148,8 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, fi
     """
     named = {value.name: value for value in graph.inputs}
     mask = named[bundle.ATTENTION_MASK]
-    new: list[ir.Node] = []
-
-    def add(op_type: str, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
-        new.append(op(op_type, inputs, name, dict(attributes)))
-        return new[-1].outputs[0]
-
+    new = Nodes()
+    add = new.add
     zero, one, axis = constant(graph, "zero", 0), constant(graph, "one", 1), constant(graph, "axis_1", [1])
     lengths = add("ReduceSum", mask, axis, name="lengths", keepdims=1)  # [B, 1]: each row's tokens, cached and new
     last = add("Sub", add("Squeeze", lengths, axis, name="lengths/Squeeze"), one, name="lengths/Sub")
@@ -186,21 +171,11 @@ def _shared_inputs(graph: ir.Graph, config: PhiMoEConfig, dtype: ir.DataType, fi
             rope_length = add("Max", lengths, named[bundle.ROPE_LENGTH], name="rope_length/Max")
         boundary = constant(graph, "original_max_position_embeddings", config.longrope.original_max_position_embeddings)
         is_long = add("Greater", rope_length, boundary, name="rope_is_long")
-        beyond = add("Add", positions, constant(graph, "long_rope_rows", _short_rows(config)), name="long_positions")
+        beyond = add("Add", positions, constant(graph, "long_rope_rows", short_rows(config)), name="long_positions")
         position_ids = add("Where", is_long, beyond, positions, name="position_ids")
     graph.insert_before(first, new)
     cos, sin = (initializer(graph, table) for table in rope_tables(config, dtype))
     return [seqlens_k, total, cos, sin, position_ids]
-
-
-def rope_rows(config: PhiMoEConfig) -> int:
-    """How many rows each rope table has."""
-    return config.max_position_embeddings + (_short_rows(config) if config.longrope else 0)
-
-
-def _short_rows(config: PhiMoEConfig) -> int:
-    assert config.longrope
-    return min(config.longrope.original_max_position_embeddings, config.max_position_embeddings)
 
 
 def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weight]:
@@ -208,7 +183,7 @@ def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weigh
     before.
     """
     longest = config.max_position_embeddings
-    sections = [(_short_rows(config), 1), (longest, np.iinfo(np.int64).max)] if config.longrope else [(longest, 1)]
+    sections = [(short_rows(config), 1), (longest, np.iinfo(np.int64).max)] if config.longrope else [(longest, 1)]
     half = config.head_dim // 2
 
     def table(function: np.ufunc, rows: int, length: int) -> torch.Tensor:
@@ -219,7 +194,9 @@ def rope_tables(config: PhiMoEConfig, dtype: ir.DataType) -> tuple[Weight, Weigh
         return (values * mscale.flatten()).to(FLOATS[dtype])
 
     def weight(name: str, function: np.ufunc) -> Weight:
-        pieces = [job_piece(partial(table, function, rows, length), (rows, half), dtype) for rows, length in sections]
+        pieces = [
+            job_piece(partial(table, function, rows, length), (rows, half), dtype, -1) for rows, length in sections
+        ]
         return Weight(name, dtype, (sum(rows for rows, _ in sections), half), pieces)
 
     return weight("cos_cache", np.cos), weight("sin_cache", np.sin)

@@ -6,11 +6,14 @@ import onnx_ir as ir
 
 from phimoe_onnx import bundle
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.exporter.passes._edit import constant, op
+from phimoe_onnx.exporter.passes._edit import Nodes, constant
 
 
 class ReshapeCache(ir.passes.InPlacePass):
-    """Puts a Reshape to [B, K, P, D] behind every `past_key_values` input, whose heads and head_dim become symbols.
+    """Takes an empty cache of any width.
+
+    1. A Reshape to [B, K, P, D] stands behind every `past_key_values` input.
+    2. The inputs' heads and head_dim become symbols.
 
     optimum's ORTModelForCausalLM begins with an empty cache of num_attention_heads heads of hidden_size /
     num_attention_heads. A cache that holds something keeps its shape, and ONNX Runtime passes it on without a copy;
@@ -26,12 +29,8 @@ class ReshapeCache(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, config = model.graph, self.config
         named = {value.name: value for value in graph.inputs}
-        new: list[ir.Node] = []
-
-        def add(op_type: str, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
-            new.append(op(op_type, inputs, name, dict(attributes)))
-            return new[-1].outputs[0]
-
+        new = Nodes()
+        add = new.add
         batch = add("Shape", named[bundle.INPUT_IDS], name="past_shape/batch", start=0, end=1)
         sequence = add("Shape", named[bundle.INPUT_IDS], name="past_shape/sequence", start=1)
         total = add("Shape", named[bundle.ATTENTION_MASK], name="past_shape/total", start=1)

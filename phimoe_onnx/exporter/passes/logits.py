@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from phimoe_onnx import bundle
-from phimoe_onnx.exporter.passes._edit import constant, nodes, op
+from phimoe_onnx.exporter.passes._edit import Nodes, constant, nodes
 
 
 class AddOptionalInputs(ir.passes.InPlacePass):
@@ -29,14 +29,14 @@ class AddOptionalInputs(ir.passes.InPlacePass):
         graph.initializers.add(keep)
         hidden = head.inputs[0]
         # `keep` again, by a way that leads through the host's memory only, where Slice reads: no copy from a GPU
-        filled = op("ConstantOfShape", [keep], "logits_to_keep/ConstantOfShape")
-        length = op("Shape", filled.outputs, "logits_to_keep/Shape")
-        start = op("Neg", length.outputs, "logits_to_keep/Neg")
+        new = Nodes("logits_to_keep/")
+        length = new.add("Shape", new.add("ConstantOfShape", keep, name="ConstantOfShape"), name="Shape")
+        start = new.add("Neg", length, name="Neg")
         end = constant(graph, "int64_max", [np.iinfo(np.int64).max])
-        kept = op("Slice", [hidden, start.outputs[0], end, constant(graph, "axis_1", [1])], "logits_to_keep/Slice")
-        graph.insert_before(head, [filled, length, start, kept])
-        head.replace_input_with(0, kept.outputs[0])
-        kept.outputs[0].type = hidden.type
+        kept = new.add("Slice", hidden, start, end, constant(graph, "axis_1", [1]), name="Slice")
+        graph.insert_before(head, new)
+        head.replace_input_with(0, kept)
+        kept.type = hidden.type
 
         rope_length = next(value for value in graph.inputs if value.name == bundle.ROPE_LENGTH)
         rope_length.const_value = ir.tensor(zero, name=rope_length.name)

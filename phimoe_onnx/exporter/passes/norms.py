@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, nodes, op, replace
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, Nodes, expect, nodes, replace
 
 
 class FuseSkipLayerNorm(ir.passes.InPlacePass):
-    """Replaces Add(a, b) -> LayerNormalization by com.microsoft.SkipLayerNormalization, whose fourth output is the sum.
+    """Residual sums join the LayerNorm behind them.
+
+    1. Add(a, b) -> LayerNormalization becomes com.microsoft.SkipLayerNormalization.
+    2. Whoever else read the sum reads the operator's fourth output.
 
     The first LayerNorm of the model, which follows the embedding, has no sum before it and stays. Matches exactly twice
     a layer.
@@ -25,20 +28,19 @@ class FuseSkipLayerNorm(ir.passes.InPlacePass):
             if add is None or add.op_type != "Add" or add.inputs[0].shape != add.inputs[1].shape:
                 continue
             name = norm.inputs[1].name.removesuffix(".weight")
-            attributes: dict[str, int | float | str] = {"epsilon": norm.attributes["epsilon"].as_float()}
-            inputs = [*add.inputs, *norm.inputs[1:]]
-            fused = op(
+            new = Nodes()
+            outputs = new.several(
                 "SkipLayerNormalization",
-                inputs,
-                name,
-                attributes,
-                MICROSOFT,
+                *add.inputs,
+                *norm.inputs[1:],
+                name=name,
                 outputs=("", "/mean", "/inv_std_var", "/sum"),
+                domain=MICROSOFT,
+                epsilon=norm.attributes["epsilon"].as_float(),
             )
-            values = [(norm.outputs[0], fused.outputs[0]), (add.outputs[0], fused.outputs[3])]
-            model.graph.insert_after(norm, fused)
-            replace(model.graph, [add, norm], [], values)
+            values = [(norm.outputs[0], outputs[0]), (add.outputs[0], outputs[3])]
+            replace(model.graph, [add, norm], new, values)
             matched += 1
         expect("residual sums and layer norms", matched, 2 * self.layers)
         model.opset_imports[MICROSOFT] = 1
-        return ir.passes.PassResult(model, modified=True)
+        return ir.passes.PassResult(model, modified=bool(matched))

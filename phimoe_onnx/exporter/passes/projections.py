@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from phimoe_onnx.checkpoint.tensors import read_rows
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, initializer, nodes, only_user, op, parameter, replace
-from phimoe_onnx.exporter.quantize.rtn import Format
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, job_piece
+from phimoe_onnx.checkpoint.data import read_rows
+from phimoe_onnx.exporter.passes._edit import (
+    MICROSOFT,
+    Nodes,
+    by_block,
+    initializer,
+    nodes,
+    only_user,
+    parameter,
+    replace,
+)
+from phimoe_onnx.exporter.quantize.format import Format
+from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, job_piece, parts_of
 
 
 class StoreProjections(ir.passes.InPlacePass):
     """Rewrites every MatMul(x, Transpose(W)) over a parameter W [N, K].
 
-    1. Where `formats` names a format for W, together with an Add of a bias behind it where there is one, to
-       com.microsoft.MatMulNBits(x, codes, scales, bias).
+    1. Where the recipe has blocks for W, together with an Add of a bias behind it where there is one, to
+       com.microsoft.MatMulNBits(x, codes, scales, zeros, bias).
     2. Else to MatMul(x, W') with W' = W transposed [K, N] when the bundle is written, not at every load.
-
-    Args:
-        formats: the ending of a weight's name -> its format.
     """
 
-    def __init__(self, formats: dict[str, Format]) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.formats = formats
+        self.recipe = recipe
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        matched = 0
         for matmul in nodes(model, "MatMul"):
             transpose = matmul.inputs[1].producer()
             if transpose is None or transpose.op_type != "Transpose":
@@ -33,35 +41,40 @@ class StoreProjections(ir.passes.InPlacePass):
             weight = parameter(transpose.inputs[0])
             if weight is None:
                 continue
-            name = weight.name.removesuffix(".weight")
-            format = next((format for ending, format in self.formats.items() if name.endswith(ending)), None)
-            if format is None:
-                self._transpose(model.graph, transpose, matmul, weight)
+            if weight.parameter == EMBEDDING:  # a tied head, whose form is its own
+                rows = [part.rows for part in weight.parts]
+                weight = Parameter(HEAD, weight.dtype, weight.shape.numpy(), parts_of(HEAD, weight.shape, rows))
+            form = self.recipe.form(weight.parameter)
+            if isinstance(form, Format):
+                self._quantize(model.graph, transpose, matmul, weight, form)
             else:
-                self._quantize(model.graph, transpose, matmul, weight, format)
-        return ir.passes.PassResult(model, modified=True)
-
-    def _transpose(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter) -> None:
-        rows, columns = weight.shape.numpy()
-        dtype = FLOATS[weight.dtype]
-        piece = job_piece(lambda: read_rows(weight.rows).T.to(dtype), (columns, rows), weight.dtype)
-        stored = initializer(graph, Weight(f"{weight.name}.transposed", weight.dtype, (columns, rows), [piece]))
-        name = weight.name.removesuffix(".weight")
-        new = op("MatMul", [matmul.inputs[0], stored], f"{name}/MatMul")
-        replace(graph, [transpose, matmul], [new], [(matmul.outputs[0], new.outputs[0])])
+                _transpose(model.graph, transpose, matmul, weight)
+            matched += 1
+        return ir.passes.PassResult(model, modified=bool(matched))
 
     def _quantize(
         self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, format: Format
     ) -> None:
         name = weight.name.removesuffix(".weight")
-        codes, scales = format.codes_and_scales(weight, name)
-        n, blocks = scales.shape.numpy()
-        blocked = Weight(codes.name, codes.dtype, (n, blocks, format.block_bytes), codes.pieces)
-        old, inputs = [transpose, matmul], [matmul.inputs[0], initializer(graph, blocked), initializer(graph, scales)]
+        codes, *others = in_blocks(name, weight, format, self.recipe)
+        stored = [initializer(graph, part) for part in (by_block(codes, format), *others)]
+        old, bias = [transpose, matmul], None
         add = only_user(matmul.outputs[0])
         if add is not None and add.op_type == "Add" and parameter(add.inputs[1]) is not None:
             old.append(add)
-            inputs += [None, None, add.inputs[1]]
-        new = op("MatMulNBits", inputs, f"{name}/MatMulNBits", format.attributes(n, blocks), MICROSOFT)
-        replace(graph, old, [new], [(old[-1].outputs[0], new.outputs[0])])
+            bias = add.inputs[1]
+        new = Nodes()
+        output = new.matmul_nbits(matmul.inputs[0], stored, f"{name}/MatMulNBits", format, bias)
+        replace(graph, old, new, [(old[-1].outputs[0], output)])
         graph.opset_imports[MICROSOFT] = 1
+
+
+def _transpose(graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter) -> None:
+    rows, columns = weight.shape.numpy()
+    dtype, parts = FLOATS[weight.dtype], [part.rows for part in weight.parts]
+    piece = job_piece(lambda: read_rows(parts).T.to(dtype), (columns, rows), weight.dtype, weight.parts[0].layer)
+    name = f"{weight.name}.transposed"
+    stored = initializer(graph, Weight(name, weight.dtype, (columns, rows), [piece], weight.parameter))
+    new = Nodes()
+    output = new.add("MatMul", matmul.inputs[0], stored, name=f"{weight.name.removesuffix('.weight')}/MatMul")
+    replace(graph, [transpose, matmul], new, [(matmul.outputs[0], output)])

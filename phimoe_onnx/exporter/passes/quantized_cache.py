@@ -7,20 +7,21 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from phimoe_onnx.checkpoint.tensors import Rows, read_rows
+from phimoe_onnx.checkpoint.data import read_rows
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, initializer, nodes
-from phimoe_onnx.exporter.weights import Weight, job_piece
+from phimoe_onnx.exporter.weights import Weight, job_piece, layer_of
 
 # How many standard deviations of a channel the largest code stands for; more costs resolution, fewer clip.
 DEVIATIONS = {8: 8.0, 4: 4.0}
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`, with a fixed scale for each
-    channel.
+    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`.
 
-    The cache's inputs and outputs become int8 [B, K, T, D], or uint8 [B, K, T, D / 2] with two channels a byte.
+    1. The operator gets a fixed scale for each channel.
+    2. The cache's inputs and outputs become int8 [B, K, T, D], or uint8 [B, K, T, D / 2] with two channels a byte.
 
     No data is needed for the scales: a LayerNorm with weight g and bias b hands a projection W numbers of mean square
     1, so channel c of W (g x + b) + bias has about the mean W_c b + bias_c and the standard deviation |W_c g|, and its
@@ -56,14 +57,14 @@ class QuantizeCache(ir.passes.InPlacePass):
             for value in (*attention.inputs[3:5], *attention.outputs[1:3]):
                 value.type = ir.TensorType(ir.DataType.INT8 if self.bits == 8 else ir.DataType.UINT8)
                 value.shape = ir.Shape([*value.shape[:3], self.config.head_dim * self.bits // 8])
-        return ir.passes.PassResult(model, modified=True)
+        return ir.passes.PassResult(model, modified=bool(matches))
 
     def _scale(self, prefix: str, projection: str) -> Weight:
         """[1, K, 1, D]."""
         shape = (1, self.config.num_key_value_heads, 1, self.config.head_dim)
         run = partial(channel_scales, self.config, self.rows, prefix, projection, self.bits)
         name = f"{prefix}self_attn.{projection[0]}_cache.scale"
-        return Weight(name, ir.DataType.FLOAT, shape, [job_piece(run, shape, ir.DataType.FLOAT)])
+        return Weight(name, ir.DataType.FLOAT, shape, [job_piece(run, shape, ir.DataType.FLOAT, layer_of(prefix))])
 
 
 def channel_scales(

@@ -1,0 +1,301 @@
+"""How each parameter is stored, decided once, before any work, from the target, the options and config.json.
+
+Everything that stores, counts, plans or reports weights reads the recipe and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from phimoe_onnx.bundle import TASKS, StoredWeights
+from phimoe_onnx.checkpoint.tensors import shapes
+from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.quantize.format import WIDTHS, Form, Format, Plain
+from phimoe_onnx.exporter.target import Dtype, Experts, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUANTIZE = ("none", "fp16", "int8", "int4")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+LARGEST_DEFAULT_BLOCK = 64
+EXACT = ("gate.weight", "score.weight")  # router and a classifier's head: float32 in every form, a tie would decide
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+# (rows [..., N, K], format, parameter's name in modeling.py, expert) -> codes, scales and, without format.symmetric,
+# zeros, as format.py lays them out. It may be given a parameter's matrix in several calls of some rows each.
+RoundRows = Callable[["Tensor", Format, str, "int | None"], tuple["Tensor", ...]]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A way to round: where its function is, as "module:name" (it needs torch, a recipe does not), and its codes."""
+
+    function: str
+    symmetric: bool = True
+
+
+ROUNDINGS = {"rtn": Rounding("phimoe_onnx.exporter.quantize.rtn:round_to_nearest")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a bundle is made.
+
+    Attributes:
+        target: what it is for.
+        task: one of bundle.TASKS.
+        quantize: the option that `forms` follow where `store` says nothing else.
+        dtype: of activations.
+        kv_cache: "none", "int8" or "int4".
+        rounding: one of ROUNDINGS.
+        forms: modeling.py's name of each parameter -> its form; of a stack of experts each expert's.
+        experts: how experts can be computed with these forms; each is a graph.
+    """
+
+    target: Target
+    task: str
+    quantize: str
+    dtype: Dtype
+    kv_cache: str
+    rounding: str
+    forms: Mapping[str, tuple[Form, ...]]
+    experts: tuple[Experts, ...]
+
+    def form(self, parameter: str, expert: int | None = None) -> Form:
+        """How a parameter is stored; of a stack of experts the one of `expert`, or of all where they are alike."""
+        return self.forms[parameter][expert or 0]
+
+    def alike(self, parameter: str) -> bool:
+        """Whether all experts of a stack are stored in one form; true of any other parameter."""
+        return len(set(self.forms[parameter])) == 1
+
+    def round_rows(self) -> RoundRows:
+        """The function that rounds."""
+        module, _, name = ROUNDINGS[self.rounding].function.partition(":")
+        function: RoundRows = getattr(import_module(module), name)
+        return function
+
+    @property
+    def draws_on_device(self) -> bool:
+        """Whether the bundle has a graph that draws tokens."""
+        return self.task == "text-generation" and self.target.sampling_graph
+
+    def graphs(self) -> dict[str, tuple[Experts, bool]]:
+        """The bundle's graphs by file, in order of preference: how each computes experts, and if it has optional
+        inputs.
+        """
+        cached = self.task == "text-generation"
+        files: dict[str, tuple[Experts, bool]] = {"model.onnx": (self.experts[0], cached)}
+        if len(self.experts) > 1 or (cached and self.target.plain_inputs):
+            files["model.branches.onnx"] = (self.experts[-1], cached and not self.target.plain_inputs)
+        return files
+
+    def stored_weights(self) -> tuple[StoredWeights, ...]:
+        """The manifest's `weights`: parameters of one form together, runs of equal layers together."""
+        layers: dict[int, dict[str, Form]] = {}
+        others: dict[str, Form] = {}
+        for name, form in self._entries():
+            if match := LAYER.match(name):
+                layers.setdefault(int(match[1]), {})[name[match.end() :]] = form
+            else:
+                others[name] = form
+        runs: list[tuple[int, int]] = []
+        for layer in sorted(layers):
+            if runs and layers[runs[-1][0]] == layers[layer]:
+                runs[-1] = (runs[-1][0], layer)
+            else:
+                runs.append((layer, layer))
+        groups = [group for run in runs for group in _groups(layers[run[0]], run)]
+        return (*groups, *_groups(others, None))
+
+    def digest(self) -> str:
+        """A SHA-256 of everything that decides what is written; two recipes with one digest store the same."""
+        facts = [self.target.name, self.task, self.dtype, self.kv_cache, self.rounding, self.experts]
+        forms = {name: repr(form) for name, form in self._entries()}
+        return hashlib.sha256(json.dumps([facts, forms], sort_keys=True).encode()).hexdigest()
+
+    def _entries(self) -> Iterator[tuple[str, Form]]:
+        """Each parameter's form by name; experts that differ are called NAME.EXPERT."""
+        for name, forms in self.forms.items():
+            if len(set(forms)) == 1:
+                yield name, forms[0]
+            else:
+                yield from ((f"{name}.{expert}", form) for expert, form in enumerate(forms))
+
+
+def _groups(forms: Mapping[str, Form], layers: tuple[int, int] | None) -> Iterator[StoredWeights]:
+    for form in dict.fromkeys(forms.values()):
+        names = tuple(name for name, other in forms.items() if other == form)
+        if isinstance(form, Plain):
+            yield StoredWeights(names, layers, form.dtype)
+        else:
+            yield StoredWeights(names, layers, form.dtype, form.block_size, form.scale_dtype, form.symmetric)
+
+
+def recipe_for(
+    config: PhiMoEConfig,
+    target: Target,
+    quantize: str = "none",
+    *,
+    task: str = "text-generation",
+    block_size: int | None = None,
+    kv_cache: str = "none",
+    dtype: str | None = None,
+    store: Mapping[str, str] | None = None,
+    rounding: str = "rtn",
+) -> Recipe:
+    """Decides how a checkpoint of this shape is stored; options are those of `export`.
+
+    Raises:
+        ExportError: an option is unknown, or the target or its operators do not take it; it says why.
+    """
+    store = store or {}
+    _check_options(task, kv_cache, quantize, store, rounding)
+    target.check(config, (quantize, *store.values()), kv_cache)
+    activations = target.activations(dtype)
+    blocks = any(form.startswith("int") for form in (quantize, *store.values()))
+    size = _block_size(config, block_size) if blocks else 0
+
+    def form(name: str) -> Form:
+        if name.startswith("int"):
+            return Format(int(name[3:]), size, activations, ROUNDINGS[rounding].symmetric)
+        return Plain("float16" if name == "fp16" and activations == "float32" else activations)
+
+    known = shapes(config, task)
+    if task == "text-generation" and config.tie_word_embeddings:  # the two uses are stored apart, each as it is read
+        known[HEAD] = known[EMBEDDING]
+    forms: dict[str, tuple[Form, ...]] = {}
+    for name, shape in known.items():
+        if name.endswith(EXACT):
+            default: Form = Plain("float32")
+        elif not is_matrix(name, shape):
+            default = Plain(activations)
+        else:
+            default = form("int8" if name == EMBEDDING and quantize.startswith("int") else quantize)
+        forms[name] = (default,) * (shape[0] if len(shape) == 3 else 1)
+    for pattern, stored in store.items():
+        _override(forms, known, pattern, stored, form(stored))
+    if target.packs_projections:
+        _check_packed(config, forms)
+    experts = _experts(config, target, forms)
+    return Recipe(target, task, quantize, activations, kv_cache, rounding, forms, experts)
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter may be stored in another form than float32 or that of the activations."""
+    return len(shape) > 1 and not name.endswith(EXACT)
+
+
+def bits_per_weight(form: Form) -> float:
+    """With a block's share of its scale and its zero point."""
+    if isinstance(form, Plain):
+        return 8 * WIDTHS[form.dtype]
+    beside = 8 * WIDTHS[form.scale_dtype] + (0 if form.symmetric else form.bits)
+    return form.bits + beside / form.block_size
+
+
+def _check_options(task: str, kv_cache: str, quantize: str, store: Mapping[str, str], rounding: str) -> None:
+    if task not in TASKS:
+        raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    if quantize not in QUANTIZE:
+        raise ExportError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZE)}")
+    for pattern, form in store.items():
+        if form not in QUANTIZE:
+            raise ExportError(f"--store {pattern}={form}: expected one of the forms {', '.join(QUANTIZE)}")
+    if kv_cache not in ("none", "int8", "int4"):
+        raise ExportError(f"kv_cache is {kv_cache!r}, expected one of none, int8, int4")
+    if rounding not in ROUNDINGS:
+        raise ExportError(f"rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+    if task != "text-generation" and kv_cache != "none":
+        raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
+
+
+def _block_size(config: PhiMoEConfig, block_size: int | None) -> int:
+    """The one that is asked for, else the largest number up to 64 that divides the rows of all matrices."""
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
+    }
+    fitting = [size for size in BLOCK_SIZES if not any(width % size for width in widths.values())]
+    if block_size is None:
+        block_size = max((size for size in fitting if size <= LARGEST_DEFAULT_BLOCK), default=LARGEST_DEFAULT_BLOCK)
+    if block_size not in fitting:
+        found = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ExportError(
+            f"--block-size is {block_size}, but it must divide {found}; choose from {fitting or 'none: use fp16'}"
+        )
+    return block_size
+
+
+def _override(
+    forms: dict[str, tuple[Form, ...]],
+    known: Mapping[str, tuple[int, ...]],
+    pattern: str,
+    stored: str,
+    form: Form,
+) -> None:
+    """Puts `form` in the place of what stands for the matrices that `pattern` matches, whole or as NAME.EXPERT."""
+    matched = fixed = None
+    for name, before in list(forms.items()):
+        whole = fnmatchcase(name, pattern)
+        stack = len(known[name]) == 3
+        experts = [whole or (stack and fnmatchcase(f"{name}.{expert}", pattern)) for expert in range(len(before))]
+        if not any(experts):
+            continue
+        if not is_matrix(name, known[name]):
+            fixed = name
+            continue
+        matched = name
+        forms[name] = tuple(form if chosen else old for chosen, old in zip(experts, before, strict=True))
+    if matched is None and fixed is None:
+        raise ExportError(
+            f"--store {pattern}={stored}: no parameter is called so; names are those of modeling.py, such as {HEAD} "
+            f"or model.layers.0.self_attn.o_proj.weight"
+        )
+    if matched is None:
+        raise ExportError(
+            f"--store {pattern}={stored}: {fixed} is always {forms[str(fixed)][0]}; only matrices but the router and "
+            f"a classifier's head are stored in other forms"
+        )
+
+
+def _check_packed(config: PhiMoEConfig, forms: Mapping[str, tuple[Form, ...]]) -> None:
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        found = {part: forms[f"{prefix}{part}_proj.weight"][0] for part in "qkv"}
+        if len(set(found.values())) > 1:
+            stored = ", ".join(f"{part}_proj {form}" for part, form in found.items())
+            raise ExportError(
+                f"--store: {prefix} has {stored}; GroupQueryAttention takes the three as one matrix, store them alike"
+            )
+
+
+def _experts(config: PhiMoEConfig, target: Target, forms: Mapping[str, tuple[Form, ...]]) -> tuple[Experts, ...]:
+    """The ways of the target that these forms allow; every layer must allow it.
+
+    Raises:
+        ExportError: none is left.
+    """
+    if "fused" not in target.experts:
+        return target.experts
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts."
+        reason = target.why_not_fused(config, forms[f"{prefix}gate_up_proj"] + forms[f"{prefix}down_proj"])
+        if reason is None:
+            continue
+        others = tuple(way for way in target.experts if way != "fused")
+        if not others:
+            raise ExportError(f"--target {target.name} has {reason}")
+        return others
+    return target.experts

@@ -1,0 +1,285 @@
+"""Recipes: what is stored how, what is refused and why, and a bundle of several widths through all tools."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from phimoe_onnx import export, verify
+from phimoe_onnx.bench.traffic import step_bytes
+from phimoe_onnx.bundle import describe_files, read_manifest
+from phimoe_onnx.checkpoint.tensors import shapes
+from phimoe_onnx.cli.export import main
+from phimoe_onnx.config import parse_config, read_config
+from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.kinds import stored_sizes
+from phimoe_onnx.exporter.plan import requirements
+from phimoe_onnx.exporter.quantize.format import Format, Plain
+from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.staging import Journal
+from phimoe_onnx.exporter.target import TARGETS
+from phimoe_onnx.parity.stored import stored_as
+from phimoe_onnx.parity.thresholds import DEFAULTS, Thresholds, default_thresholds
+from phimoe_onnx.runtime import PhiMoE
+from tests.checkpoints import BASE, SHAPES, TASKS, make_model, random_ids
+
+Checkpoint = Callable[[str], Path]
+CPU = TARGETS["cpu"]
+CONFIG = parse_config(BASE)
+MOE = "model.layers.{}.block_sparse_moe.experts."
+DOWN, GATE_UP = MOE + "down_proj", MOE + "gate_up_proj"
+LOOSE = Thresholds(kl=0.5, kernel_kl=0.1, perplexity_ratio=1.2)  # a random model's logits say little
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_of_modeling_has_a_form(shape: str, task: str) -> None:
+    raw = BASE | SHAPES[shape] | TASKS[task]
+    config = parse_config(raw)
+    expected = {name: tuple(parameter.shape) for name, parameter in make_model(raw).named_parameters()}
+    assert shapes(config, task) == expected
+    recipe = recipe_for(config, CPU, "int4", task=task)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings and task == "text-generation" else set()
+    assert recipe.forms.keys() == expected.keys() | tied
+    described = [name for group in recipe.stored_weights() for name in group.names()]
+    assert sorted(described) == sorted(recipe.forms)
+
+
+def test_the_last_pattern_that_matches_counts() -> None:
+    store = {"*": "int8", "model.layers.0.*": "int4", "lm_head.weight": "fp16", "*.1.*down_proj": "none"}
+    recipe = recipe_for(CONFIG, CPU, "none", store=store, block_size=16)
+    assert recipe.form("model.embed_tokens.weight") == Format(8, 16)
+    assert recipe.form("model.layers.0.self_attn.q_proj.weight") == Format(4, 16)
+    assert recipe.form("model.layers.1.self_attn.q_proj.weight") == Format(8, 16)
+    assert recipe.form(DOWN.format(1)) == Plain("float32")
+    assert recipe.form("lm_head.weight") == Plain("float16")
+    assert recipe.form("model.layers.0.block_sparse_moe.gate.weight") == Plain(
+        "float32"
+    )  # the router, whatever matches
+
+
+def test_runs_of_equal_layers_are_one_group() -> None:
+    config = dataclasses.replace(CONFIG, num_hidden_layers=5)
+    store = {DOWN.format(2): "int8", DOWN.format(4) + ".3": "int8"}
+    groups = recipe_for(config, CPU, "int4", store=store).stored_weights()
+    experts = [
+        (group.layers, group.dtype, [name.rpartition("experts.")[2] for name in group.parameters if "experts" in name])
+        for group in groups
+    ]
+    others = [f"down_proj.{e}" for e in range(16) if e != 3]
+    assert [entry for entry in experts if entry[2]] == [
+        ((0, 1), "int4", ["gate_up_proj", "down_proj"]),
+        ((2, 2), "int4", ["gate_up_proj"]),
+        ((2, 2), "int8", ["down_proj"]),
+        ((3, 3), "int4", ["gate_up_proj", "down_proj"]),
+        ((4, 4), "int4", ["gate_up_proj", *others]),
+        ((4, 4), "int8", ["down_proj.3"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "quantize", "store", "graphs"),
+    [
+        ("cpu", "int4", {}, ["fused", "branches"]),
+        ("cpu", "int4", {"lm_head.weight": "int8", "model.layers.0.*": "int8"}, ["fused", "branches"]),
+        ("cpu", "int4", {"*.down_proj": "int8"}, ["branches", "branches"]),
+        ("cpu", "int4", {"*.down_proj.7": "int8"}, ["branches", "branches"]),
+        ("cpu", "int4", {DOWN.format(1): "fp16", GATE_UP.format(1): "fp16"}, ["branches", "branches"]),
+        ("cpu", "none", {"*.experts.*": "int8"}, ["fused", "branches"]),
+        ("portable", "none", {"lm_head.weight": "fp16"}, ["branches"]),
+    ],
+)
+def test_experts_of_one_layer_that_differ_have_branches_only(
+    target: str, quantize: str, store: dict[str, str], graphs: list[str]
+) -> None:
+    recipe = recipe_for(CONFIG, TARGETS[target], quantize, store=store)
+    assert [experts for experts, _ in recipe.graphs().values()] == graphs
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"store": {"head": "int8"}}, ["--store head=int8", "no parameter is called so", "lm_head.weight"]),
+        ({"store": {"lm_head.weight": "int3"}}, ["--store lm_head.weight=int3", "none, fp16, int8, int4"]),
+        ({"store": {"*.gate.weight": "int8"}}, ["--store *.gate.weight=int8", "is always float32", "router"]),
+        ({"store": {"*norm*": "int8"}}, ["norm", "is always float32", "only matrices"]),
+        ({"store": {"*.q_proj.weight": "int8"}}, ["q_proj int8, block 32, k_proj float32", "one matrix", "alike"]),
+        ({"store": {"lm_head.weight": "int8"}, "block_size": 64}, ["--block-size is 64", "[16, 32]"]),
+        (
+            {"store": {"lm_head.weight": "int8"}, "target": "portable"},
+            ["--target portable has no int8", "none or fp16"],
+        ),
+        (
+            {"store": {"*.down_proj": "int8"}, "target": "cuda"},
+            ["--target cuda has no", "one layer", "store them alike"],
+        ),
+        ({"quantize": "int4", "target": "cuda"}, ["--target cuda has no int4", "multiples of 64"]),
+        ({"kv_cache": "int8", "task": "feature-extraction"}, ["--task feature-extraction has no --kv-cache int8"]),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_with_the_reason(options: dict[str, Any], words: list[str]) -> None:
+    target = TARGETS[options.pop("target", "cpu")]
+    with pytest.raises(ExportError) as error:
+        recipe_for(CONFIG, target, options.pop("quantize", "none"), **options)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_digest_tells_recipes_apart() -> None:
+    recipes = [
+        recipe_for(CONFIG, CPU, "int4"),
+        recipe_for(CONFIG, CPU, "int4", block_size=16),
+        recipe_for(CONFIG, CPU, "int4", kv_cache="int8"),
+        recipe_for(CONFIG, CPU, "int4", store={"lm_head.weight": "int8"}),
+        recipe_for(CONFIG, CPU, "int4", store={"*.down_proj.1": "int8"}),
+        recipe_for(CONFIG, CPU, "int4", store={"*.down_proj.2": "int8"}),
+        recipe_for(CONFIG, TARGETS["portable"], "none"),
+        recipe_for(CONFIG, CPU, "none"),
+    ]
+    assert len({recipe.digest() for recipe in recipes}) == len(recipes)
+    assert (
+        recipe_for(CONFIG, CPU, "int8", store={"*": "int4"}).digest()
+        == recipe_for(CONFIG, CPU, "none", store={"*": "int4"}).digest()
+    )
+
+
+MIXES: dict[str, dict[str, str]] = {
+    "layers": {"lm_head.weight": "int8", "model.layers.0.*": "int8"},
+    "kinds": {"*.self_attn.*": "int8", "*.down_proj": "int8", "lm_head.weight": "fp16"},
+    "experts": {"*.down_proj.1": "int8", "*.gate_up_proj.2": "none", "*.o_proj.weight": "none"},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_bundle_of_several_widths_goes_through_every_tool(
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mix: str,
+) -> None:
+    source, store, output = checkpoint("longrope-window"), MIXES[mix], tmp_path / "bundle"
+    options = [f"--store={pattern}={form}" for pattern, form in store.items()]
+    arguments = [str(source), "--quantize", "int4", "-o", str(output), *options]
+
+    # the plan
+    assert main([*arguments, "--target", "cpu", "--plan"]) == 0
+    assert "cpu     int4" in capsys.readouterr().out
+    config = read_config(source)
+    recipe = recipe_for(config, CPU, "int4", store=store)
+
+    # the export, its summary and what lies on the disk
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    attention = next(line for line in printed.splitlines() if "attention" in line)
+    assert {"layers": "int8, block 64; int4, block 64", "kinds": "int8, block 64", "experts": "float32"}[
+        mix
+    ] in attention
+    manifest = read_manifest(output)
+    assert manifest.recipe == recipe.digest()
+    assert manifest.weights == recipe.stored_weights()
+    fused = [graph.devices == {"cpu": "1.31"} for graph in manifest.graphs]
+    assert fused == [mix == "layers", False]
+    stored = sum(stored_sizes(output).values())
+    tables = 2 * (32 + 128) * 8 * 4
+    matrices = sum(
+        sum(form.nbytes(_rows(shapes(config)[name]) // len(forms), shapes(config)[name][-1]))
+        for name, forms in recipe.forms.items()
+        for form in forms
+    )
+    assert stored == matrices + tables
+    assert requirements(config, recipe).bundle == pytest.approx(
+        stored + sum(path.stat().st_size for path in output.glob("*.onnx")), rel=0.2
+    )
+
+    # killed and resumed; what another recipe left is not used
+    whole = describe_files(output)
+    again = tmp_path / "again"
+    add, written = Journal.add, []
+
+    def interrupt(journal: Journal, job: int) -> None:
+        add(journal, job)
+        written.append(job)
+        if len(written) == 30:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export(source, again, quantize="int4", store=store)
+    before = len(written)
+    monkeypatch.setattr(Journal, "add", lambda journal, job: (written.append(job), add(journal, job))[1])
+    export(source, again, quantize="int4", store=store)
+    assert describe_files(again) == whole
+    assert sorted(written) == list(range(len(written)))  # every job once
+    assert len(written) > before
+
+    # both graphs run, and are PyTorch over the stored weights
+    inputs = random_ids(40)
+    assert len(PhiMoE.load(output).generate(inputs, max_new_tokens=4).token_ids) > 0
+    report = verify(output, source, tokens=200, new_tokens=4, thresholds=LOOSE)
+    assert report.failures == []
+    assert default_thresholds(manifest) == DEFAULTS[4]
+
+    # bench
+    bits = {"int4": 4.5, "int8": 8.5, "float16": 16.0, "float32": 32.0}
+    forms = stored_as(manifest)
+    expected = sum(
+        _weights(name, config) * bits[form.dtype] / 8 * (2 / 16 if "experts" in name else 1)
+        for name, form in forms.items()
+    )
+    cache = 40 * manifest.decoding.cache.bytes_per_token
+    assert step_bytes(output, manifest, 1, 20) == pytest.approx(expected + cache / 2, rel=1e-6)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) == 3 else 1) if len(shape) > 1 else 1
+
+
+def _weights(name: str, config: Any) -> int:
+    """Of a parameter that a step reads: a matrix, and none of the embeddings."""
+    whole = shapes(config)
+    shape = whole.get(name)
+    if shape is None:
+        shape = whole[name.rpartition(".")[0]][1:]
+    if len(shape) < 2 or "embed_tokens" in name:
+        return 0
+    return _rows(shape) * shape[-1]
+
+
+def test_jobs_begin_in_the_order_of_layers(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a rounding that needs what the layers before have become relies on."""
+    from phimoe_onnx.exporter import write
+
+    begun: list[int] = []
+    run = write._write
+
+    def note(job: Any, *rest: Any) -> None:
+        begun.append(job.layer)
+        run(job, *rest)
+
+    monkeypatch.setattr(write, "_write", note)
+    monkeypatch.setattr(write.os, "cpu_count", lambda: 1)
+    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4")
+    assert begun == sorted(begun)
+    assert {0, 1} < set(begun)
+    assert len(ir.load(folder / "model.onnx").graph.initializers) > 0
+
+
+def test_store_is_an_option_of_python_too(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    folder = export(checkpoint("tied"), tmp_path / "bundle", quantize="int4", store={"lm_head.weight": "int8"})
+    forms = stored_as(read_manifest(folder))
+    assert {name: forms[name].dtype for name in ("lm_head.weight", "model.embed_tokens.weight")} == {
+        "lm_head.weight": "int8",
+        "model.embed_tokens.weight": "int8",
+    }
+    assert json.loads((folder / "manifest.json").read_text())["recipe"] == read_manifest(folder).recipe
