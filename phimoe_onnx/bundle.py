@@ -138,6 +138,7 @@ class Decoding:
         hidden_tokens: the special tokens that are no text, by their own; a byte of a character is text.
         cache: its shape.
         sampling_graph: the file of the graph that draws tokens on a device; None where the host draws them.
+        clean_up_tokenization_spaces: whether decoded text loses the spaces before punctuation; see text/clean_up.py.
     """
 
     vocab_size: Count
@@ -148,6 +149,7 @@ class Decoding:
     hidden_tokens: dict[str, TokenId]
     cache: CacheShape
     sampling_graph: FileName | None = None
+    clean_up_tokenization_spaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,10 @@ class Manifest:
 
     def write(self, bundle: Path) -> None:
         """Writes manifest.json into `bundle`."""
-        _write(bundle, dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        if not self.decoding.clean_up_tokenization_spaces:  # a key of the few tokenizers that want it
+            del values["decoding"]["clean_up_tokenization_spaces"]
+        _write(bundle, values)
 
 
 def read_manifest(bundle: Path) -> Manifest:

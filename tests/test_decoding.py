@@ -14,15 +14,19 @@ from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import ConfigError
 from phimoe_onnx.exporter.manifest.decoding import read_decoding
 from phimoe_onnx.exporter.recipe import recipe_for
-from phimoe_onnx.exporter.target import TARGETS
+from phimoe_onnx.exporter.target import target_named
 from tests.checkpoints import MODEL
 
 CONFIG = read_config(MODEL)
 CHAT = {"<|endoftext|>": 2043, "<|assistant|>": 2044, "<|system|>": 2045, "<|end|>": 2046, "<|user|>": 2047}
 
 
+def decoding(folder: Path, target: str = "cpu") -> Decoding:
+    return read_decoding(CONFIG, folder, recipe_for(CONFIG, target_named(target)))
+
+
 def test_the_small_model() -> None:
-    assert read_decoding(CONFIG, MODEL, recipe_for(CONFIG, TARGETS["cpu"], "none")) == Decoding(
+    assert decoding(MODEL, "cpu") == Decoding(
         vocab_size=2048,
         context=1024,
         rope_boundary=256,
@@ -31,7 +35,7 @@ def test_the_small_model() -> None:
         hidden_tokens={"<unk>": 0, "<s>": 1, "</s>": 2, **CHAT},
         cache=CacheShape(num_hidden_layers=4, num_key_value_heads=2, head_dim=32, dtype="float32", shared=True),
     )
-    assert not read_decoding(CONFIG, MODEL, recipe_for(CONFIG, TARGETS["portable"], "none")).cache.shared
+    assert not decoding(MODEL, "portable").cache.shared
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_the_end_tokens_fall_back_on_config_json(
     shutil.copy(MODEL / "tokenizer.json", tmp_path)
     if given is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(given))
-    assert read_decoding(CONFIG, tmp_path, recipe_for(CONFIG, TARGETS["cpu"], "none")).eos_token_ids == expected
+    assert decoding(tmp_path).eos_token_ids == expected
 
 
 @pytest.mark.parametrize("eos", ["</s>", [7, 1.5], [-1], True])
@@ -53,4 +57,4 @@ def test_bad_end_tokens_are_named(tmp_path: Path, eos: object) -> None:
     with pytest.raises(
         ConfigError, match=f"generation_config.json: eos_token_id is {re.escape(repr(eos))}, expected a token id"
     ):
-        read_decoding(CONFIG, tmp_path, recipe_for(CONFIG, TARGETS["cpu"], "none"))
+        decoding(tmp_path)

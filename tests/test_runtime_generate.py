@@ -1,5 +1,6 @@
 """Generation and scores on a toy bundle, against the same computation in numpy that knows no cache."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -177,6 +178,41 @@ def test_prompts_of_every_kind(endless: Loaded) -> None:
     assert tokens(model.generate([ids], max_new_tokens=5)) == [expected]
 
 
+def test_none_and_numpys_numbers_and_extremes_are_what_they_mean(endless: Loaded) -> None:
+    model, _ = endless
+    expected = model.generate("the", max_new_tokens=9).token_ids
+    off = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "tools"))
+    assert model.generate("the", max_new_tokens=np.int64(9), **off).token_ids == expected  # type: ignore[arg-type]
+    for temperature in (1e-308, 5e-324, np.float32(1e-40)):
+        cold = model.generate("the", max_new_tokens=9, temperature=temperature, seed=1, repetition_penalty=1e-30)
+        greedy = model.generate("the", max_new_tokens=9, repetition_penalty=1e-30)
+        assert cold.token_ids == greedy.token_ids
+    rows = np.array([prompt(5, 60), prompt(5, 60, 1)])
+    assert tokens(model.generate(rows, max_new_tokens=5)) == tokens(  # type: ignore[call-overload]
+        model.generate(rows.tolist(), max_new_tokens=5)
+    )
+
+
+def test_cleaned_text_is_held_back_until_it_is_certain(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = endless
+    ids = model.tokenizer.encode("the a . the , b .")
+    monkeypatch.setattr(model.tokenizer, "clean_up", True)
+
+    def forced(new: Sequence[int], logits: Any) -> Any:
+        logits[:] = -1.0
+        logits[ids[len(new)]] = 1.0
+        return logits
+
+    options: dict[str, Any] = {"max_new_tokens": len(ids), "logits_processor": forced}
+    assert model.generate([5], **options).text.strip() == "the a. the, b."
+    pieces = [piece.text for piece in model.generate([5], stream=True, **options)]
+    assert "".join(pieces).strip() == "the a. the, b."
+    assert model.generate([5], stop=",", **options).text.strip() == "the a. the"
+    for length in range(1, len(ids)):
+        cut = model.generate([5], **options | {"max_new_tokens": length}).text
+        assert cut.strip() == model.tokenizer.decode(ids[:length]).strip()
+
+
 def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, toy = loaded
     monkeypatch.setattr(model._decoders, "decoding", replace(model.decoding, prefill_chunk=5))
@@ -213,7 +249,30 @@ def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ("a", {"stop": ["a", ""]}, "empty string"),
         ("a", {"temperature": -1.0}, "temperature is -1"),
-        ([{"role": "user"}], {}, "expected"),
+        ([{"role": "user"}], {}, "refuses the messages"),
+        ([{"content": "a"}], {}, "expected"),
+        (None, {}, "the prompt is of type NoneType, expected a string"),
+        (b"a", {}, "the prompt is of type bytes, expected a string"),
+        ([b"a"], {}, "prompt 0 is of type bytes"),
+        ({"role": "user", "content": "a"}, {}, "the prompt is of type dict"),
+        ([True], {}, "holds True, expected token ids"),
+        ("a\ud800", {}, "the prompt holds '.ud800' at character 1, which is half a character"),
+        (100 * CONTEXT * "stop ", {}, "of which the first .* are more tokens than the context"),
+        ("a", {"stop": "\udc00"}, "stop holds .* half a character"),
+        ("a", {"stop": b"a"}, "stop is b'a', expected a string"),
+        ("a", {"stop": [5]}, "stop holds 5, expected strings"),
+        ("a", {"stop": 5}, "stop is 5, expected a string"),
+        ("a", {"max_tokens": 5}, r"max_tokens is no option; did you mean max_new_tokens\?"),
+        ("a", {"temprature": 5}, r"temprature is no option; did you mean temperature\?"),
+        ("a", {"zzz": 5}, "zzz is no option; known ones are logits_processor, max_new_tokens, "),
+        ("a", {"max_new_tokens": 5.0}, "max_new_tokens is 5.0, expected an integer"),
+        ("a", {"max_new_tokens": True}, "max_new_tokens is True, expected an integer"),
+        ("a", {"top_k": "5"}, "top_k is '5', expected an integer"),
+        ("a", {"seed": 0.5}, "seed is 0.5, expected an integer"),
+        ("a", {"temperature": "1"}, "temperature is '1', expected a number"),
+        ("a", {"temperature": 10**400}, "temperature has more digits than a float holds"),
+        ("a", {"repetition_penalty": 1e-45}, "repetition_penalty is 1e-45, expected 1e-30 to 1e30"),
+        ([{"role": "user", "content": "a"}], {"tools": [5]}, "tools holds 5, expected a JSON schema"),
         ([{"role": "tool", "content": "a"}], {}, "no tools"),
     ],
 )

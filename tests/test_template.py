@@ -11,12 +11,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
-from phimoe_onnx.text.template import ChatTemplate
+from phimoe_onnx.text.template import TOOL_USE, ChatTemplate
 from tests.checkpoints import MODEL
 
 USER = [{"role": "user", "content": "a"}]
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+ALTERNATING = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+ALTERNATING += "{{ raise_exception('in turns') }}{% endif %}{% endfor %}"
 LOOP_CONTROL = "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}" + PLAIN.split("%}", 1)[1]
 
 
@@ -50,16 +52,65 @@ def test_where_a_chat_template_comes_from(tmp_path: Path) -> None:
     [
         {},
         {"chat_template": ""},
-        {"chat_template": 5},
-        {"chat_template": ["a", {"name": "default"}]},
+        {"chat_template": None},
+        {"chat_template": []},
         named(tool_use="no"),
-        {"bos_token": {}, "eos_token": 5},
     ],
 )
 def test_no_chat_template(tmp_path: Path, config: object) -> None:
     with pytest.raises(GenerationError, match="has no chat template"):
         template(tmp_path, config).render(USER)
     assert chat_format(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": 5},
+        {"chat_template": "\ud800"},
+        {"chat_template": ["a"]},
+        {"chat_template": [{"name": "default"}]},
+        {"bos_token": {}},
+        {"eos_token": 5},
+        {"additional_special_tokens": [5]},
+    ],
+)
+def test_a_damaged_configuration_is_named(tmp_path: Path, config: object) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer_config\.json: .* expected"):
+        template(tmp_path, config)
+
+
+def test_tools_take_their_own_template(tmp_path: Path) -> None:
+    config = named(tool_use="{{ tools | tojson }}", default="{{ tools is none }}{{ documents is none }}")
+    both = template(tmp_path, config)
+    assert both.render(USER) == "TrueTrue"
+    assert both.render(USER, tools=[{"name": "<é>"}]) == '[{"name": "<é>"}]'
+    assert template(tmp_path, named(default="{{ tools | length }}")).render(USER, tools=[{}]) == "1"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("folder")
+    files = template(tmp_path, {"chat_template": "config"}, jinja="file")
+    assert (files.render(USER), files.render(USER, tools=[])) == ("file", "folder")
+    (tmp_path / TOOL_USE).write_text("bundle")
+    assert ChatTemplate(tmp_path).render(USER, tools=[{}]) == "bundle"
+    with pytest.raises(GenerationError, match="tools holds 'x', expected a JSON schema"):
+        files.render(USER, tools=["x"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "a",
+        {},
+        {"content": "a"},
+        {"role": 5},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": ["a"]},
+        {"role": "user", "content": [{"type": "image", "url": "a"}]},
+    ],
+)
+def test_a_malformed_message_is_named(tmp_path: Path, message: Any) -> None:
+    with pytest.raises(GenerationError, match=r"message .*expected"):
+        template(tmp_path, {"chat_template": PLAIN}).render([message])
 
 
 def test_blocks_are_trimmed_as_in_transformers(tmp_path: Path) -> None:
@@ -84,10 +135,65 @@ def test_what_a_template_may_not_do(tmp_path: Path, source: str, message: str) -
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{% for", "{{" + 5000 * "9" + "}}", "{{" + 4000 * "(" + "}}"])
-def test_a_template_that_does_not_parse_is_the_bundles_fault(tmp_path: Path, source: str) -> None:
+def test_a_template_that_does_not_parse_is_an_error_where_it_is_used(tmp_path: Path, source: str) -> None:
+    broken = template(tmp_path, {"chat_template": source})
     with pytest.raises(BundleError, match="does not parse"):
-        template(tmp_path, {"chat_template": source})
+        broken.render(USER)
     assert chat_format(tmp_path) is None
+
+
+# what has no end, or makes what no memory holds
+DOUBLE = "{%% set ns = namespace(x=%s) %%}{%% for a in range(99) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{{ m(n - 1) if n }}{{ m(n - 1) if n }}{% endmacro %}{{ m(60) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "{% for a in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
+    "{% for a in range(99999) %}{{ range(99999) | map('string') | join | length }}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99) %}" + 1000 * "x" + "{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**10 }}",
+    "{{ 10**10 * 'a' }}",
+    "{{ [1] * 10**10 }}",
+    "{{ 'a'.encode() * 10**10 }}",
+    "{{ (10**9)**(10**9) }}",
+    DOUBLE % ("'a'", "ns.x ~ ns.x"),
+    DOUBLE % ("'a'", "ns.x + ns.x"),
+    DOUBLE % ("[1]", "ns.x + ns.x"),
+    DOUBLE % ("[1]", "[ns.x, ns.x]"),
+    DOUBLE % ("2", "ns.x * ns.x"),
+    DOUBLE.replace("{%% set ns.x", "{%% set y %%}{{ ns.x }}{{ ns.x }}{%% endset %%}{%% set ns.x") % ("'a'", "y"),
+    "{{ 'a'.center(10**10) }}",
+    "{{ 'a' | center(10**10) }}",
+    "{{ 'a'.zfill(10**10) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10000000000) }}",
+    "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
+    "{{ ('a' * 1000000) | join('b' * 1000000) }}",
+    "{{ ('b' * 1000000).join('a' * 1000000) }}",
+    "{{ ('a' * 1000000).translate({97: 'b' * 1000000}) }}",
+    "{{ ('a\n' * 99999) | indent(99999) }}",
+    "{{ ([[1] * 1000] * 100) | tojson(indent=99999) }}",
+    "{{ (0).to_bytes(10**10, 'big') }}",
+    "{{ lipsum(n=10**9) }}",
+]
+
+
+@pytest.mark.parametrize("source", [*ENDLESS, "{{ 1 / 0 }}", "{% include 'x' %}", "{{ none.x.y }}", "{{ '\\ud800' }}"])
+def test_a_template_ends_and_its_faults_are_our_errors(tmp_path: Path, source: str) -> None:
+    endless = template(tmp_path, {"chat_template": source})
+    with pytest.raises(GenerationError, match="refuses the messages: "):
+        endless.render(USER)
+    assert chat_format(tmp_path) is None
+
+
+def test_a_long_conversation_stays_within_the_budget() -> None:
+    messages = [{"role": "user", "content": 9_000 * "long "}] * 1_000
+    assert len(ChatTemplate(MODEL).render(messages)) > 45_000_000
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
@@ -142,6 +248,11 @@ def test_the_chat_format_is_that_of_the_template_that_the_runtime_takes(
         "{{ messages[3].content }}",
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}",
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
+        "{{ strftime_now('%d') }}" + PLAIN,
+        PLAIN + "{% if messages[0].role != 'user' %}{{ raise_exception('first the user') }}{% endif %}",
+        ALTERNATING + PLAIN,
+        PLAIN.replace("m.content", "m.content.split('</think>')[-1]"),
+        PLAIN.replace("in messages", "in messages[-9:]"),
     ],
 )
 def test_a_template_that_plain_strings_cannot_say(tmp_path: Path, source: str) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimoe_onnx.errors import BundleError, ConfigError
+from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
 from phimoe_onnx.runtime.stop import StopStrings
+from phimoe_onnx.text.clean_up import CleanUp, clean_up
 from phimoe_onnx.text.tokenizer import Tokenizer, hidden_tokens
 from tests.toy_bundle import SPECIAL, make_tokenizer
 
@@ -72,6 +73,36 @@ def test_byte_tokens_marked_as_special_are_kept_and_chat_tokens_hidden(tokenizer
     assert "".join(pieces(tokenizer, ids)) == "a\n😀"
     assert tokenizer.token_id("<|end|>") in tokenizer.hidden
     assert tokenizer.token_id("<0x0A>") not in tokenizer.hidden
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udce9", "\udfff!"])
+def test_half_a_character_is_named(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(GenerationError, match="half a character; expected Unicode"):
+        tokenizer.encode(text)
+
+
+@given(st.text(alphabet=" '.,?!ntmsver a", max_size=20), st.lists(st.integers(1, 5), min_size=20, max_size=20))
+@settings(max_examples=2000, deadline=None)
+def test_a_stream_of_cleaned_text_is_the_whole_text_cleaned(text: str, sizes: list[int]) -> None:
+    stream, given, rest = CleanUp(), "", text
+    for size in sizes:
+        given += stream.add(rest[:size])
+        rest = rest[size:]
+        assert clean_up(text).startswith(given)
+    assert given + stream.finish() == clean_up(text)
+
+
+def test_cleaned_text_comes_as_soon_as_it_is_certain(tmp_path: Path) -> None:
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path, hidden_tokens(tmp_path).values(), clean_up=True)
+    ids = tokenizer.encode("the a .")
+    assert tokenizer.decode(ids) == "the a."
+    stream = tokenizer.stream()
+    texts = [stream.add(id) for id in ids]
+    assert "".join(texts) + stream.finish() == "the a."
+    assert " " not in texts[-1]
+    assert CleanUp().add("the word") == "the word"
+    assert CleanUp().add("the word ") == "the word"
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:

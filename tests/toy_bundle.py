@@ -20,6 +20,8 @@ from tokenizers.models import BPE
 from phimoe_onnx.bundle import OPTIONAL_INPUTS, Graph, Manifest, cache_names, describe_files
 from phimoe_onnx.config import LongRope, PhiMoEConfig, parse_config
 from phimoe_onnx.exporter.manifest.decoding import read_decoding
+from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.target import target_named
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 2, 1, 16, 16
 CONTEXT, BOUNDARY = 96, 24
@@ -277,7 +279,7 @@ def write_bundle(folder: Path, target: str = "cpu", *, minimum_onnxruntime: str 
         dtype="float32",
         weights=(),
         graphs=(Graph("model.onnx", dict.fromkeys(devices, minimum_onnxruntime), OPTIONAL_INPUTS),),
-        decoding=read_decoding(model.config, folder, target, "none"),
+        decoding=read_decoding(model.config, folder, recipe_for(model.config, target_named(target))),
         files=describe_files(folder),
     ).write(folder)
     return model

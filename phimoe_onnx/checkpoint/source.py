@@ -22,6 +22,7 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+READ = ("additional_chat_templates/tool_use.jinja",)  # which a bundle has in another form
 
 
 def resolve(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -48,7 +49,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
         raise MissingPackageError(
             f"{source} is a hub id, which needs the package huggingface_hub; pip install 'phimoe-onnx[export]'"
         )
-    folder = hub.snapshot(model, [*COPIED, INDEX, CONFIG], revision, token)
+    folder = hub.snapshot(model, [*COPIED, *READ, INDEX, CONFIG], revision, token)
     refuse_adapter(folder)
     return folder
 

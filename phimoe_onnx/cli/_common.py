@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from phimoe_onnx.cli._streams import abandon_output, forgive
 from phimoe_onnx.errors import PhiMoEError
 
 if TYPE_CHECKING:
@@ -22,14 +23,20 @@ def run(
     Ctrl-C.
     """
     arguments = parser.parse_args(argv)
+    forgive()
     try:
         command(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except PhiMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_output()
+        return 1
+    except OSError as error:  # a full disk behind our output
+        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            abandon_output()
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

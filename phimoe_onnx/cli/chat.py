@@ -29,6 +29,8 @@ def _chat(arguments: argparse.Namespace) -> None:
         import readline  # noqa: F401  gives input() its line editing and history
     conversation = phimoe_onnx.PhiMoE.load(arguments.bundle, arguments.device, arguments.threads).chat(arguments.system)
     options = generation_options(arguments)
+    if sys.stdin is None:
+        raise GenerationError("standard input is closed; a chat needs it")
     while True:
         try:
             message = input("> ").strip()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import phimoe_onnx
 from phimoe_onnx.cli._common import run
+from phimoe_onnx.cli._streams import read_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _classify(arguments: argparse.Namespace) -> None:
     model = phimoe_onnx.PhiMoE.load(arguments.bundle, arguments.device, arguments.threads)
-    texts = arguments.texts or sys.stdin.read().splitlines()
+    texts = arguments.texts or read_text().splitlines()
     for text, result in zip(texts, model.classify(texts), strict=True):
         print(result.label, f"{result.score:.4f}", text, sep="\t")
 

@@ -41,6 +41,7 @@ from phimoe_onnx.exporter.recipe import Recipe, recipe_for
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.target import target_named
+from phimoe_onnx.exporter.tokenizer import check_text, tokenizer_files
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.weights import DTYPES
 from phimoe_onnx.exporter.write import Layout, write_weights
@@ -120,6 +121,7 @@ def export(
     )
     check_tokens(config, folder)
     decoding = read_decoding(config, folder, recipe)
+    check_text(folder)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored, recipe.task, merged)
@@ -243,6 +245,8 @@ def _write_files(folder: Path, staging: Path, config: PhiMoEConfig, recipe: Reci
     raw = read_json(staging / "config.json")
     if (known := for_transformers(raw)) != raw:
         (staging / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    for name, text in tokenizer_files(folder).items():
+        (staging / name).write_text(text, encoding="utf-8")
     if recipe.task == "text-generation" and recipe.target.genai is not None:
         genai = genai_config(config, read_generation(folder), "model.onnx", recipe.target)
         (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Unpack, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,11 @@ from phimoe_onnx.runtime.decoder import Decoder, Decoders
 from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import PieceStream, generate
 from phimoe_onnx.runtime.ort.session import open_sampling, open_session
-from phimoe_onnx.runtime.request import Options, Request, make_request
+from phimoe_onnx.runtime.request import Options, Request, check_names, make_request
 from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.runtime.texts import run_texts
-from phimoe_onnx.text.template import ChatTemplate, Message
-from phimoe_onnx.text.tokenizer import Tokenizer
+from phimoe_onnx.text.template import ChatTemplate, Message, Tools
+from phimoe_onnx.text.tokenizer import Tokenizer, check_characters
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Batch = (
@@ -136,7 +136,8 @@ class PhiMoE:
             if manifest.task not in TASKS:
                 raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
             check_files(folder, manifest)
-            tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
+            decoding = manifest.decoding
+            tokenizer = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)
             template = ChatTemplate(folder)
             session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
             sampling = open_sampling(folder, manifest, device)
@@ -160,9 +161,10 @@ class PhiMoE:
 
         Args:
             prompt: a string, a list of messages {"role": ..., "content": ...} or a list of token ids; a list of any of
-                these is a batch.
+                these is a batch, and so is an array [batch, tokens]. A message's content may also be None or a list of
+                {"type": "text", "text": ...}; it and other keys, such as "tool_calls", are the chat template's to read.
             stream: whether to return an iterator that yields a `Piece` a token, as they come.
-            options: keywords, each of them optional:
+            options: keywords, each of them optional; None is as if it were not given:
 
                 - max_new_tokens: where to end at the latest; 1024 or the end of the context if not given.
                 - temperature: 0, the default, takes the most likely token; more draws one.
@@ -174,6 +176,7 @@ class PhiMoE:
                   logits float32 [vocab_size], and returns the logits to go on with: a bias, a grammar (-inf is never
                   drawn), or the same after a look at them. On a device it brings the logits to the host, which costs
                   time. What it raises comes to this caller.
+                - tools: JSON schemas of functions, for a chat template that knows them.
 
         Returns:
             A `Generation`, or a list of them for a batch, or an iterator of `Piece` for a stream.
@@ -189,7 +192,7 @@ class PhiMoE:
         self._expect("text-generation", "generate")
         batch = _is_batch(prompt)
         prompts = cast("Sequence[Prompt]", prompt if batch else [prompt])
-        if not prompts:
+        if not len(prompts):
             raise GenerationError("the batch is empty; give at least one prompt")
         requests = [
             self.request(each, f"prompt {row}" if batch else "the prompt", **options)
@@ -214,7 +217,7 @@ class PhiMoE:
 
         """
         self._expect("text-generation", "score")
-        ids = self.encode(text)
+        ids = self.encode(text, "the text", limit=self.decoding.context)
         if len(ids) < 2:
             raise GenerationError(
                 "the text has one token; a score needs two, since the first one has nothing before it"
@@ -273,22 +276,45 @@ class PhiMoE:
         results = run_texts(self._session, ids)
         return results if batch else results[0]
 
-    def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+    def encode(
+        self, prompt: Prompt, name: str = "the prompt", tools: Tools | None = None, limit: int | None = None
+    ) -> list[int]:
         """The token ids of a prompt; `name` is its name in errors.
 
+        With a `limit` a text of far more tokens is refused by its beginning: all of it might take a minute.
+
         Raises:
-            GenerationError: the prompt is empty, the chat template refuses it, or an id is outside the vocabulary.
+            GenerationError: the prompt is empty, or neither text, messages nor ids; the chat template refuses it; an id
+                is outside the vocabulary; or the limit.
 
         """
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, str | Sequence | np.ndarray):
+            kind = type(prompt).__name__
+            raise GenerationError(f"{name} is of type {kind}, expected a string, or a list of messages or token ids")
         if not len(prompt):
             raise GenerationError(f"{name} is empty; give at least one character, message or token")
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self._encode_text(prompt, name, limit, special=True)
         if isinstance(prompt[0], Mapping):
-            return self.tokenizer.encode(self._template.render(cast("Sequence[Message]", prompt)), special=False)
+            text = self._template.render(cast("Sequence[Message]", prompt), tools)
+            return self._encode_text(text, name, limit, special=False)
+        return self._check_ids(prompt, name)
+
+    def _encode_text(self, text: str, name: str, limit: int | None, *, special: bool) -> list[int]:
+        check_characters(text, name)
+        beginning = text if limit is None else text[: 8 * limit]
+        if limit is not None and len(beginning) < len(text) and len(self.tokenizer.encode(beginning)) > limit:
+            raise GenerationError(
+                f"{name} has {len(text)} characters, of which the first {len(beginning)} are more tokens than the "
+                f"context of {limit}; shorten it"
+            )
+        return self._check_ids(self.tokenizer.encode(text, special=special), name)
+
+    def _check_ids(self, items: Sequence[Any], name: str) -> list[int]:
         ids = []
-        for item in prompt:
-            if not isinstance(item, int | np.integer) or not 0 <= item < self.decoding.vocab_size:
+        for item in items:
+            whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
+            if not whole or not 0 <= item < self.decoding.vocab_size:
                 raise GenerationError(
                     f"{name} holds {item!r}, expected token ids from 0 to {self.decoding.vocab_size - 1}"
                 )
@@ -302,7 +328,10 @@ class PhiMoE:
             GenerationError: as for `generate`.
 
         """
-        return make_request(self.encode(prompt, name), self._room, name, self.eos, **options)
+        check_names(options)
+        others: dict[str, Any] = dict(options)
+        ids = self.encode(prompt, name, others.pop("tools", None), self._room)
+        return make_request(ids, self._room, name, self.eos, **others)
 
     def decoder(self, slots: int, capacity: int) -> Decoder:
         """Empty caches beside the engine's, for `slots` slots of up to `capacity` tokens.
@@ -323,7 +352,7 @@ class PhiMoE:
         ids = []
         for number, each in enumerate(cast("Sequence[Prompt]", text if batch else [text])):
             name = f"text {number}" if batch else "the text"
-            ids.append(self.encode(each, name))
+            ids.append(self.encode(each, name, limit=self.decoding.context))
             if not 0 < len(ids[-1]) <= self.decoding.context:
                 raise GenerationError(
                     f"{name} has {len(ids[-1])} tokens, expected 1 to {self.decoding.context} (the context)"
@@ -338,6 +367,6 @@ class PhiMoE:
 
 def _is_batch(prompt: Prompt | Batch) -> bool:
     """Whether this is several prompts: a list whose first item is itself a string or a list."""
-    if isinstance(prompt, str) or not len(prompt):
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray) or not len(prompt):
         return False
     return not isinstance(prompt[0], Mapping | int | np.integer)

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
+import numbers
+import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from phimoe_onnx.errors import GenerationError
 from phimoe_onnx.runtime.sampling import LogitsProcessor, Sampling
+from phimoe_onnx.text.template import Tools
+from phimoe_onnx.text.tokenizer import check_characters
 
 DEFAULT_NEW_TOKENS = 1024  # where max_new_tokens is not given
 
 
 class Options(TypedDict, total=False):
-    """The options of `PhiMoE.generate`, which says what they mean."""
+    """The options of `PhiMoE.generate`, which says what they mean; None is as if the option were not given."""
 
     max_new_tokens: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     logits_processor: LogitsProcessor | None
+    tools: Tools | None
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,13 @@ def make_request(
     eos: frozenset[int] = frozenset(),
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     logits_processor: LogitsProcessor | None = None,
 ) -> Request:
     """A request whose options are in range and whose tokens fit a `context` of so many.
@@ -82,6 +88,7 @@ def make_request(
         raise GenerationError(
             f"{name} has {len(prompt)} tokens, which leaves no room in the context of {context}; shorten it"
         )
+    max_new_tokens = None if max_new_tokens is None else _integer("max_new_tokens", max_new_tokens)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, context - len(prompt))
     if max_new_tokens < 1:
@@ -91,9 +98,59 @@ def make_request(
             f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
             f"of {context}; at most {context - len(prompt)} new tokens fit"
         )
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise GenerationError("stop holds an empty string, which would end the text before it began")
-    seed = secrets.randbits(64) if seed is None else seed
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    return Request(prompt, max_new_tokens, sampling, stops, eos, logits_processor)
+    sampling = Sampling(
+        0.0 if temperature is None else _number("temperature", temperature),
+        0 if top_k is None else _integer("top_k", top_k),
+        1.0 if top_p is None else _number("top_p", top_p),
+        0.0 if min_p is None else _number("min_p", min_p),
+        1.0 if repetition_penalty is None else _number("repetition_penalty", repetition_penalty),
+        secrets.randbits(64) if seed is None else _integer("seed", seed),
+    )
+    return Request(prompt, max_new_tokens, sampling, _stops(stop), eos, logits_processor)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses names that are none of an option's.
+
+    Raises:
+        GenerationError: an unknown name, with the one that is nearest.
+
+    """
+    known = Options.__optional_keys__
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known ones are {', '.join(sorted(known))}"
+            raise GenerationError(f"{name} is no option; {hint}")
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise GenerationError(f"{name} is {value!r}, expected an integer") from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise GenerationError(f"{name} is {value!r}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise GenerationError(f"{name} has more digits than a float holds, expected a number") from None
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if isinstance(stops, bytes) or not isinstance(stops, Iterable):
+        raise GenerationError(f"stop is {stop!r}, expected a string or several")
+    stops = tuple(stops)
+    for each in stops:
+        if not isinstance(each, str):
+            raise GenerationError(f"stop holds {each!r}, expected strings")
+        if not each:
+            raise GenerationError("stop holds an empty string, which would end the text before it began")
+        check_characters(each, "stop")
+    return stops

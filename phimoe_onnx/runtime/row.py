@@ -125,6 +125,9 @@ class Row:
         if reason is None:
             self._text += text
             return Piece(self._number, token, text, None)
+        if not stopped:  # what waited for what might follow it
+            last, met = self._strings.add(self._characters.finish())
+            text, reason = text + last, "stop" if met else reason
         text += self._strings.finish()
         self._text += text
         seconds = (self._first - self._start, now - self._start)

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from phimoe_onnx.errors import GenerationError
 
+COLDEST = 2.0**-126  # of temperatures that are no 0: below, a logit divided by it may be no number
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0, and what is less than COLDEST, takes the most likely token.
         top_k: keeps the k most likely tokens; 0 keeps all.
         top_p: keeps the fewest most likely tokens whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751).
         min_p: keeps tokens at least min_p times as likely as the most likely one (arXiv 2407.01082).
@@ -46,11 +48,13 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "more than 0; 1 is off"),
+            "repetition_penalty": (1e-30 <= self.repetition_penalty <= 1e30, "1e-30 to 1e30; 1 is off"),
         }
         for name, (holds, expected) in checks.items():
             if not holds:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected {expected}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 LogitsProcessor = Callable[[Sequence[int], NDArray[np.float32]], NDArray[np.float32]]

@@ -2,63 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Template, TemplateError
 
 from phimoe_onnx.bundle import ChatFormat
-from phimoe_onnx.text.template import parse, read_template, render
+from phimoe_onnx.text.special_tokens import token_texts
+from phimoe_onnx.text.template import Message, parse, read_templates, render
 
 MARK = (
     " \N{WHITE LARGE SQUARE}\n"  # stands for the content; no template has it, and one that trims its contents loses it
 )
+ROLES = ("system", "user", "assistant")
+# what templates look into: blank, begun by a line's end, and with a thought before the answer
+CONTENTS = (MARK, "", f"\n{MARK}", "<think>a</think>b")
 
 
 def chat_format(folder: Path) -> ChatFormat | None:
-    """The format of the template in `folder`, or None where there is no template or plain strings cannot say it.
+    """The format of the default template in `folder`, or None where there is no template or plain strings cannot say
+    it.
 
     Each role's turn is rendered alone and split at its content; the strings are kept only if putting them together
-    again gives what the template gives for a conversation of every role, with and without contents.
+    gives what the template gives for conversations of every role in every order, with and without contents.
 
     Raises:
         ConfigError: a file that may hold the template cannot be read.
     """
-    source, _ = read_template(folder)
-    if source is None:
+    source, tokens = read_templates(folder).get("default"), token_texts(folder)
+    if source is None or "strftime_now" in source:  # strings say the same tomorrow
         return None
     try:
-        return _plain_strings(parse(source))
+        return _plain_strings(parse(source), tokens)
     except TemplateError:
         return None
 
 
-def _plain_strings(template: Template) -> ChatFormat | None:
-    def prompt(roles: Sequence[str], generation: bool, content: str = MARK, token: str = "") -> str:
-        messages = [{"role": role, "content": content} for role in roles]
-        return render(template, messages, add_generation_prompt=generation, bos_token=token, eos_token=token)
+def _plain_strings(template: Template, tokens: Mapping[str, Any]) -> ChatFormat | None:
+    def prompt(messages: Sequence[Message], generation: bool, marked: bool = False) -> str:
+        # the end token that some templates put behind a text without a generation prompt is none of the turn's
+        ends = {"bos_token": "", "eos_token": ""}
+        return render(template, messages, tokens if marked else {**tokens, **ends}, add_generation_prompt=generation)
 
     turns = {}
-    for role in ("system", "user", "assistant"):
-        prefix, found, suffix = prompt([role], False).partition(MARK)
+    for role in ROLES:
+        try:
+            prefix, found, suffix = prompt(_messages([role]), False).partition(MARK)
+        except TemplateError:  # that role may not come first, or at all
+            continue
         if found:
             turns[role] = (prefix, suffix)
-    closed, opened = prompt(["user"], False), prompt(["user"], True)
+    closed, opened = prompt(_messages(["user"]), False), prompt(_messages(["user"]), True)
     if "user" not in turns or "assistant" not in turns or not opened.startswith(closed):
         return None
     generation = opened[len(closed) :]
-    skipped = tuple(role for role in turns if prompt([role], True, "") == generation)
+    skipped = tuple(role for role in turns if prompt(_messages([role], ""), True) == generation)
     format = ChatFormat(turns, generation, skipped)
-    conversation = [role for role in ("system", "user", "assistant", "user") if role in turns]
-    # the end token that some templates put behind a text without a generation prompt is none of the turn's
-    same = (
-        prompt(conversation, True, content, token=MARK) == _join(format, conversation, content)
-        for content in (MARK, "")
-    )
+    same = (prompt(messages, True, marked=True) == _join(format, messages) for messages in _conversations(tuple(turns)))
     return format if all(same) else None
 
 
-def _join(format: ChatFormat, roles: Sequence[str], content: str) -> str:
-    """A conversation of these roles with the same content each, as a caller without Jinja puts it together."""
-    turns = [format.turns[role] for role in roles if content or role not in format.skipped_when_empty]
-    return "".join(prefix + content + suffix for prefix, suffix in turns) + format.generation
+def _messages(roles: Sequence[str], content: str = MARK) -> list[Message]:
+    return [{"role": role, "content": content} for role in roles]
+
+
+def _conversations(roles: Sequence[str]) -> Iterator[list[Message]]:
+    """Every order of up to three turns with every kind of content, and a long conversation."""
+    for length, content in product((1, 2, 3), CONTENTS):
+        for order in product(roles, repeat=length):
+            yield _messages(order, content)
+    yield _messages(["user", "assistant"] * 12 + ["user"])
+
+
+def _join(format: ChatFormat, messages: Sequence[Message]) -> str:
+    """A conversation as a caller without Jinja puts it together."""
+    text = ""
+    for message in messages:
+        if message["content"] or message["role"] not in format.skipped_when_empty:
+            prefix, suffix = format.turns[message["role"]]
+            text += prefix + message["content"] + suffix
+    return text + format.generation

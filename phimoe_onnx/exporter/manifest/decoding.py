@@ -10,8 +10,9 @@ from typing import Any
 from phimoe_onnx.bundle import SAMPLING, CacheDtype, CacheShape, Decoding
 from phimoe_onnx.config import PhiMoEConfig, read_token_ids
 from phimoe_onnx.exporter.recipe import Recipe
+from phimoe_onnx.exporter.tokenizer import all_hidden_tokens
 from phimoe_onnx.files import read_json
-from phimoe_onnx.text.tokenizer import hidden_tokens
+from phimoe_onnx.text.special_tokens import read_tokenizer_config
 
 
 def read_decoding(config: PhiMoEConfig, folder: Path, recipe: Recipe) -> Decoding:
@@ -35,9 +36,10 @@ def read_decoding(config: PhiMoEConfig, folder: Path, recipe: Recipe) -> Decodin
         rope_boundary=rope.original_max_position_embeddings if rope else None,
         prefill_chunk=recipe.target.prefill_chunk,
         eos_token_ids=eos_token_ids(config, read_generation(folder)),
-        hidden_tokens=hidden_tokens(folder),
+        hidden_tokens=all_hidden_tokens(folder),
         cache=cache,
         sampling_graph=SAMPLING if recipe.draws_on_device else None,
+        clean_up_tokenization_spaces=bool(read_tokenizer_config(folder).get("clean_up_tokenization_spaces")),
     )
 
 
