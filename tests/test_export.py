@@ -558,7 +558,11 @@ def test_the_output_is_named_after_the_checkpoint(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "Phi-x-cpu-int4" / "manifest.json").is_file()
 
 
-def test_an_output_that_cannot_be_written(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_an_output_that_cannot_be_written(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is found before anything is read or downloaded."""
+    monkeypatch.setattr(pipeline, "resolve", lambda *_: pytest.fail("no work before the check"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match=r"file/bundle: cannot be written"):
         export(checkpoint("plain"), tmp_path / "file" / "bundle")
