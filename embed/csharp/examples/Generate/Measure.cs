@@ -45,7 +45,7 @@ internal static class Measure
             }
             else if (number % 5 == 1)
             {
-                await foreach (Piece piece in model.GenerateAsync(Next(), options))
+                await foreach (Piece piece in model.StreamAsync(Next(), options))
                 {
                     break;
                 }

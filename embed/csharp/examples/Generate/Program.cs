@@ -17,6 +17,11 @@ Console.CancelKeyPress += (sender, pressed) =>
 };
 try
 {
+    if (args.Contains("--help"))
+    {
+        Console.WriteLine(Usage);
+        return 0;
+    }
     if (args.Length == 5 && args[0] == "benchmark")
     {
         int[] numbers = args.Skip(2).Select(number => int.Parse(number, CultureInfo.InvariantCulture)).ToArray();
@@ -51,6 +56,8 @@ try
             case "--seed": options = options with { Seed = long.Parse(Value(), CultureInfo.InvariantCulture) }; break;
             case "--stop": stop.Add(Value()); break;
             case "--threads": threads = Integer(); break;
+            case string option when option.StartsWith("--", StringComparison.Ordinal):
+                throw new FormatException($"{option} is no option");
             default: plain.Add(args[i]); break;
         }
     }
@@ -65,7 +72,7 @@ try
         prompt = messages;
     }
     using PhiMoE model = PhiMoE.Load(plain[0], threads);
-    await foreach (Piece piece in model.GenerateAsync(prompt, options with { Stop = stop }, interrupt.Token))
+    await foreach (Piece piece in model.StreamAsync(prompt, options with { Stop = stop }, interrupt.Token))
     {
         Console.Write(piece.Text);
         if (piece.Result is Generation result)

@@ -25,6 +25,8 @@ internal sealed class Bpe
     // found in the text as it is, by their first character, the longest first
     private readonly ILookup<char, AddedToken> _raw;
     private readonly ILookup<char, AddedToken> _normalized; // found in the normalized text
+    private readonly int _longest; // characters of a token
+    private bool _shortens; // whether the normalizer may leave fewer characters
     private Func<string, bool, string> _preTokenizer = (text, first) => text;
 
     private Bpe(Json root)
@@ -39,7 +41,10 @@ internal sealed class Bpe
         _vocabulary = model["vocab"].Members(id => id.Integer(0));
         foreach (KeyValuePair<string, int> token in _vocabulary)
         {
-            _texts[token.Value] = token.Key;
+            if (!_texts.TryAdd(token.Value, token.Key))
+            {
+                throw new NotSupportedException($"its vocabulary has the id {token.Value} twice");
+            }
         }
         _bytes = Enumerable.Range(0, 256).Select(value => Id($"<0x{value:X2}>")).ToArray();
         ReadMerges(model);
@@ -58,8 +63,14 @@ internal sealed class Bpe
         ReadDecoder(root["decoder"]);
         List<AddedToken> added = root["added_tokens"].Items(each => new AddedToken(each)).ToList();
         added.RemoveAll(each => each.Text.Length == 0);
+        CheckIds(added);
+        if (added.Find(each => (each.StripsLeft || each.StripsRight) && string.IsNullOrWhiteSpace(each.Text)) != null)
+        {
+            throw new NotSupportedException("it has an added token of white space that strips white space");
+        }
         added.ForEach(each => _texts[each.Id] = each.Text);
         added.ForEach(each => _added[each.Text] = each);
+        _longest = _texts.Values.Max(text => text.Length);
         _raw = Lookup(added.Where(each => !each.Normalized));
         _normalized = Lookup(added.Where(each => each.Normalized));
         if (added.Find(each => each.Normalized && Normalize(each.Text) != each.Text) is AddedToken changed)
@@ -111,6 +122,13 @@ internal sealed class Bpe
         ids.AddRange(special ? _after : Enumerable.Empty<int>());
         return ids;
     }
+
+    /// <summary>
+    /// How many tokens a text has at the least, which takes no time: white space aside, which an added token may strip,
+    /// each holds no more characters than the longest.
+    /// </summary>
+    public int LeastTokens(string text) =>
+        _shortens ? 0 : text.Count(character => !char.IsWhiteSpace(character)) / _longest;
 
     /// <summary>The text of the ids.</summary>
     public string Decode(IEnumerable<int> ids)
@@ -234,6 +252,28 @@ internal sealed class Bpe
         }
     }
 
+    /// <summary>
+    /// Holds the added tokens' ids against those that the library "tokenizers" gives them, whatever the file says: the
+    /// vocabulary's, or the next free one.
+    /// </summary>
+    private void CheckIds(List<AddedToken> added)
+    {
+        int highest = -1;
+        Dictionary<string, int> given = new Dictionary<string, int>();
+        foreach (AddedToken token in added)
+        {
+            int id = _vocabulary.TryGetValue(token.Text, out int known) || given.TryGetValue(token.Text, out known)
+                ? known
+                : Math.Max(highest + 1, _vocabulary.Count);
+            if (token.Id != id)
+            {
+                throw new NotSupportedException($"its added token {token.Text} has the id {token.Id}, expected {id}");
+            }
+            given[token.Text] = id;
+            highest = Math.Max(highest, id);
+        }
+    }
+
     private static ILookup<char, AddedToken> Lookup(IEnumerable<AddedToken> tokens) =>
         tokens.OrderByDescending(each => each.Text.Length).ToLookup(each => each.Text[0]);
 
@@ -273,6 +313,7 @@ internal sealed class Bpe
                 break;
             case "Replace":
                 _normalizers.Add(Replace(json));
+                _shortens |= json["content"].Text().Length < json["pattern"]["String"].Text().Length;
                 break;
             default:
                 throw Unknown("normalizer", json);
@@ -285,7 +326,7 @@ internal sealed class Bpe
         {
             case "Metaspace":
                 Expect(json, "split", "false");
-                string space = json["replacement"].Text();
+                string space = Character(json["replacement"]);
                 string scheme = json["prepend_scheme"].Text();
                 _preTokenizer = (text, first) =>
                 {
@@ -306,8 +347,13 @@ internal sealed class Bpe
         switch (json["type"].Text())
         {
             case "TemplateProcessing":
+                IReadOnlyList<Json> pieces = json["single"].Items(each => each);
+                if (pieces.Count(each => each.Find("Sequence") != null) != 1)
+                {
+                    throw json["single"].Unexpected("a template with one text");
+                }
                 List<int> around = _before;
-                foreach (Json each in json["single"].Items(each => each))
+                foreach (Json each in pieces)
                 {
                     if (each.Find("SpecialToken") is Json special)
                     {
@@ -316,6 +362,7 @@ internal sealed class Bpe
                     }
                     else
                     {
+                        Expect(each["Sequence"], "id", "\"A\"");
                         around = _after;
                     }
                 }
@@ -345,7 +392,7 @@ internal sealed class Bpe
             case "Strip":
                 Expect(json, "start", "1");
                 Expect(json, "stop", "0");
-                string content = json["content"].Text();
+                string content = Character(json["content"]);
                 string Strip(string text) =>
                     text.StartsWith(content, StringComparison.Ordinal) ? text.Substring(content.Length) : text;
                 _decoders.Add(texts => texts.Select(Strip).ToList());
@@ -386,6 +433,12 @@ internal sealed class Bpe
         }
         Flush();
         return joined;
+    }
+
+    private static string Character(Json json)
+    {
+        string text = json.Text();
+        return text.EnumerateRunes().Count() == 1 ? text : throw json.Unexpected("one character");
     }
 
     private static Func<string, string> Replace(Json json)

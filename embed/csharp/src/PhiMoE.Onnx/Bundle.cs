@@ -52,24 +52,43 @@ internal static class Bundle
     {
         foreach (KeyValuePair<string, BundleFile> entry in manifest.Files)
         {
-            string path = Path.Combine(folder, entry.Key);
-            BundleFile expected = entry.Value;
-            FileInfo file = new FileInfo(path);
-            if (!file.Exists)
-            {
-                throw new BundleException($"{path}: is missing; the bundle is incomplete, copy or export it again");
-            }
-            if (file.Length != expected.Size)
-            {
-                throw new BundleException(
-                    $"{path}: has {file.Length} bytes, the manifest says {expected.Size}; "
-                    + "copy or export the bundle again");
-            }
-            if (file.Length <= HashLimit && Sha256(path) != expected.Sha256)
-            {
-                throw new BundleException(
-                    $"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
-            }
+            CheckFile(Path.Combine(folder, entry.Key), entry.Value);
+        }
+    }
+
+    /// <summary>What the system tells of each of the manifest's files; null where there is none.</summary>
+    public static IReadOnlyDictionary<string, FileState?> Look(string folder, Manifest manifest) =>
+        manifest.Files.Keys.ToDictionary(name => name, name => FileState.Of(Path.Combine(folder, name)));
+
+    /// <summary>Whether the files, and what manifest.json says of them, are still what they were.</summary>
+    public static bool IsAsBefore(string folder, Manifest manifest, IReadOnlyDictionary<string, FileState?> before)
+    {
+        try
+        {
+            IReadOnlyDictionary<string, BundleFile> files = ReadManifest(folder).Files;
+            return files.Count == manifest.Files.Count
+                && files.All(file => manifest.Files.GetValueOrDefault(file.Key) == file.Value)
+                && before.All(file => FileState.Of(Path.Combine(folder, file.Key)) == file.Value);
+        }
+        catch (BundleException)
+        {
+            return false;
+        }
+    }
+
+    private static void CheckFile(string path, BundleFile expected)
+    {
+        using Stream file = Files.Open(path);
+        long size = Files.Reading(path, () => file.Length);
+        if (size != expected.Size)
+        {
+            throw new BundleException(
+                $"{path}: has {size} bytes, the manifest says {expected.Size}; copy or export the bundle again");
+        }
+        if (size <= HashLimit && Files.Reading(path, () => Sha256(file)) != expected.Sha256)
+        {
+            throw new BundleException(
+                $"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again");
         }
     }
 
@@ -83,6 +102,10 @@ internal static class Bundle
             {
                 throw json.Unexpected($"plain names of files, which {name} is not");
             }
+        }
+        if (!files.ContainsKey(Tokenizer.File))
+        {
+            throw json.Unexpected($"{Tokenizer.File} among its names");
         }
         return files;
     }
@@ -176,16 +199,5 @@ internal static class Bundle
         return Regex.IsMatch(text, $@"\A(?:{pattern})\z") ? text : throw json.Unexpected(expected);
     }
 
-    private static string Sha256(string path)
-    {
-        try
-        {
-            using FileStream stream = File.OpenRead(path);
-            return Convert.ToHexString(SHA256.HashData(stream)).ToLowerInvariant();
-        }
-        catch (Exception error) when (error is IOException || error is UnauthorizedAccessException)
-        {
-            throw new BundleException($"{path}: cannot be read ({error.Message})", error);
-        }
-    }
+    private static string Sha256(Stream file) => Convert.ToHexString(SHA256.HashData(file)).ToLowerInvariant();
 }

@@ -11,7 +11,9 @@ public sealed record Message(string Role, string Content);
 internal static class Chat
 {
     /// <summary>The prompt that asks for the assistant's next answer.</summary>
-    /// <exception cref="GenerationException">The bundle has no chat format, or a role is none of its.</exception>
+    /// <exception cref="GenerationException">
+    /// The bundle has no chat format, a role is none of its, or a message is null or holds null.
+    /// </exception>
     public static string Render(ChatFormat? format, IEnumerable<Message> messages)
     {
         if (format == null)
@@ -21,6 +23,11 @@ internal static class Chat
         StringBuilder text = new StringBuilder();
         foreach (Message message in messages)
         {
+            if (message?.Role == null || message.Content == null)
+            {
+                string what = message == null ? "a message" : message.Role == null ? "a message's role" : "a content";
+                throw new GenerationException($"{what} is null; give each message a role and a content");
+            }
             if (!format.Turns.TryGetValue(message.Role, out Turn? turn))
             {
                 string roles = string.Join(", ", format.Turns.Keys.OrderBy(role => role, StringComparer.Ordinal));

@@ -32,7 +32,7 @@ internal static class ExternalData
     {
         try
         {
-            string? other = Locations(File.ReadAllBytes(path)).FirstOrDefault(location => !files.ContainsKey(location));
+            string? other = Locations(Files.ReadAll(path)).FirstOrDefault(location => !files.ContainsKey(location));
             if (other != null)
             {
                 throw new BundleException(
@@ -44,10 +44,6 @@ internal static class ExternalData
         {
             throw new BundleException(
                 $"{path}: is no ONNX file, or damaged ({error.Message}); copy or export the bundle again", error);
-        }
-        catch (Exception error) when (error is IOException || error is UnauthorizedAccessException)
-        {
-            throw new BundleException($"{path}: cannot be read ({error.Message})", error);
         }
     }
 

@@ -45,8 +45,13 @@ public sealed record GenerationOptions
         Expect(nameof(TopK), TopK, TopK >= 0, "0 (off) or more");
         Expect(nameof(TopP), TopP, TopP > 0 && TopP <= 1, "more than 0 and at most 1 (off)");
         Expect(nameof(MinP), MinP, MinP >= 0 && MinP <= 1, "between 0 (off) and 1");
-        bool isPenalty = RepetitionPenalty > 0 && double.IsFinite(RepetitionPenalty);
-        Expect(nameof(RepetitionPenalty), RepetitionPenalty, isPenalty, "more than 0; 1 is off");
+        float penalty = (float)RepetitionPenalty; // which is what the logits are divided by
+        bool isPenalty = penalty > 0 && float.IsFinite(penalty);
+        Expect(nameof(RepetitionPenalty), RepetitionPenalty, isPenalty, "a float32 of more than 0; 1 is off");
+        if (Stop == null || Stop.Contains(null))
+        {
+            throw new GenerationException("Stop is null or holds null; give a list of strings, an empty one for none");
+        }
         if (Stop.Contains(""))
         {
             throw new GenerationException("Stop holds an empty string, which would end the text before it began");

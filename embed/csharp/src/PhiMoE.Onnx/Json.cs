@@ -58,12 +58,8 @@ internal readonly struct Json
     {
         try
         {
-            using JsonDocument document = JsonDocument.Parse(Utf8.GetString(File.ReadAllBytes(path)));
+            using JsonDocument document = JsonDocument.Parse(Utf8.GetString(Files.ReadAll(path)));
             return read(new Json(document.RootElement, path, "", ""));
-        }
-        catch (Exception error) when (error is IOException or UnauthorizedAccessException)
-        {
-            throw new BundleException($"{path}: cannot be read ({error.Message}); expected a file of a bundle", error);
         }
         // JsonElement throws an InvalidOperationException for a string with half of a surrogate pair
         catch (Exception error) when (error is JsonException or DecoderFallbackException or InvalidOperationException)

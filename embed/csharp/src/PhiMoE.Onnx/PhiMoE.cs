@@ -25,45 +25,88 @@ public sealed class PhiMoE : IDisposable
     /// <summary>Loads a bundle that phimoe-export wrote.</summary>
     /// <param name="bundle">Its folder.</param>
     /// <param name="threads">
-    /// Threads for one operator; null leaves it to ONNX Runtime, which takes one a physical core.
+    /// Threads for one operator, from 1 to 256 or the number of processors, whichever is more; null leaves it to
+    /// ONNX Runtime, which takes one a physical core.
     /// </param>
-    /// <exception cref="BundleException">The folder is no bundle, or a file of it is missing or changed.</exception>
+    /// <exception cref="BundleException">
+    /// The folder is no bundle, a file of it is missing or changed, or another one took its place meanwhile.
+    /// </exception>
     /// <exception cref="DeviceException">
     /// The bundle is for another device, or the installed ONNX Runtime cannot run it.
     /// </exception>
     public static PhiMoE Load(string bundle, int? threads = null)
     {
+        if (bundle == null || bundle.Contains('\0'))
+        {
+            throw new BundleException("the bundle is null or has a character NUL, expected the path of a folder");
+        }
         Manifest manifest = Bundle.ReadManifest(bundle);
-        Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
-        Bundle.CheckFiles(bundle, manifest);
-        Tokenizer tokenizer = new Tokenizer(bundle, manifest.Decoding.HiddenTokens.Values);
-        return new PhiMoE(Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
+        IReadOnlyDictionary<string, FileState?> before = Bundle.Look(bundle, manifest);
+        try
+        {
+            PhiMoE model = Open(bundle, manifest, threads);
+            if (Bundle.IsAsBefore(bundle, manifest, before))
+            {
+                return model;
+            }
+            model.Dispose();
+        }
+        catch (PhiMoEException) when (!Bundle.IsAsBefore(bundle, manifest, before))
+        {
+        }
+        // what was opened may be some of one bundle and some of another
+        throw new BundleException($"{bundle}: was changed while it was read; load it again");
     }
 
     /// <summary>Continues or answers one prompt.</summary>
     /// <param name="prompt">A text, messages or token ids.</param>
     /// <param name="options">How; null takes the defaults.</param>
+    /// <param name="cancellationToken">
+    /// Ends the generation, also within a pass over the model, with an OperationCanceledException.
+    /// </param>
     /// <exception cref="GenerationException">
     /// The prompt is empty or does not fit the context, or an option is out of range.
     /// </exception>
-    public Generation Generate(Prompt prompt, GenerationOptions? options = null) =>
-        _engine.Run(Single(prompt, options), CancellationToken.None).Last().Result!;
+    public Generation Generate(
+        Prompt prompt, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
+        Results(Single(prompt, options), cancellationToken)[0];
 
     /// <summary>Continues or answers each prompt of a batch exactly as if it were alone.</summary>
     /// <param name="prompts">The prompts.</param>
     /// <param name="options">
     /// As for one prompt, for all of them; a row has the random numbers that its prompt would have alone.
     /// </param>
+    /// <param name="cancellationToken">As for one prompt.</param>
     /// <returns>A result for each prompt, in their order.</returns>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
-    public IReadOnlyList<Generation> Generate(IReadOnlyList<Prompt> prompts, GenerationOptions? options = null)
+    public IReadOnlyList<Generation> Generate(
+        IEnumerable<Prompt> prompts,
+        GenerationOptions? options = null,
+        CancellationToken cancellationToken = default) =>
+        Results(Batch(prompts, options), cancellationToken);
+
+    /// <summary>As <c>Generate</c>, on the thread pool.</summary>
+    /// <param name="prompt">A text, messages or token ids.</param>
+    /// <param name="options">How; null takes the defaults.</param>
+    /// <param name="cancellationToken">As for <c>Generate</c>.</param>
+    /// <exception cref="GenerationException">As for <c>Generate</c>; thrown by this call, not by its task.</exception>
+    public Task<Generation> GenerateAsync(
+        Prompt prompt, GenerationOptions? options = null, CancellationToken cancellationToken = default)
     {
-        Generation[] results = new Generation[prompts.Count];
-        foreach (Piece piece in _engine.Run(Batch(prompts, options), CancellationToken.None))
-        {
-            results[piece.Row] = piece.Result ?? results[piece.Row];
-        }
-        return results;
+        IReadOnlyList<Request> requests = Single(prompt, options);
+        return Task.Run(() => Results(requests, cancellationToken)[0], cancellationToken);
+    }
+
+    /// <summary>As <c>Generate</c> of a batch, on the thread pool.</summary>
+    /// <param name="prompts">The prompts.</param>
+    /// <param name="options">As for one prompt, for all of them.</param>
+    /// <param name="cancellationToken">As for <c>Generate</c>.</param>
+    /// <exception cref="GenerationException">As for <c>Generate</c>; thrown by this call, not by its task.</exception>
+    public Task<IReadOnlyList<Generation>> GenerateAsync(
+        IEnumerable<Prompt> prompts, GenerationOptions? options = null, CancellationToken cancellationToken = default)
+    {
+        IReadOnlyList<Request> requests = Batch(prompts, options);
+        return Task.Run(() => Results(requests, cancellationToken), cancellationToken);
     }
 
     /// <summary>
@@ -71,23 +114,21 @@ public sealed class PhiMoE : IDisposable
     /// </summary>
     /// <param name="prompt">A text, messages or token ids.</param>
     /// <param name="options">How; null takes the defaults.</param>
-    /// <param name="cancellationToken">
-    /// Ends the generation, also within a pass over the model, with an OperationCanceledException.
-    /// </param>
+    /// <param name="cancellationToken">As for <c>Generate</c>.</param>
     /// <exception cref="GenerationException">
     /// As for <c>Generate</c>; thrown by this call, before the first piece.
     /// </exception>
-    public IAsyncEnumerable<Piece> GenerateAsync(
+    public IAsyncEnumerable<Piece> StreamAsync(
         Prompt prompt, GenerationOptions? options = null, CancellationToken cancellationToken = default) =>
         RunAsync(Single(prompt, options), cancellationToken);
 
     /// <summary>Streams the continuations of a batch, the rows in turn.</summary>
     /// <param name="prompts">The prompts.</param>
     /// <param name="options">As for one prompt, for all of them.</param>
-    /// <param name="cancellationToken">As for one prompt.</param>
+    /// <param name="cancellationToken">As for <c>Generate</c>.</param>
     /// <exception cref="GenerationException">As for one prompt; the batch is empty.</exception>
-    public IAsyncEnumerable<Piece> GenerateAsync(
-        IReadOnlyList<Prompt> prompts,
+    public IAsyncEnumerable<Piece> StreamAsync(
+        IEnumerable<Prompt> prompts,
         GenerationOptions? options = null,
         CancellationToken cancellationToken = default) =>
         RunAsync(Batch(prompts, options), cancellationToken);
@@ -97,36 +138,63 @@ public sealed class PhiMoE : IDisposable
     /// </summary>
     public void Dispose() => _engine.Dispose();
 
+    private static PhiMoE Open(string bundle, Manifest manifest, int? threads)
+    {
+        Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
+        Bundle.CheckFiles(bundle, manifest);
+        Tokenizer tokenizer = new Tokenizer(bundle, manifest.Decoding.HiddenTokens.Values);
+        return new PhiMoE(Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
+    }
+
     private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>
         new[] { MakeRequest("the prompt", prompt, options) };
 
-    private IReadOnlyList<Request> Batch(IReadOnlyList<Prompt> prompts, GenerationOptions? options)
+    private IReadOnlyList<Request> Batch(IEnumerable<Prompt> prompts, GenerationOptions? options)
     {
-        if (prompts.Count == 0)
-        {
-            throw new GenerationException("the batch is empty; give at least one prompt");
-        }
-        return prompts.Select((prompt, number) => MakeRequest($"prompt {number}", prompt, options)).ToArray();
+        Request[] requests =
+            prompts?.Select((prompt, number) => MakeRequest($"prompt {number}", prompt, options)).ToArray()
+            ?? Array.Empty<Request>();
+        return requests.Length > 0
+            ? requests
+            : throw new GenerationException(
+                $"the batch is {(prompts == null ? "null" : "empty")}; give at least one prompt");
     }
 
-    private Request MakeRequest(string name, Prompt prompt, GenerationOptions? options) =>
-        Request.Make(name, Encode(prompt, name), Manifest.Decoding, options ?? new GenerationOptions());
+    private Request MakeRequest(string name, Prompt? prompt, GenerationOptions? options)
+    {
+        if (prompt == null || prompt.IsEmpty)
+        {
+            throw new GenerationException(
+                $"{name} is {(prompt == null ? "null" : "empty")}; give at least one character, message or token");
+        }
+        return Request.Make(name, Encode(prompt, name), Manifest.Decoding, options ?? new GenerationOptions());
+    }
 
     private IReadOnlyList<int> Encode(Prompt prompt, string name)
     {
-        if (string.IsNullOrEmpty(prompt.Text) && !(prompt.Messages?.Count > 0) && !(prompt.TokenIds?.Count > 0))
+        if (prompt.TokenIds != null)
         {
-            throw new GenerationException($"{name} is empty; give at least one character, message or token");
+            return prompt.TokenIds.ToArray();
         }
-        if (prompt.Text != null)
+        string text = prompt.Text ?? Chat.Render(Manifest.Chat, prompt.Messages!);
+        int least = Tokenizer.LeastTokens(text);
+        if (least >= Manifest.Decoding.Context)
         {
-            return Tokenizer.Encode(prompt.Text);
+            throw new GenerationException(
+                $"{name} has {least} tokens or more, which leaves no room in the context of "
+                + $"{Manifest.Decoding.Context}; shorten it");
         }
-        if (prompt.Messages != null)
+        return Tokenizer.Encode(text, special: prompt.Text != null);
+    }
+
+    private IReadOnlyList<Generation> Results(IReadOnlyList<Request> requests, CancellationToken cancellationToken)
+    {
+        Generation[] results = new Generation[requests.Count];
+        foreach (Piece piece in _engine.Run(requests, cancellationToken))
         {
-            return Tokenizer.Encode(Chat.Render(Manifest.Chat, prompt.Messages), special: false);
+            results[piece.Row] = piece.Result ?? results[piece.Row];
         }
-        return prompt.TokenIds!.ToArray();
+        return results;
     }
 
     private async IAsyncEnumerable<Piece> RunAsync(

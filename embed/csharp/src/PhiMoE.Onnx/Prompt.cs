@@ -23,6 +23,8 @@ public sealed class Prompt
         TokenIds = tokenIds;
     }
 
+    internal bool IsEmpty => string.IsNullOrEmpty(Text) && !(Messages?.Count > 0) && !(TokenIds?.Count > 0);
+
     internal string? Text { get; }
 
     internal IReadOnlyList<Message>? Messages { get; }

@@ -34,6 +34,6 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
                 $"{name} has {prompt.Count} tokens and MaxNewTokens is {most}, together more than the "
                 + $"context of {context}; at most {room} new tokens fit");
         }
-        return new Request(prompt, most, options);
+        return new Request(prompt, most, options with { Stop = options.Stop.ToArray() }); // the caller's may change
     }
 }

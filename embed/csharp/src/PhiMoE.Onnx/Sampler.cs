@@ -84,6 +84,10 @@ internal static class Sampler
             SortFalling(logits, order);
             int count = options.TopK == 0 ? logits.Length : Math.Min(options.TopK, logits.Length);
             double first = logits[Id(order[0])] / options.Temperature;
+            if (!double.IsFinite(first))
+            {
+                return Id(order[0]); // so cold that all but the most likely one are gone
+            }
             double sum = 0;
             int likely = 0; // those that min-p keeps
             for (int i = 0; i < count; i++)

@@ -9,6 +9,8 @@ internal static class Session
     private const string Device = "cpu";
     // of what a graph may require: nothing yet
     private static readonly IReadOnlySet<string> Provided = new HashSet<string>();
+    // ONNX Runtime starts whatever is asked for, and a million threads would never all be running
+    private static readonly int MostThreads = Math.Max(256, Environment.ProcessorCount);
 
     /// <summary>The manifest's first graph that runs here, on ONNX Runtime <c>installed</c> ("1.32.0").</summary>
     /// <exception cref="DeviceException">
@@ -48,13 +50,13 @@ internal static class Session
     /// says.
     /// </summary>
     /// <exception cref="BundleException">They are not.</exception>
-    /// <exception cref="DeviceException">ONNX Runtime refuses the graph, or <c>threads</c> is less than 1.</exception>
+    /// <exception cref="DeviceException">ONNX Runtime refuses the graph, or <c>threads</c> is out of range.</exception>
     public static InferenceSession Open(string folder, Manifest manifest, Graph graph, int? threads)
     {
-        if (threads < 1)
+        if (threads < 1 || threads > MostThreads)
         {
             throw new DeviceException(
-                $"threads is {threads}, expected 1 or more, or null for ONNX Runtime's own choice");
+                $"threads is {threads}, expected 1 to {MostThreads}, or null for ONNX Runtime's own choice");
         }
         string path = Path.Combine(folder, graph.File);
         ExternalData.Check(path, manifest.Files);
@@ -77,6 +79,7 @@ internal static class Session
     {
         try
         {
+            Telemetry.TurnOff();
             return OrtEnv.Instance().GetVersionString();
         }
         catch (Exception error) when (error is TypeInitializationException || error is DllNotFoundException)
@@ -93,6 +96,7 @@ internal static class Session
             LogSeverityLevel = OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR,
             IntraOpNumThreads = threads ?? 0,
         };
+        options.AddSessionConfigEntry("session.load_model_format", "ONNX"); // the one that ExternalData has looked at
         try
         {
             return new InferenceSession(path, options);

@@ -3,13 +3,15 @@ namespace PhiMoEOnnx;
 /// <summary>Text to token ids and back, from a bundle's tokenizer.json.</summary>
 public sealed class Tokenizer
 {
+    internal const string File = "tokenizer.json";
+
     private readonly Bpe _bpe;
     private readonly IReadOnlyList<int> _anchor;
     private readonly int _anchorLength;
 
     internal Tokenizer(string folder, IEnumerable<int> hidden)
     {
-        _bpe = Bpe.Read(Path.Combine(folder, "tokenizer.json"));
+        _bpe = Bpe.Read(Path.Combine(folder, File));
         Hidden = hidden.ToHashSet();
         _anchor = Encode("a", special: false);
         _anchorLength = Decode(_anchor).Length;
@@ -24,18 +26,29 @@ public sealed class Tokenizer
     /// Whether to add the tokens that tokenizer.json puts around a text, such as the first &lt;s&gt;.
     /// </param>
     /// <returns>The ids; half of a surrogate pair counts as U+FFFD.</returns>
-    public IReadOnlyList<int> Encode(string text, bool special = true) => _bpe.Encode(text, special);
+    /// <exception cref="GenerationException">The text is null.</exception>
+    public IReadOnlyList<int> Encode(string text, bool special = true) =>
+        _bpe.Encode(NotNull(text, nameof(text)), special);
 
     /// <summary>The text of the ids, without the hidden tokens; an id that the tokenizer lacks has none.</summary>
-    public string Decode(IEnumerable<int> tokenIds) => _bpe.Decode(tokenIds.Where(id => !Hidden.Contains(id)));
+    /// <exception cref="GenerationException">They are null.</exception>
+    public string Decode(IEnumerable<int> tokenIds) =>
+        _bpe.Decode(NotNull(tokenIds, nameof(tokenIds)).Where(id => !Hidden.Contains(id)));
 
     /// <summary>The id of a token by its own text; null where there is no such token.</summary>
-    public int? TokenId(string token) => _bpe.TokenId(token);
+    /// <exception cref="GenerationException">The text is null.</exception>
+    public int? TokenId(string token) => _bpe.TokenId(NotNull(token, nameof(token)));
+
+    /// <summary>How many tokens the text has at the least; to encode ten million characters takes seconds.</summary>
+    internal int LeastTokens(string text) => _bpe.LeastTokens(text);
 
     /// <summary>
     /// The text of the ids where they follow other text: a decoder strips the space before a text's first word only.
     /// </summary>
     internal string Continue(IEnumerable<int> tokenIds) => Decode(_anchor.Concat(tokenIds)).Substring(_anchorLength);
+
+    private static T NotNull<T>(T? value, string name)
+        where T : class => value ?? throw new GenerationException($"{name} is null, expected a value");
 }
 
 /// <summary>Token ids in, text out: each character once, and only when it is whole.</summary>

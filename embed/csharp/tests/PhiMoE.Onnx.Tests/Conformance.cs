@@ -9,6 +9,9 @@ public sealed class Conformance : IDisposable
     private static readonly JsonElement Root =
         JsonDocument.Parse(File.ReadAllText(Path.Combine(Folder, "cases.json"))).RootElement;
 
+    /// <summary>The repository's folder.</summary>
+    public static string Repository => Path.GetDirectoryName(Folder)!;
+
     public PhiMoE Model { get; } = PhiMoE.Load(Path.Combine(Folder, "bundle"), threads: 1);
 
     public static IEnumerable<JsonElement> Section(string name) => Root.GetProperty(name).EnumerateArray();

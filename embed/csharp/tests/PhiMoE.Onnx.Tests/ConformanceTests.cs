@@ -112,8 +112,8 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
         JsonElement given = Conformance.Case(name);
         GenerationOptions options = Conformance.Options(given.GetProperty("options"));
         Action generate = given.TryGetProperty("batch", out JsonElement batch)
-            ? () => _model.GenerateAsync(Conformance.Batch(batch), options)
-            : () => _model.GenerateAsync(Conformance.Prompt(given.GetProperty("prompt")), options);
+            ? () => _model.StreamAsync(Conformance.Batch(batch), options)
+            : () => _model.StreamAsync(Conformance.Prompt(given.GetProperty("prompt")), options);
         AssertError(given, Record.Exception(generate));
     }
 
@@ -143,13 +143,13 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
         {
             Prompt[] prompts = Conformance.Batch(batch);
             AssertSame(expected.EnumerateArray(), model.Generate(prompts, options));
-            AssertSame(expected.EnumerateArray(), await Collect(model.GenerateAsync(prompts, options)));
+            AssertSame(expected.EnumerateArray(), await Collect(model.StreamAsync(prompts, options)));
         }
         else
         {
             Prompt prompt = Conformance.Prompt(given.GetProperty("prompt"));
             AssertSame(new[] { expected }, new[] { model.Generate(prompt, options) });
-            AssertSame(new[] { expected }, await Collect(model.GenerateAsync(prompt, options)));
+            AssertSame(new[] { expected }, await Collect(model.StreamAsync(prompt, options)));
         }
     }
 

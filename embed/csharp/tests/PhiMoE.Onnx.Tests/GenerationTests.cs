@@ -5,11 +5,42 @@ namespace PhiMoEOnnx.Tests;
 public sealed class GenerationTests : IClassFixture<Conformance>
 {
     private static readonly GenerationOptions Short = new GenerationOptions { MaxNewTokens = 8 };
+    private static readonly GenerationOptions LongText = new GenerationOptions { MaxNewTokens = 1000 };
     private readonly PhiMoE _model;
 
     public GenerationTests(Conformance conformance)
     {
         _model = conformance.Model;
+    }
+
+    /// <summary>Calls with a null in each place, and what the error names.</summary>
+    public static IEnumerable<object[]> Nulls
+    {
+        get
+        {
+            Message[] roleless = { new Message(null!, "x") };
+            Message[] empty = { new Message("user", null!) };
+            (string Names, Action<PhiMoE> Call)[] calls =
+            {
+                ("the prompt is null", model => model.Generate((Prompt)null!)),
+                ("the prompt is empty", model => model.Generate((string)null!)),
+                ("the prompt is empty", model => model.Generate((IReadOnlyList<int>)null!)),
+                ("the prompt is empty", model => model.StreamAsync((IEnumerable<Message>)null!)),
+                ("the batch is null", model => model.Generate((IEnumerable<Prompt>)null!)),
+                ("the batch is null", model => _ = model.GenerateAsync((IEnumerable<string>)null!)),
+                ("prompt 1 is null", model => model.Generate(new Prompt[] { "It was", null! })),
+                ("prompt 1 is null", model => model.StreamAsync(new[] { "It was", null! })),
+                ("a message is null", model => model.Generate(new Message[] { null! })),
+                ("a message's role is null", model => model.Generate(roleless)),
+                ("content is null", model => model.Generate(empty)),
+                ("Stop", model => model.Generate("It was", Short with { Stop = null! })),
+                ("Stop", model => model.Generate("It was", Short with { Stop = new[] { "a", null! } })),
+                ("text is null", model => model.Tokenizer.Encode(null!)),
+                ("tokenIds is null", model => model.Tokenizer.Decode(null!)),
+                ("token is null", model => model.Tokenizer.TokenId(null!)),
+            };
+            return calls.Select(each => new object[] { each.Names, each.Call });
+        }
     }
 
     [Fact]
@@ -19,7 +50,7 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         List<Piece> pieces = new List<Piece>();
         await Assert.ThrowsAnyAsync<OperationCanceledException>(async () =>
         {
-            await foreach (Piece piece in _model.GenerateAsync("It was", null, source.Token))
+            await foreach (Piece piece in _model.StreamAsync("It was", null, source.Token))
             {
                 pieces.Add(piece);
                 source.Cancel();
@@ -34,7 +65,7 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         CancellationToken cancelled = new CancellationToken(canceled: true);
         await Assert.ThrowsAnyAsync<OperationCanceledException>(async () =>
         {
-            await foreach (Piece piece in _model.GenerateAsync("It was").WithCancellation(cancelled))
+            await foreach (Piece piece in _model.StreamAsync("It was").WithCancellation(cancelled))
             {
                 Assert.Fail(piece.Text);
             }
@@ -45,7 +76,7 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     public async Task GoesOnAfterAStreamThatWasLeft()
     {
         string expected = _model.Generate("It was", Short).Text;
-        await foreach (Piece piece in _model.GenerateAsync("It was", Short))
+        await foreach (Piece piece in _model.StreamAsync("It was", Short))
         {
             break;
         }
@@ -53,9 +84,67 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     }
 
     [Fact]
+    public async Task TakesTheInterfacesThatPeopleHave()
+    {
+        IReadOnlyList<int> ids = _model.Tokenizer.Encode("It was");
+        IEnumerable<string> texts = new Queue<string>(new[] { "It was", "Emma" });
+        IEnumerable<Message> messages = new Queue<Message>(new[] { new Message("user", "Who is Emma?") });
+        Generation one = _model.Generate("It was", Short);
+        Generation two = _model.Generate("Emma", Short);
+        Generation answer = _model.Generate(new[] { new Message("user", "Who is Emma?") }, Short);
+        AssertSame(new[] { one, one, two, answer }, new[] { _model.Generate(ids, Short) },
+            _model.Generate(texts, Short), new[] { _model.Generate(messages, Short) });
+        AssertSame(new[] { one, one, two, answer }, new[] { await _model.GenerateAsync(ids, Short) },
+            await _model.GenerateAsync(texts, Short), new[] { await _model.GenerateAsync(messages, Short) });
+        AssertSame(new[] { one, one, two, answer }, Results(_model.StreamAsync(ids, Short)),
+            Results(_model.StreamAsync(texts, Short)).ToArray(), Results(_model.StreamAsync(messages, Short)));
+        AssertSame(new[] { one, two, one }, new[] { await _model.GenerateAsync("It was", Short) },
+            await _model.GenerateAsync(new List<Prompt> { "Emma", new Prompt(ids) }, Short));
+    }
+
+    [Fact]
+    public async Task EndsAWholeTextWhenItIsCancelled()
+    {
+        CancellationToken cancelled = new CancellationToken(canceled: true);
+        Assert.ThrowsAny<OperationCanceledException>(() => _model.Generate("It was", Short, cancelled));
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => _model.GenerateAsync("It was", Short, cancelled));
+        using CancellationTokenSource source = new CancellationTokenSource();
+        Task<Generation> task = _model.GenerateAsync("It was", LongText, source.Token);
+        source.Cancel();
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => task);
+    }
+
+    [Theory]
+    [MemberData(nameof(Nulls))]
+    public void RefusesNull(string names, Action<PhiMoE> call)
+    {
+        Assert.Contains(names, Assert.Throws<GenerationException>(() => call(_model)).Message);
+    }
+
+    [Theory]
+    [InlineData(10_000_000)]
+    [InlineData(100_000_000)]
+    public void RefusesAPromptThatIsMuchTooLongBeforeItIsEncoded(int length)
+    {
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        string text = new string('x', length);
+        Assert.Contains("context", Assert.Throws<GenerationException>(() => _model.Generate(text)).Message);
+        Assert.InRange(GC.GetAllocatedBytesForCurrentThread() - before, 2L * length, 2L * length + 1_000_000);
+    }
+
+    [Fact]
+    public void KeepsTheStopStringsOfTheCall()
+    {
+        List<string> stop = new List<string> { "very" };
+        IAsyncEnumerable<Piece> stream = _model.StreamAsync("It was", Short with { Stop = stop });
+        stop[0] = null!;
+        Assert.Equal(FinishReason.Stop, Results(stream).Single().FinishReason);
+    }
+
+    [Fact]
     public void AStreamCanBeReadAgain()
     {
-        IEnumerable<Piece> pieces = _model.GenerateAsync("It was", Short).ToBlockingEnumerable();
+        IEnumerable<Piece> pieces = _model.StreamAsync("It was", Short).ToBlockingEnumerable();
         Assert.Equal(pieces.Select(piece => piece.TokenId).ToArray(), pieces.Select(piece => piece.TokenId).ToArray());
     }
 
@@ -78,7 +167,7 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         {
             PhiMoE model = PhiMoE.Load(bundle, threads: 1);
             using IEnumerator<Piece> pieces =
-                model.GenerateAsync("It was", Short).ToBlockingEnumerable().GetEnumerator();
+                model.StreamAsync("It was", Short).ToBlockingEnumerable().GetEnumerator();
             Assert.True(pieces.MoveNext());
             model.Dispose();
             model.Dispose();
@@ -144,4 +233,12 @@ public sealed class GenerationTests : IClassFixture<Conformance>
         Assert.Equal((6457827717110365317UL >> 11) / Math.Pow(2, 53), Sampler.Uniform(1234567, 0));
         Assert.Equal((3203168211198807973UL >> 11) / Math.Pow(2, 53), Sampler.Uniform(1234567, 1));
     }
+
+    private static Generation[] Results(IAsyncEnumerable<Piece> pieces) =>
+        pieces.ToBlockingEnumerable().Where(piece => piece.Result != null).OrderBy(piece => piece.Row)
+            .Select(piece => piece.Result!).ToArray();
+
+    private static void AssertSame(Generation[] expected, params IReadOnlyList<Generation>[] found) =>
+        Assert.Equal(
+            expected.Select(each => each.TokenIds), found.SelectMany(each => each).Select(each => each.TokenIds));
 }

@@ -66,6 +66,28 @@ public sealed class ManifestTests : IDisposable
     }
 
     [Theory]
+    [InlineData(null)]
+    [InlineData("")]
+    [InlineData("a\0b")]
+    [InlineData("no such folder")]
+    public void RefusesWhatIsNoPath(string? bundle)
+    {
+        Assert.Throws<BundleException>(() => PhiMoE.Load(bundle!));
+    }
+
+    [Theory]
+    [InlineData(0)]
+    [InlineData(-1)]
+    [InlineData(10_000)]
+    [InlineData(1_000_000)]
+    [InlineData(int.MaxValue)]
+    public void RefusesThreadsThatNoMachineHas(int threads)
+    {
+        string message = Assert.Throws<DeviceException>(() => PhiMoE.Load(_bundle, threads)).Message;
+        Assert.Contains($"threads is {threads}", message);
+    }
+
+    [Theory]
     [InlineData("1.32.0", "a")]
     [InlineData("1.32.0+cu13", "a")]
     [InlineData("1.31.9", "b")]

@@ -5,7 +5,7 @@ using Xunit;
 namespace PhiMoEOnnx.Tests;
 
 /// <summary>
-/// Manifests and graphs with a fault each: they give the tokens of the whole one, or an error of this library.
+/// Manifests, tokenizers and graphs with a fault each give the tokens of the whole one, or an error of this library.
 /// </summary>
 public sealed class MutationTests : IDisposable
 {
@@ -42,6 +42,35 @@ public sealed class MutationTests : IDisposable
             refused += AssertTokensOrError(expected, $"seed {seed}, {number}: {what}") ? 0 : 1;
         }
         Assert.InRange(refused, 20, 99); // so that the mutants are neither all harmless nor all alike
+    }
+
+    [Fact]
+    public void ADamagedTokenizerGivesTokensOrAnError()
+    {
+        Random random = new Random(0);
+        string path = Path.Combine(_bundle, "tokenizer.json");
+        byte[] whole = File.ReadAllBytes(path);
+        int refused = 0;
+        for (int number = 0; number < 100; number++)
+        {
+            byte[] mutant = whole.AsSpan(0, number % 4 == 0 ? random.Next(whole.Length) : whole.Length).ToArray();
+            if (mutant.Length > 0)
+            {
+                mutant[random.Next(mutant.Length)] = (byte)random.Next(number % 4 == 1 ? 256 : 0x7F);
+            }
+            File.WriteAllBytes(path, mutant);
+            Changes.List(_bundle, "tokenizer.json"); // so that it gets past the hash
+            try
+            {
+                Assert.NotEmpty(Tokens());
+            }
+            catch (PhiMoEException error)
+            {
+                Assert.Contains(error is BundleException ? "tokenizer.json" : "token", error.Message);
+                refused++;
+            }
+        }
+        Assert.InRange(refused, 90, 100); // hardly a byte of it is without meaning
     }
 
     [Fact]

@@ -102,6 +102,30 @@ public sealed class TokenizerTests
     }
 
     [Theory]
+    [InlineData("abababab", 2)]
+    [InlineData("ab ab\n\u3000ab", 1)]
+    [InlineData("<|end|><|end|>      ", 4)]
+    [InlineData("ééé", 0)]
+    [InlineData("", 0)]
+    public void KnowsHowManyTokensATextHasAtTheLeast(string text, int expected)
+    {
+        Bpe bpe = Read(Small()); // <|end|> has seven characters, the most
+        Assert.Equal(expected, bpe.LeastTokens(text + text));
+        Assert.True(bpe.Encode(text + text, special: false).Count >= expected);
+    }
+
+    [Fact]
+    public void ANormalizerThatShortensMayLeaveNoToken()
+    {
+        JsonNode tokenizer = Small();
+        tokenizer["normalizer"]!["normalizers"]![1]!["pattern"]!["String"] = "ab";
+        tokenizer["normalizer"]!["normalizers"]![1]!["content"] = "";
+        Bpe bpe = Read(tokenizer);
+        Assert.Equal(0, bpe.LeastTokens(new string('x', 100)));
+        Assert.Equal(new[] { 256 }, bpe.Encode("abab", special: false));
+    }
+
+    [Theory]
     [InlineData("model", "ignore_merges", "true")]
     [InlineData("model", "byte_fallback", "false")]
     [InlineData("model", "type", "\"Unigram\"")]

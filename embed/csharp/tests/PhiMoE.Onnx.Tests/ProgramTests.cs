@@ -1,0 +1,71 @@
+using System.Diagnostics;
+using Xunit;
+
+namespace PhiMoEOnnx.Tests;
+
+/// <summary>The example, as a process of its own with a home of its own.</summary>
+public sealed class ProgramTests : IDisposable
+{
+    private readonly string _home = Directory.CreateTempSubdirectory().FullName;
+    private readonly string _bundle = Conformance.CopyBundle();
+
+    [Fact]
+    public void LeavesNothingInAHome()
+    {
+        (int code, string output, string errors) = Run(_bundle, "It was", "--max-new-tokens", "8", "--threads", "1");
+        Assert.Equal((0, " a very good sort of thing. It"), (code, output.TrimEnd('\r', '\n')));
+        Assert.Contains("8 new", errors);
+        Assert.Empty(Directory.EnumerateFileSystemEntries(_home)); // ONNX Runtime's telemetry would lie here
+    }
+
+    [Theory]
+    [InlineData(2, "--max-tokens is no option", "It was", "--max-tokens", "8")]
+    [InlineData(2, "--top-k needs a value", "It was", "--top-k")]
+    [InlineData(2, "usage:", "It was", "--top-k", "x")]
+    [InlineData(2, "expected a bundle and a prompt")]
+    [InlineData(1, "TopK", "It was", "--top-k", "-1")]
+    [InlineData(1, "threads", "It was", "--threads", "10000")]
+    public void SaysWhatIsWrong(int expected, string names, params string[] arguments)
+    {
+        (int code, string output, string errors) = Run(arguments.Prepend(_bundle).ToArray());
+        Assert.Equal((expected, ""), (code, output));
+        Assert.Contains(names, errors);
+        Assert.DoesNotContain("   at ", errors);
+    }
+
+    [Fact]
+    public void Helps()
+    {
+        (int code, string output, _) = Run("--help");
+        Assert.Equal(0, code);
+        Assert.StartsWith("usage:", output);
+    }
+
+    public void Dispose()
+    {
+        Directory.Delete(_home, recursive: true);
+        Directory.Delete(_bundle, recursive: true);
+    }
+
+    private (int Code, string Output, string Errors) Run(params string[] arguments)
+    {
+        string program = Path.Combine(AppContext.BaseDirectory, "Generate.dll");
+        ProcessStartInfo start = new ProcessStartInfo(Environment.ProcessPath!)
+        {
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        };
+        foreach (string argument in arguments.Prepend(program))
+        {
+            start.ArgumentList.Add(argument);
+        }
+        start.Environment["HOME"] = _home;
+        start.Environment.Remove("ORT_DISABLE_TELEMETRY");
+        start.Environment.Remove("XDG_CACHE_HOME");
+        using Process process = Process.Start(start)!;
+        Task<string> errors = process.StandardError.ReadToEndAsync();
+        string output = process.StandardOutput.ReadToEnd();
+        process.WaitForExit();
+        return (process.ExitCode, output, errors.Result);
+    }
+}
