@@ -127,7 +127,11 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     declared = config.get("added_tokens_decoder") or {}
     wanted = [declared[id] for id in sorted(declared, key=int)]
     known = {content(token) for token in wanted}
-    wanted += [token for token in named if content(token) not in known]
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    # one that is there keeps its flags, unless it is named with flags
+    wanted += [
+        token for token in named if content(token) not in known and (isinstance(token, dict) or token not in there)
+    ]
     tokens = []
     for token in wanted:
         flags = {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else {}

@@ -76,6 +76,9 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "a pad token": CONFIG | {"pad_token": "<pad>"},
     "additional tokens": CONFIG | {"additional_special_tokens": ["<extra>", "<|late|>"]},
     "extra tokens": CONFIG | {"extra_special_tokens": {"image_token": "<extra>"}},
+    "a pad token that is there": CONFIG | {"pad_token": "<|end|>", "added_tokens_decoder": {}},
+    "a pad token with flags": CONFIG
+    | {"added_tokens_decoder": {}, "pad_token": EXTRA | {"__type": "AddedToken", "content": "<|end|>"}},
     "no decoder": without("added_tokens_decoder"),
     "no decoder, no tokens": without("added_tokens_decoder", "bos_token", "eos_token", "unk_token", "pad_token"),
 }
