@@ -96,9 +96,8 @@ class Killer:
         rounds = track(range(10 * kills), console=Console(stderr=True), transient=True)
         for number in rounds:
             before = self.standing()
-            form = random.choice(
-                FORMS
-            )  # half of the time another than the round before, whose weights then count for nothing
+            # half of the time another than the round before, whose weights then count for nothing
+            form = random.choice(FORMS)
             if number % 5 == 4:
                 self.export(self.output, form)
                 if self.standing() != form or [path.name for path in self.folder.iterdir()] != ["bundle"]:

@@ -24,9 +24,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SAMPLING = "sampling.onnx"  # beside CUDA's graph: spec/sampling.md for the device
 LARGEST = 2**31 - 1  # of any number of a manifest but a file's size
-HASH_LIMIT = (
-    256 << 20
-)  # bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
+# bytes; larger files are hashed only when asked, since reading 20 GB takes longer than loading them
+HASH_LIMIT = 256 << 20
 
 # The names in a graph. text-generation has all of them but LAST_HIDDEN_STATE. The other tasks run whole texts, without
 # a cache: input_ids and attention_mask [batch, sequence] give text-classification's logits or feature-extraction's
@@ -38,16 +37,10 @@ ATTENTION_MASK = "attention_mask"  # int64 [batch, past + sequence]: 1 for a rea
 LOGITS = "logits"
 LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, sequence, hidden_size], after the final norm
 LOGITS_TO_KEEP = "logits_to_keep"  # optional int64 [1]: how many last positions get logits; 0, the default, is all
-ROPE_LENGTH = (
-    "rope_length"  # optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
-)
-CACHE_WIDTHS = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int8": 1,
-    "uint8": 1,
-}  # bytes of each dtype that a cache may have
+# optional int64 [1]: rows count as at least this long when rope factors are chosen; default 0
+ROPE_LENGTH = "rope_length"
+# bytes of each dtype that a cache may have
+CACHE_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 OPTIONAL_INPUTS = (LOGITS_TO_KEEP, ROPE_LENGTH)
 
 

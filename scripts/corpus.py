@@ -18,13 +18,14 @@ from tokenizers.models import BPE
 HELD_OUT = "persuasion.txt"
 VOCAB_SIZE = 2048
 BOS, EOS = "<s>", "<|endoftext|>"
+# the last ids of the vocabulary, in this order
 CHAT_TOKENS = (
     EOS,
     "<|assistant|>",
     "<|system|>",
     "<|end|>",
     "<|user|>",
-)  # the last ids of the vocabulary, in this order
+)
 
 _HEADING = re.compile(r"(chapter|volume) [\divxl]+\.?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"""(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)(?:(?<=[.!?])|(?<=[.!?]["']))\s+(?=["'(A-Z])""")

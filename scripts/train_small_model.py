@@ -41,10 +41,11 @@ from torch import Tensor, nn
 from phimoe_onnx import modeling
 from phimoe_onnx.config import PhiMoEConfig, parse_config, read_config
 
+# sequences x tokens a step and process, in turn: short rope factors, long rope factors
 BATCHES = (
     (10, 256),
     (2, 1024),
-)  # sequences x tokens a step and process, in turn: short rope factors, long rope factors
+)
 CHAT_SHARE = 0.12
 DROPOUT = 0.1
 PEAK_LR, FINAL_LR, WARM_UP_STEPS = 3e-3, 0.03, 150

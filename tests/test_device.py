@@ -87,10 +87,11 @@ def prompts(vocab_size: int, *lengths: int) -> list[list[int]]:
     "options", [{}, {"repetition_penalty": 1.4}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}], ids=str
 )
 def test_rows_of_uneven_length_write_as_on_the_host(sessions: Sessions, options: dict[str, Any]) -> None:
+    # the first row ends first, the last one moves up
     rows, lengths = (
         prompts(sessions.decoding.vocab_size, 3, 30, 11),
         [12, 30, 20],
-    )  # the first row ends first, the last one moves up
+    )
     assert sessions.write(sessions.device, rows, lengths, **options) == sessions.write(
         sessions.host, rows, lengths, **options
     )

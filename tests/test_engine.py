@@ -195,10 +195,13 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(
 ) -> None:
     """Whatever arrives when, whoever pauses, whoever leaves, and whatever a session has left in its slot."""
     requests, model = pool(quantize), load(quantize, cache, slots=3)
+    # which request, when it comes, after how many pieces it leaves, and the session
     arrivals = st.tuples(
-        st.integers(0, len(requests) - 1), st.integers(0, 8), st.none() | st.integers(0, 6),
+        st.integers(0, len(requests) - 1),
+        st.integers(0, 8),
+        st.none() | st.integers(0, 6),
         st.sampled_from([None, None, "Emma", "Anne"]),
-    )  # which request, when it comes, after how many pieces it leaves, and the session  # fmt: skip
+    )
 
     @given(st.lists(arrivals, min_size=3, max_size=8), st.randoms(use_true_random=False))
     @settings(

@@ -451,11 +451,8 @@ def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:
     assert genai["search"]["past_present_share_buffer"] is True
     assert genai["search"]["max_length"] == config.max_position_embeddings
     plain = json.loads((bundle("plain", "cpu", "none") / "genai_config.json").read_text())["model"]
-    assert (plain["eos_token_id"], plain["bos_token_id"], plain["pad_token_id"]) == (
-        [2043],
-        1,
-        2043,
-    )  # from config.json
+    # from config.json
+    assert (plain["eos_token_id"], plain["bos_token_id"], plain["pad_token_id"]) == ([2043], 1, 2043)
     assert not (bundle("plain", "portable", "none") / "genai_config.json").exists()
 
 

@@ -80,9 +80,8 @@ def test_a_chat_streams_alike(small: Path) -> None:
             break
     assert generator.is_done()
     (first, ours_first), *rest = pieces
-    assert first.lstrip(" ") == ours_first.lstrip(
-        " "
-    )  # theirs keeps the space that a decoder strips from a text's first word
+    # theirs keeps the space that a decoder strips from a text's first word
+    assert first.lstrip(" ") == ours_first.lstrip(" ")
     assert all(piece == our_piece for piece, our_piece in rest)
 
 

@@ -209,9 +209,8 @@ def test_the_sliding_window_is_exactly_i_minus_j_below_it() -> None:
     expected = reference.logits(model, row)
     for j in (0, 5, 20):
         changed = reference.logits(model, [*row[:j], 2001, *row[j + 1 :]])
-        moved = (
-            np.abs(changed - expected).max(axis=1) > 1e-4 * expected.std()
-        )  # sums may run in another order elsewhere
+        # sums may run in another order elsewhere
+        moved = np.abs(changed - expected).max(axis=1) > 1e-4 * expected.std()
         assert moved.nonzero()[0].tolist() == list(range(j, min(j + 9, 30)))
 
 

@@ -96,10 +96,8 @@ def test_the_pipeline_answers_chat_messages_alike(small: Path) -> None:
     assert tokens[expected.prompt_tokens :] == expected.token_ids
     *asked, said = answer(messages, **options)[0]["generated_text"]
     assert asked == messages
-    assert (said["role"], said["content"].lstrip(" ")) == (
-        "assistant",
-        expected.text,
-    )  # it cuts the text behind the prompt
+    # it cuts the text behind the prompt
+    assert (said["role"], said["content"].lstrip(" ")) == ("assistant", expected.text)
     # a batch of texts is padded by the tokenizer, on the left
     answers = answer(TEXTS, return_full_text=False, batch_size=3, **options)
     for text, (generated,) in zip(TEXTS, answers, strict=True):

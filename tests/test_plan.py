@@ -44,9 +44,8 @@ def test_bundle_is_as_large_as_planned(
     bundle = export(source, tmp_path / "bundle", target=target, quantize=quantize)
     weights = sum(path.stat().st_size for path in bundle.glob("*.data"))
     graphs = sum(path.stat().st_size for path in bundle.glob("*.onnx"))
-    assert need.bundle == pytest.approx(
-        weights + graphs, rel=0.02 if shape == "model" else 0.2
-    )  # tiny shapes are all graph
+    # tiny shapes are all graph
+    assert need.bundle == pytest.approx(weights + graphs, rel=0.02 if shape == "model" else 0.2)
     assert sum(stored_sizes(bundle).values()) == pytest.approx(weights, rel=1e-3)
 
 

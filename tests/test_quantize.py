@@ -19,9 +19,8 @@ from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
 
 FORMATS = [Format(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
-value = st.floats(-1e4, 1e4, width=32).map(
-    lambda v: 0.0 if abs(v) < 1e-30 else v
-)  # far from where a scale is subnormal
+# far from where a scale is subnormal
+value = st.floats(-1e4, 1e4, width=32).map(lambda v: 0.0 if abs(v) < 1e-30 else v)
 
 
 def rounded(format: Format, weight: Tensor) -> tuple[Tensor, ...]:

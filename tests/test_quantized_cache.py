@@ -44,9 +44,8 @@ def test_logits_are_those_of_rounded_keys_and_values(
     expected = reference.logits(stored_model(exact, bundle, read_manifest(bundle)), ids)
     got = PhiMoE.load(bundle).logits(ids)
     close = np.isclose(got, expected, rtol=0, atol=1e-4 * expected.std()).all(axis=-1)
-    assert (
-        close.mean() > 0.9
-    )  # a value halfway between two codes may round the other way, and that token and its successors move
+    # a value halfway between two codes may round the other way, and that token and its successors move
+    assert close.mean() > 0.9
     assert close[:8].all()
     assert not np.allclose(got, reference.logits(exact, ids), rtol=0, atol=1e-4 * expected.std())
 

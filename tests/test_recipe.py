@@ -59,9 +59,8 @@ def test_the_last_pattern_that_matches_counts() -> None:
     assert recipe.form("model.layers.1.self_attn.q_proj.weight") == Format(8, 16)
     assert recipe.form(DOWN.format(1)) == Plain("float32")
     assert recipe.form("lm_head.weight") == Plain("float16")
-    assert recipe.form("model.layers.0.block_sparse_moe.gate.weight") == Plain(
-        "float32"
-    )  # the router, whatever matches
+    # the router, whatever matches
+    assert recipe.form("model.layers.0.block_sparse_moe.gate.weight") == Plain("float32")
 
 
 def test_runs_of_equal_layers_are_one_group() -> None:

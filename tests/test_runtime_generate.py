@@ -108,10 +108,8 @@ def test_a_stream_is_the_generation_piece_by_piece(endless: Loaded) -> None:
 
 def test_the_seed_fixes_the_text(endless: Loaded) -> None:
     model, _ = endless
-    options: dict[str, Any] = {
-        "max_new_tokens": 16,
-        "temperature": 100.0,
-    }  # so hot that two draws never agree by chance
+    # so hot that two draws never agree by chance
+    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 100.0}
     first = model.generate("a", seed=1, **options)
     assert model.generate("a", seed=1, **options).token_ids == first.token_ids
     assert model.generate("a", seed=2, **options).token_ids != first.token_ids

@@ -46,9 +46,8 @@ def run(
 def test_the_graph_draws_as_numpy_does(session: ort.InferenceSession, temperature: float, top_k: int) -> None:
     random = np.random.default_rng(top_k)
     for top_p, min_p, penalty in itertools.product((1, 0.9, 0.3), (0, 0.1, 1), (1, 1.3)):
-        logits = (
-            random.normal(size=(ROWS, VOCAB_SIZE), scale=3).round(1).astype(np.float32)
-        )  # rounded, so that there are ties
+        # rounded, so that there are ties
+        logits = random.normal(size=(ROWS, VOCAB_SIZE), scale=3).round(1).astype(np.float32)
         seen = random.random((ROWS, VOCAB_SIZE)) < 0.1
         sampling = Sampling(temperature, top_k, top_p, min_p, penalty, seed=top_k)
         steps = random.integers(100, size=ROWS).tolist()

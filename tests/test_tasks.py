@@ -44,9 +44,8 @@ from tests.checkpoints import BASE, SHAPES, TASKS, assert_close, make_model, ope
 
 Make = Callable[..., Path]
 CLASSIFY, EMBED = "text-classification", "feature-extraction"
-ROWS = [
-    random_ids(length) for length in (45, 3, 32, 33, 1, 60)
-]  # on both sides of the rope boundary of 32, past both windows
+# on both sides of the rope boundary of 32, past both windows
+ROWS = [random_ids(length) for length in (45, 3, 32, 33, 1, 60)]
 TEXTS = ["Emma", "It was a fine morning, and Elizabeth", "And the LORD said unto Moses,", "a"]
 
 

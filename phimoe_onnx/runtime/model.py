@@ -26,9 +26,8 @@ from phimoe_onnx.text.template import ChatTemplate, Message, Tools
 from phimoe_onnx.text.tokenizer import Tokenizer, check_characters
 
 Prompt = str | Sequence[int] | Sequence[Message]
-Batch = (
-    list[str] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]
-)  # lists, for a string is a sequence of strings
+# lists, for a string is a sequence of strings
+Batch = list[str] | list[list[int]] | list[list[dict[str, str]]] | list[Prompt]
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,8 @@ def test_logits(checkpoint: Path, subject: Subject, place: float) -> None:
     assert_close(subject.logits(ids)[: len(expected)], expected)
 
 
-@pytest.mark.parametrize(
-    "place", [0.25, 1, 3]
-)  # across the boundary, across it with the first new token, and beyond it
+# across the boundary, across it with the first new token, and beyond it
+@pytest.mark.parametrize("place", [0.25, 1, 3])
 def test_greedy(checkpoint: Path, subject: Subject, place: float) -> None:
     ids = text(checkpoint, place)
     assert subject.greedy(ids) == expected_greedy(checkpoint, tuple(ids))

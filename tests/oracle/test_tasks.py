@@ -20,10 +20,8 @@ transformers = pytest.importorskip("transformers")
 
 MODELS = {"text-classification": "PhimoeForSequenceClassification", "feature-extraction": "PhimoeModel"}
 PAD = 0  # of no text: transformers takes the last token that is not this one
-LENGTHS = [
-    [5, 32, 20, 1],
-    [45, 33, 60, 100],
-]  # below and above the rope boundary of 32: transformers has one choice of factors a batch
+# below and above the rope boundary of 32: transformers has one choice of factors a batch
+LENGTHS = [[5, 32, 20, 1], [45, 33, 60, 100]]
 Outputs = Callable[[list[list[int]]], NDArray[np.float32]]
 
 

@@ -60,9 +60,8 @@ def test_the_rope_tables_are_the_models_rope(checkpoint: Checkpoint) -> None:
     short = Rope(config)(torch.arange(32)[None], torch.tensor([[32]]))
     long = Rope(config)(torch.arange(128)[None], torch.tensor([[33]]))
     for table, part in ((cos, 0), (sin, 1)):
-        np.testing.assert_allclose(
-            table, torch.cat((short[part][0], long[part][0])), rtol=3e-7, atol=1e-7
-        )  # the last bit
+        # the last bit
+        np.testing.assert_allclose(table, torch.cat((short[part][0], long[part][0])), rtol=3e-7, atol=1e-7)
     plain, _ = rope_tables(read_config(checkpoint("plain")), ir.DataType.FLOAT)
     assert plain.shape == (128, 8)
 

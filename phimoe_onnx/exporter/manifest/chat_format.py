@@ -13,9 +13,8 @@ from phimoe_onnx.bundle import ChatFormat
 from phimoe_onnx.text.special_tokens import token_texts
 from phimoe_onnx.text.template import Message, parse, read_templates, render
 
-MARK = (
-    " \N{WHITE LARGE SQUARE}\n"  # stands for the content; no template has it, and one that trims its contents loses it
-)
+# stands for the content; no template has it, and one that trims its contents loses it
+MARK = " \N{WHITE LARGE SQUARE}\n"
 ROLES = ("system", "user", "assistant")
 # what templates look into: blank, begun by a line's end, and with a thought before the answer
 CONTENTS = (MARK, "", f"\n{MARK}", "<think>a</think>b")

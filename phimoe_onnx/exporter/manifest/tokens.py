@@ -8,6 +8,7 @@ import tokenizers
 
 from phimoe_onnx.config import PhiMoEConfig, read_token_id, read_token_ids
 from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.exporter.tokenizer import read_tokenizer
 from phimoe_onnx.files import read_json, read_text
 
 SHOWN = 3  # names of tokens in an error
@@ -28,7 +29,7 @@ def check_tokens(config: PhiMoEConfig, folder: Path) -> None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return
-    text = read_text(path)
+    text = read_tokenizer(folder) or read_text(path)  # as the bundle will have it
     try:
         tokens = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises bare Exceptions

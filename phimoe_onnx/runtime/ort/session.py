@@ -76,9 +76,8 @@ def _open(
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry(
-        "session.load_model_format", "ONNX"
-    )  # by any name: external_data.py knows this one
+    # by any name: external_data.py knows this one
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.intra_op_num_threads = threads or 0
     provider = PROVIDERS[device]
     choices = {}
