@@ -152,7 +152,6 @@ def _install(session: nox.Session, *arguments: str) -> None:
 
 
 def _pytest(session: nox.Session, *arguments: str) -> None:
-    # one thread: the models are so small that a second one costs more than it gives
-    session.run(
-        "python", "-m", "pytest", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    )
+    # a process a core, and so one thread each; the tests of a file share what they exported
+    pytest = ("python", "-m", "pytest", "--numprocesses", "auto", "--dist", "loadfile")
+    session.run(*pytest, *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
