@@ -12,6 +12,7 @@ from phimoe_onnx.errors import BundleError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
 
+_PAST = "past_key_values"
 Dimensions = tuple[int | None, ...]  # None is any
 _TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int8": "int8", "uint8": "uint8"}  # ONNX's
 
@@ -29,7 +30,7 @@ def check_graph(
     defaults = {value.name: value for value in session.get_overridable_initializers()}
     outputs = {value.name: value for value in session.get_outputs()}
     try:
-        _check_layers(manifest, len(inputs))
+        _check_layers(manifest, inputs)
         wanted = _inputs(manifest)
         optional = {name: wanted.pop(name) for name in optional_inputs if name in wanted}
         if missing := sorted(set(optional_inputs) - defaults.keys()):
@@ -47,12 +48,12 @@ def check_graph(
         ) from None
 
 
-def _check_layers(manifest: bundle.Manifest, inputs: int) -> None:
+def _check_layers(manifest: bundle.Manifest, inputs: Collection[str]) -> None:
     """Counts before any names are made: a damaged manifest may claim a billion layers."""
-    layers = manifest.decoding.cache.num_hidden_layers
-    if manifest.task == "text-generation" and not 2 * layers < inputs <= 2 * layers + 4:
+    layers, found = manifest.decoding.cache.num_hidden_layers, sum(name.startswith(f"{_PAST}.") for name in inputs)
+    if manifest.task == "text-generation" and 2 * layers != found:
         raise ValueError(
-            f"num_hidden_layers is {layers}, but the graph has {inputs} inputs, two of them for each layer"
+            f"num_hidden_layers is {layers}, but the graph has a cache of {found} inputs, two for each layer"
         )
 
 
@@ -63,7 +64,7 @@ def _inputs(manifest: bundle.Manifest) -> dict[str, tuple[str, Dimensions]]:
     }
     if manifest.task != "text-generation":
         return texts
-    return texts | dict.fromkeys(bundle.OPTIONAL_INPUTS, ("int64", (1,))) | _cache(manifest, "past_key_values")
+    return texts | dict.fromkeys(bundle.OPTIONAL_INPUTS, ("int64", (1,))) | _cache(manifest, _PAST)
 
 
 def _outputs(manifest: bundle.Manifest) -> dict[str, tuple[str, Dimensions]]:
