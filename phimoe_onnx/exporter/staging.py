@@ -23,12 +23,14 @@ from phimoe_onnx import bundle
 from phimoe_onnx.checkpoint.source import COPIED
 from phimoe_onnx.errors import BundleError, ExportError
 from phimoe_onnx.exporter.rename import exchange, rename_new
+from phimoe_onnx.text.template import TOOL_USE
 
 JOURNAL = ".journal"
 MARK = b"phimoe-export, an unfinished bundle;"  # how a journal begins
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux alone has it
 _DRAFTS = (f"{JOURNAL}.draft", f".{bundle.MANIFEST}")
-_WRITTEN = frozenset({*COPIED, "genai_config.json", bundle.MANIFEST, JOURNAL, *_DRAFTS})  # and graphs, and weights:
+# what an export writes, and graphs and weights:
+_WRITTEN = frozenset({*COPIED, TOOL_USE, "genai_config.json", bundle.MANIFEST, JOURNAL, *_DRAFTS})
 _GRAPH_OR_DATA = re.compile(r"(model|sampling)(\.\w+)*\.(onnx|data)")
 
 logger = logging.getLogger(__name__)
