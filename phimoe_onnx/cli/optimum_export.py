@@ -112,6 +112,6 @@ def _is_portable(output: Path) -> bool:
     from phimoe_onnx.errors import BundleError
 
     try:
-        return read_manifest(output).target == "portable"
+        return not read_manifest(output).decoding.cache.shared
     except BundleError:
         return False
