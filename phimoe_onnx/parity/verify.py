@@ -17,7 +17,7 @@ from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import GenerationError, PhiMoEError
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.comparison import Comparison, log_softmax
-from phimoe_onnx.parity.report import Report
+from phimoe_onnx.parity.report import Check, Report
 from phimoe_onnx.parity.stored import is_rounded, stored_model
 from phimoe_onnx.parity.texts import compare_texts, cut_texts
 from phimoe_onnx.parity.thresholds import Thresholds, default_thresholds
@@ -75,7 +75,8 @@ def verify(
     else:
         stored_text = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
         compare_texts(report, runtime, exact, stored_text, windows, progress)
-    report.failures = list(_failures(report, report.thresholds))
+    report.checks = list(_checks(report, report.thresholds))
+    report.failures = [check.failure() for check in report.checks if not check.passed]
     return report
 
 
@@ -176,7 +177,7 @@ def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> 
     }
 
 
-def _failures(report: Report, limits: Thresholds) -> Iterator[str]:
+def _checks(report: Report, limits: Thresholds) -> Iterator[Check]:
     measured = {
         "mean_difference": report.bundle_to_reference.mean_difference,
         "max_difference": report.bundle_to_reference.max_difference,
@@ -187,7 +188,8 @@ def _failures(report: Report, limits: Thresholds) -> Iterator[str]:
     }
     for name, value in measured.items():
         limit = getattr(limits, name)
-        if limit is not None and value is None:
+        if limit is None:
+            continue
+        if value is None:
             raise PhiMoEError(f"there is no {name} to check of a bundle for {report.task}")
-        if limit is not None and not value <= limit:  # not a NaN either
-            yield f"{name} is {value:.3g}, allowed is {limit:.3g}"
+        yield Check(name, value, limit, bool(value <= limit))  # False of a NaN
