@@ -163,6 +163,15 @@ def test_later_ctrl_c_is_an_exception_again() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_ctrl_c_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _start.imports():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_between_imports_and_work_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     from phimoe_onnx.cli import generate
 
