@@ -3,6 +3,7 @@
 from phimoe_onnx.runtime.classification import Classification
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.model import PhiMoE, Score
+from phimoe_onnx.runtime.request import Options
 from phimoe_onnx.runtime.row import Generation, Piece
 
-__all__ = ["Classification", "Conversation", "Generation", "PhiMoE", "Piece", "Score"]
+__all__ = ["Classification", "Conversation", "Generation", "Options", "PhiMoE", "Piece", "Score"]

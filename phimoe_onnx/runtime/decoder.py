@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -15,6 +15,7 @@ from onnxruntime import InferenceSession
 from phimoe_onnx.bundle import Decoding
 from phimoe_onnx.errors import OutOfMemoryError
 from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.sampling import Choice
 from phimoe_onnx.runtime.slots.base import Cache
 from phimoe_onnx.runtime.slots.device import DeviceCache
@@ -83,6 +84,10 @@ class Decoder:
     def choose(self, choices: Mapping[int, Choice]) -> dict[int, int | Exception]:
         """The token that follows each slot's last one, or the error that kept it from having one: `Cache.choose`."""
         return self._cache.choose(choices, {slot: len(self.tokens[slot]) for slot in choices})
+
+    def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """The logits [V] that `choose` chooses by, or has chosen by."""
+        return self._cache.last_logits(slots)
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Exception]:
         """Appends one token to each slot of `tokens`.
@@ -178,7 +183,7 @@ class Decoders:
     """Opens decoders over a bundle's graphs.
 
     Attributes:
-        session: the bundle's graph.
+        sessions: over the bundle's graph.
         decoding: the manifest's section about it.
         device: where it runs.
         sampling: the sampling graph, where rows stay on a device; else None.
@@ -188,7 +193,7 @@ class Decoders:
 
     """
 
-    session: InferenceSession
+    sessions: Sessions
     decoding: Decoding
     device: str = "cpu"
     sampling: InferenceSession | None = None
@@ -213,7 +218,7 @@ class Decoders:
     def _cache(self, slots: int, capacity: int) -> Cache:
         if self.sampling is None:
             host = SharedCache if self.decoding.cache.shared else GrowingCache
-            return host(self.session, self.decoding, slots, capacity)
+            return host(self.sessions, self.decoding, slots, capacity)
         fits = [key for key in self.idle or {} if key[0] == slots and key[1] >= capacity]
         if self.idle and fits:
             cache = self.idle.pop(min(fits))
@@ -221,7 +226,7 @@ class Decoders:
             return cache
         capture = self.idle is not None
         return DeviceCache(
-            self.session, self.sampling, self.decoding, self.device, slots, capacity, self.limit, capture
+            self.sessions.main, self.sampling, self.decoding, self.device, slots, capacity, self.limit, capture
         )
 
 

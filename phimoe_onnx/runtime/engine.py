@@ -13,6 +13,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
+import numpy as np
+from numpy.typing import NDArray
+
 from phimoe_onnx.errors import EngineFullError, GenerationError
 from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.request import Request
@@ -240,8 +243,11 @@ class Engine:
             return
         assert self._decoder
         tokens: dict[int, int | Exception]
+        logits: dict[int, NDArray[np.float32]] = {}
         try:
             tokens = self._decoder.choose(choices)
+            if wanted := [slot for slot in choices if self._running[slot].request.logprobs]:
+                logits = self._decoder.last_logits(wanted)
         except Exception as error:  # the sampling graph's, on a device
             tokens = dict.fromkeys(choices, error)
         for slot, token in tokens.items():
@@ -250,7 +256,7 @@ class Engine:
                 self._end(row, token)
                 continue
             try:
-                piece = row.add(token)
+                piece = row.add(token, logits.get(slot))
                 if piece.result:  # before anybody hears of it, who may want the slot
                     self._end(row)
                 row.deliver(piece)

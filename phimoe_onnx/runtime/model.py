@@ -18,7 +18,8 @@ from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder, Decoders
 from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import PieceStream, generate
-from phimoe_onnx.runtime.ort.session import open_sampling, open_session
+from phimoe_onnx.runtime.ort.session import open_sampling, open_sessions
+from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.request import Options, Request, check_names, make_request
 from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.runtime.texts import run_texts
@@ -67,7 +68,7 @@ class PhiMoE:
 
     def __init__(
         self,
-        session: InferenceSession,
+        sessions: Sessions,
         manifest: Manifest,
         tokenizer: Tokenizer,
         template: ChatTemplate,
@@ -83,11 +84,11 @@ class PhiMoE:
         self.decoding = manifest.decoding
         self.tokenizer = tokenizer
         self.eos = frozenset(manifest.decoding.eos_token_ids)
-        self._session = session
+        self._sessions = sessions
         self._template = template
         self._room = min(manifest.decoding.context, capacity or manifest.decoding.context)  # of one request, in tokens
         self._decoders = Decoders(
-            session, manifest.decoding, device, sampling, cache_limit, idle={} if cuda_graphs else None
+            sessions, manifest.decoding, device, sampling, cache_limit, idle={} if cuda_graphs else None
         )
         self.engine = Engine(self._decoders.open, tokenizer, slots, queue)
 
@@ -109,7 +110,8 @@ class PhiMoE:
         Args:
             bundle: its folder.
             device: "cpu" or "cuda"; never another than the one asked for.
-            threads: threads for one operator; None leaves it to ONNX Runtime.
+            threads: threads for one operator, from 1 to 256 or the number of processors, whichever is more. None is one
+                a physical core, and a single one for passes that are too small for more.
             memory_limit: on CUDA, the bytes that weights and passes may take, and that a cache may take beside the
                 weights, so that several models share a card.
             cuda_graphs: on CUDA, record a decode step once and replay it. A model then serves one thread, and keeps a
@@ -138,12 +140,11 @@ class PhiMoE:
             decoding = manifest.decoding
             tokenizer = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)
             template = ChatTemplate(folder)
-            session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
+            sessions = open_sessions(folder, manifest, device, threads, memory_limit, cuda_graphs)
             sampling = open_sampling(folder, manifest, device)
-        weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
-        cache_limit = None if memory_limit is None else memory_limit - weights
+        cache_limit = None if memory_limit is None else memory_limit - sessions.weights
         options = (sampling, cache_limit, cuda_graphs, slots, queue, capacity)
-        return cls(session, manifest, tokenizer, template, device, *options)
+        return cls(sessions, manifest, tokenizer, template, device, *options)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
@@ -261,7 +262,7 @@ class PhiMoE:
         self._expect("text-classification", "classify")
         ids, batch = self._encode_texts(text)
         assert self.manifest.classes
-        results = [classify(logits, self.manifest.classes) for logits in run_texts(self._session, ids)]
+        results = [classify(logits, self.manifest.classes) for logits in run_texts(self._sessions.main, ids)]
         return results if batch else results[0]
 
     def embed(self, text: Prompt | Batch) -> NDArray[np.float32]:
@@ -272,7 +273,7 @@ class PhiMoE:
         """
         self._expect("feature-extraction", "embed")
         ids, batch = self._encode_texts(text)
-        results = run_texts(self._session, ids)
+        results = run_texts(self._sessions.main, ids)
         return results if batch else results[0]
 
     def encode(
