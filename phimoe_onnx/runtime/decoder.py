@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import Decoding
-from phimoe_onnx.errors import OutOfMemoryError
+from phimoe_onnx.errors import GenerationError, OutOfMemoryError
 from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.sampling import Choice
@@ -37,6 +37,7 @@ class Decoder:
     def __init__(self, cache: Cache, decoding: Decoding) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.chunk = decoding.prefill_chunk
+        self._vocab_size = decoding.vocab_size
         self._cache = cache
         self._bytes_per_token = decoding.cache.bytes_per_token
         self._boundary = decoding.rope_boundary
@@ -46,7 +47,13 @@ class Decoder:
         ] = {}  # the ids that the slot is to hold, and their rope_length
 
     def begin(self, slot: int, ids: Sequence[int]) -> None:
-        """Makes the slot keep the longest prefix of `ids` that it holds, and plans the rest, for `run_chunk`."""
+        """Makes the slot keep the longest prefix of `ids` that it holds, and plans the rest, for `run_chunk`.
+
+        Raises:
+            GenerationError: an id is outside the vocabulary.
+
+        """
+        self._check(ids)
         held = self.tokens.setdefault(slot, [])
         reusable = 0
         if self._long.get(slot) == self._is_long(len(ids)):
@@ -62,8 +69,9 @@ class Decoder:
     def renew(self, slot: int) -> None:
         """Plans all tokens that the slot holds once more, rotated as the next one will be."""
         ids = self.tokens[slot]
+        self._plans[slot] = (ids, len(ids) + 1)  # in an order in which Ctrl-C loses no token
         self.tokens[slot] = []
-        self._plan(slot, ids, len(ids) + 1)
+        self._long[slot] = self._is_long(len(ids) + 1)
 
     def next_chunk(self, slot: int) -> int:
         """How many tokens `run_chunk` would run; 0 where nothing is planned."""
@@ -96,7 +104,11 @@ class Decoder:
             The errors of the slots that it could not be appended to. Where the step fails as a whole, each slot is
             run alone, so that only those have an error that fail by themselves.
 
+        Raises:
+            GenerationError: an id is outside the vocabulary.
+
         """
+        self._check(tokens.values())
         lengths = {slot: len(self.tokens[slot]) for slot in tokens}
         failed: dict[int, Exception] = {}
         try:
@@ -112,6 +124,7 @@ class Decoder:
 
     def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """In slot 0, from nothing: the logits after each token, in order, in pieces float32 [up to `chunk`, V]."""
+        self._check(ids)
         self.tokens[0] = []
         self._plan(0, ids, len(ids))
         while self.next_chunk(0):
@@ -173,6 +186,12 @@ class Decoder:
             except Exception as error:  # as in `step`
                 failed[slot] = error
         return failed
+
+    def _check(self, ids: Collection[int]) -> None:
+        """A graph that gathers quantised rows has numbers for any id at all."""
+        for id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= id < self._vocab_size:
+                raise GenerationError(f"{id} is no token id, expected 0 to {self._vocab_size - 1}")
 
     def _is_long(self, length: int) -> bool:
         return self._boundary is not None and length > self._boundary

@@ -8,6 +8,7 @@ others.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -155,12 +156,18 @@ class Engine:
         self._choose()
 
     def _admit(self) -> None:
-        """Gives slots to rows that wait, and room in the caches; parked slots make way."""
+        """Gives slots to rows that wait, and room in the caches; parked slots make way.
+
+        A row leaves the queue last of all, so that Ctrl-C in between loses nobody's.
+        """
+        while self._arrived and (self._arrived[0].ended or self._arrived[0] in self._prefilling):
+            self._arrived.popleft()
         busy = len(self._running) + len(self._prefilling)
         with self._lock:
-            rows = [self._arrived.popleft() for _ in range(min(len(self._arrived), self.slots - busy))]
+            rows = list(itertools.islice(self._arrived, self.slots - busy))
         if not rows:
             return
+        self._release_nobodys()
         for row in rows:
             row.slot = self._parked.pop(row.session, -1)
         while len(self._parked) + busy + len(rows) > self.slots:
@@ -180,6 +187,15 @@ class Engine:
                     self._begin([row])
                 except Exception as error:
                     self._end(row, error)
+        for _ in rows:
+            self._arrived.popleft()
+
+    def _release_nobodys(self) -> None:
+        """Frees slots of rows that were broken off on their way in, as by Ctrl-C."""
+        if self._decoder:
+            known = {*self._running, *self._parked.values(), *(row.slot for row in self._prefilling)}
+            for slot in self._decoder.tokens.keys() - known:
+                self._decoder.release(slot)
 
     def _begin(self, rows: Sequence[Row]) -> None:
         """Plans the rows' prompts; raises where there is no memory for all of them."""
@@ -192,7 +208,7 @@ class Engine:
             self._decoder = self._open(len(rows), capacity)
         for row in rows:
             self._decoder.begin(row.slot, row.request.prompt)
-            self._prefilling.append(row)
+        self._prefilling.extend(rows)
 
     def _advance(self) -> None:
         """One step of all rows whose last token is not cached yet; those that cross the rope boundary go back first."""
@@ -200,9 +216,12 @@ class Engine:
         for slot, row in list(self._running.items()):
             assert self._decoder
             assert row.pending is not None
-            if self._decoder.crosses(slot):
+            if not self._decoder.next_chunk(slot) and self._decoder.crosses(slot):
                 self._decoder.renew(slot)
-                self._prefilling.append(self._running.pop(slot))
+            if self._decoder.next_chunk(slot):
+                if row not in self._prefilling:
+                    self._prefilling.append(row)
+                del self._running[slot]
             else:
                 tokens[slot] = row.pending
         if not tokens:
@@ -221,20 +240,21 @@ class Engine:
         for _ in range(len(self._prefilling)):
             row = self._prefilling[0]
             assert self._decoder
-            size = self._decoder.next_chunk(row.slot)
+            size = self._decoder.next_chunk(row.slot)  # 0 where Ctrl-C came right after the last one
             if spent and spent + size > self._decoder.chunk:
                 return
             spent += size
-            self._prefilling.popleft()
             try:
-                self._decoder.run_chunk(row.slot)
+                if size:
+                    self._decoder.run_chunk(row.slot)
             except Exception as error:  # ONNX Runtime's exceptions have no common base below this
                 self._end(row, error)
                 continue
             if self._decoder.next_chunk(row.slot):
-                self._prefilling.append(row)
+                self._prefilling.rotate(-1)
             else:
                 self._running[row.slot] = row
+                self._prefilling.popleft()
 
     def _choose(self) -> None:
         """The next token of every row that has logits for it."""

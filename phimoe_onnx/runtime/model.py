@@ -176,6 +176,10 @@ class PhiMoE:
                   logits float32 [vocab_size], and returns the logits to go on with: a bias, a grammar (-inf is never
                   drawn), or the same after a look at them. On a device it brings the logits to the host, which costs
                   time. What it raises comes to this caller.
+                - logprobs: 1 to 20: each new token comes with its log-probability and those of so many most likely
+                  tokens, as `Logprobs`, in `Piece.logprobs` and, one for each of token_ids, in `Generation.logprobs`.
+                  They are the model's own, before temperature, penalty and logits_processor, and change no token. On a
+                  device they bring the logits to the host, which costs time.
                 - tools: JSON schemas of functions, for a chat template that knows them.
 
         Returns:
@@ -209,19 +213,35 @@ class PhiMoE:
         self._expect("text-generation", "chat")
         return Conversation(self.engine, self.request, system)
 
-    def score(self, text: str | Sequence[int]) -> Score:
-        """The log-probability of every token of a text, or of token ids, in one forward pass over all of it.
+    @overload
+    def score(self, text: Prompt) -> Score: ...
+    @overload
+    def score(self, text: Batch) -> list[Score]: ...
+    def score(self, text: Prompt | Batch) -> Score | list[Score]:
+        """The log-probability of every token of a text, or of each text of a batch, in one forward pass over all of it.
+
+        Texts of a batch run one after the other, so each has the numbers, to the bit, that it has alone.
+
+        Args:
+            text: as for `classify`.
 
         Raises:
-            GenerationError: fewer than two tokens, more than the context holds, or an id outside the vocabulary.
+            GenerationError: a text has fewer than two tokens or more than the context holds, or an id outside the
+                vocabulary, before any is run.
 
         """
         self._expect("text-generation", "score")
-        ids = self.encode(text, "the text", limit=self.decoding.context)
-        if len(ids) < 2:
-            raise GenerationError(
-                "the text has one token; a score needs two, since the first one has nothing before it"
-            )
+        texts, batch = self._encode_texts(text)
+        for number, ids in enumerate(texts):
+            if len(ids) < 2:
+                name = f"text {number}" if batch else "the text"
+                raise GenerationError(
+                    f"{name} has one token; a score needs two, since the first one has nothing before it"
+                )
+        scores = [self._score(ids) for ids in texts]
+        return scores if batch else scores[0]
+
+    def _score(self, ids: list[int]) -> Score:
         logprobs = np.empty(len(ids) - 1, np.float32)
         start = 0
         for logits in self._logits(ids):
@@ -288,6 +308,8 @@ class PhiMoE:
                 is outside the vocabulary; or the limit.
 
         """
+        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+            raise GenerationError(f"{name} is an array of the shape {list(prompt.shape)}, expected token ids [tokens]")
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, str | Sequence | np.ndarray):
             kind = type(prompt).__name__
             raise GenerationError(f"{name} is of type {kind}, expected a string, or a list of messages or token ids")
@@ -348,7 +370,7 @@ class PhiMoE:
 
     def _encode_texts(self, text: Prompt | Batch) -> tuple[list[list[int]], bool]:
         """The token ids of each text, and whether it was a batch."""
-        batch = _is_batch(text) or (not isinstance(text, str) and not len(text))
+        batch = _is_batch(text) or _length(text) == 0
         ids = []
         for number, each in enumerate(cast("Sequence[Prompt]", text if batch else [text])):
             name = f"text {number}" if batch else "the text"
@@ -367,6 +389,11 @@ class PhiMoE:
 
 def _is_batch(prompt: Prompt | Batch) -> bool:
     """Whether this is several prompts: a list whose first item is itself a string or a list."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray) or not len(prompt):
-        return False
-    return not isinstance(prompt[0], Mapping | int | np.integer)
+    return bool(_length(prompt)) and not isinstance(cast("Sequence[Any]", prompt)[0], Mapping | int | np.integer)
+
+
+def _length(prompt: Any) -> int | None:
+    """The items of a list, a tuple or an array; None for what is none of these."""
+    if isinstance(prompt, np.ndarray):
+        return len(prompt) if prompt.ndim else None
+    return len(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray) else None
