@@ -262,7 +262,7 @@ def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a", {"stop": 5}, "stop is 5, expected a string"),
         ("a", {"max_tokens": 5}, r"max_tokens is no option; did you mean max_new_tokens\?"),
         ("a", {"temprature": 5}, r"temprature is no option; did you mean temperature\?"),
-        ("a", {"zzz": 5}, "zzz is no option; known ones are logits_processor, max_new_tokens, "),
+        ("a", {"zzz": 5}, "zzz is no option; known ones are logits_processor, logprobs, max_new_tokens, "),
         ("a", {"max_new_tokens": 5.0}, "max_new_tokens is 5.0, expected an integer"),
         ("a", {"max_new_tokens": True}, "max_new_tokens is True, expected an integer"),
         ("a", {"top_k": "5"}, "top_k is '5', expected an integer"),

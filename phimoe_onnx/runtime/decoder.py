@@ -77,7 +77,7 @@ class Decoder:
         """How many tokens `run_chunk` would run; 0 where nothing is planned."""
         if slot not in self._plans:
             return 0
-        return min(self.chunk, len(self._plans[slot][0]) - len(self.tokens[slot]))
+        return max(0, min(self.chunk, len(self._plans[slot][0]) - len(self.tokens[slot])))
 
     def run_chunk(self, slot: int) -> None:
         """Runs the next chunk of what is planned; after the last one the slot has logits."""

@@ -162,7 +162,7 @@ class Engine:
         """
         while self._arrived and (self._arrived[0].ended or self._arrived[0] in self._prefilling):
             self._arrived.popleft()
-        busy = len(self._running) + len(self._prefilling)
+        busy = len({*self._running.values(), *self._prefilling})  # Ctrl-C may have left a row in both
         with self._lock:
             rows = list(itertools.islice(self._arrived, self.slots - busy))
         if not rows:
@@ -216,6 +216,9 @@ class Engine:
         for slot, row in list(self._running.items()):
             assert self._decoder
             assert row.pending is not None
+            if len(self._decoder.tokens[slot]) == row.length:  # Ctrl-C came when its last one had just been cached
+                row.pending = None
+                continue
             if not self._decoder.next_chunk(slot) and self._decoder.crosses(slot):
                 self._decoder.renew(slot)
             if self._decoder.next_chunk(slot):

@@ -115,6 +115,11 @@ class Row:
         """The most tokens that the row may come to hold."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
+    @property
+    def length(self) -> int:
+        """The tokens that the row holds, prompt and new."""
+        return len(self.request.prompt) + len(self._token_ids)
+
     def add(self, token: int, logits: NDArray[np.float32] | None = None) -> Piece:
         """Takes the row's next token, with the logits [V] that it was chosen by where the request wants logprobs."""
         logprobs = None
