@@ -86,9 +86,12 @@ def make_request(
         max_new_tokens: this and the rest: see `PhiMoE.generate`.
 
     Raises:
-        GenerationError: an option is out of range, or the prompt and the new tokens do not fit the context.
+        GenerationError: an option is out of range, an id is negative, or the prompt and the new tokens do not fit the
+            context.
 
     """
+    if (lowest := min(prompt, default=0)) < 0:  # the decoder knows the highest
+        raise GenerationError(f"{name} holds {lowest}, expected token ids from 0")
     if len(prompt) >= context:
         raise GenerationError(
             f"{name} has {len(prompt)} tokens, which leaves no room in the context of {context}; shorten it"
