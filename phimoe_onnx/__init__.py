@@ -1,11 +1,15 @@
 """phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
 
-`export` and `verify` need the extra `[export]`, `PhiMoE` needs an ONNX Runtime, `[cpu]` or `[gpu]`; each is imported
-when it is first used.
+`export` and `verify` need the extra `[export]`, `PhiMoE` and what it returns an ONNX Runtime, `[cpu]` or `[gpu]`; each
+is imported when it is first used.
+
+Importing this package, or a part of it, turns ONNX Runtime's telemetry off for the process, where ONNX Runtime is not
+loaded already: it sets ORT_DISABLE_TELEMETRY=1 in the environment. A value that is there stays, so that 0 turns it on.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from phimoe_onnx._version import __version__
@@ -25,7 +29,9 @@ from phimoe_onnx.errors import (
 if TYPE_CHECKING:
     from phimoe_onnx.exporter.pipeline import export
     from phimoe_onnx.parity.verify import verify
-    from phimoe_onnx.runtime.model import PhiMoE
+    from phimoe_onnx.runtime.model import PhiMoE, Score
+    from phimoe_onnx.runtime.request import Options
+    from phimoe_onnx.runtime.row import Generation, Piece
 
 __all__ = [
     "BundleError",
@@ -34,20 +40,31 @@ __all__ = [
     "DeviceError",
     "EngineFullError",
     "ExportError",
+    "Generation",
     "GenerationError",
     "MissingPackageError",
+    "Options",
     "OutOfMemoryError",
     "PhiMoE",
     "PhiMoEError",
+    "Piece",
+    "Score",
     "__version__",
     "export",
     "verify",
 ]
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # in the process's own environment, before its library is loaded
+
+_RUNTIME = "phimoe_onnx.runtime"
 _LAZY = {
     "export": "phimoe_onnx.exporter.pipeline",
     "verify": "phimoe_onnx.parity.verify",
-    "PhiMoE": "phimoe_onnx.runtime.model",
+    "Generation": _RUNTIME,
+    "Options": _RUNTIME,
+    "PhiMoE": _RUNTIME,
+    "Piece": _RUNTIME,
+    "Score": _RUNTIME,
 }
 
 
@@ -59,7 +76,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        extra = "cpu" if name == "PhiMoE" or error.name == "onnxruntime" else "export"
+        extra = "cpu" if _LAZY[name] == _RUNTIME or error.name == "onnxruntime" else "export"
         raise MissingPackageError(
             f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'"
         ) from None

@@ -16,6 +16,7 @@ from phimoe_onnx.runtime.decoder import Decoder, Decoders
 from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import generate
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.runtime.ort import threads
 from phimoe_onnx.runtime.request import make_request
 from phimoe_onnx.runtime.sampling import Choice, Sampling
 from phimoe_onnx.runtime.slots.device import DeviceCache
@@ -41,18 +42,17 @@ class Sessions:
 
     def device(self, slots: int, capacity: int) -> Decoder:
         """Slots in the cache that is under test."""
-        return Decoders(self.model, self.decoding, sampling=self.sampling).open(slots, capacity)
+        return Decoders(threads.Sessions(self.model), self.decoding, sampling=self.sampling).open(slots, capacity)
 
     def host(self, slots: int, capacity: int) -> Decoder:
         """Slots in the CPU's cache, over the same graph."""
-        return Decoders(self.model, self.decoding).open(slots, capacity)
+        return Decoders(threads.Sessions(self.model), self.decoding).open(slots, capacity)
 
     def load(self, **options: Any) -> PhiMoE:
         """The bundle as it would be on a device; end tokens do not end its texts."""
         template = ChatTemplate(self.folder)
-        model = PhiMoE(
-            self.model, read_manifest(self.folder), self.tokenizer, template, "cpu", self.sampling, **options
-        )
+        sessions = threads.Sessions(self.model)
+        model = PhiMoE(sessions, read_manifest(self.folder), self.tokenizer, template, "cpu", self.sampling, **options)
         model.eos = frozenset()
         return model
 

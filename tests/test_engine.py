@@ -32,6 +32,7 @@ from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import PieceStream, generate
+from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.row import Generation, Piece
 from phimoe_onnx.runtime.sampling import draw, penalize, sample, uniform
@@ -71,7 +72,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         decoding = replace(manifest.decoding, cache=shape, prefill_chunk=CHUNK)
         tokenizer = Tokenizer(folder, manifest.decoding.hidden_tokens.values())
         model = PhiMoE(
-            sessions[quantize], replace(manifest, decoding=decoding), tokenizer, ChatTemplate(folder),
+            Sessions(sessions[quantize]), replace(manifest, decoding=decoding), tokenizer, ChatTemplate(folder),
             sampling=sampler if cache == "device" else None, **given,
         )  # fmt: skip
         model.eos = frozenset()

@@ -262,7 +262,7 @@ def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a", {"stop": 5}, "stop is 5, expected a string"),
         ("a", {"max_tokens": 5}, r"max_tokens is no option; did you mean max_new_tokens\?"),
         ("a", {"temprature": 5}, r"temprature is no option; did you mean temperature\?"),
-        ("a", {"zzz": 5}, "zzz is no option; known ones are logits_processor, max_new_tokens, "),
+        ("a", {"zzz": 5}, "zzz is no option; known ones are logits_processor, logprobs, max_new_tokens, "),
         ("a", {"max_new_tokens": 5.0}, "max_new_tokens is 5.0, expected an integer"),
         ("a", {"max_new_tokens": True}, "max_new_tokens is True, expected an integer"),
         ("a", {"top_k": "5"}, "top_k is '5', expected an integer"),
@@ -283,9 +283,36 @@ def test_bad_prompts_and_options_are_named_at_once(
 
 
 def test_bad_texts_to_score_are_named(loaded: Loaded) -> None:
-    for given, message in (("", "empty"), ([5], "one token"), ([5] * (CONTEXT + 1), f"{CONTEXT + 1} tokens")):
+    for given, message in (
+        ("", "the text is empty"),
+        ([5], "the text has one token"),
+        ([5] * (CONTEXT + 1), f"{CONTEXT + 1} tokens"),
+        (["a stop", ""], "text 1 is empty"),
+        ([[5, 6], [5]], "text 1 has one token"),
+        (np.array([[5, 6], [5, -1]]), "text 1 holds .*-1.*, expected token ids from 0"),
+        (np.array(5), "the text is an array of the shape \\[\\], expected token ids"),
+        (np.zeros((2, 2, 2), int), "text 0 is an array of the shape \\[2, 2\\]"),
+        (np.array([5.0, 6.0]), "the text holds .*5.0"),
+        (5, "the text is of type int, expected a string"),
+        (None, "the text is of type NoneType, expected a string"),
+    ):
         with pytest.raises(GenerationError, match=message):
             loaded[0].score(given)
+
+
+def test_a_batch_of_scores_is_what_each_text_gets_alone(loaded: Loaded) -> None:
+    model, _ = loaded
+    texts: list[Any] = ["the stop, a the the stop. and", [5, 6, 7], "a the"]
+    scores = model.score(texts)
+    for score, text in zip(scores, texts, strict=True):
+        alone = model.score(text)
+        assert score.token_ids == alone.token_ids
+        np.testing.assert_array_equal(score.logprobs, alone.logprobs)
+    array = np.array([[5, 6, 7, 8], [9, 5, 9, 5]])
+    rows = model.score(array)  # type: ignore[call-overload]
+    assert [row.token_ids for row in rows] == array.tolist()
+    np.testing.assert_array_equal(rows[1].logprobs, model.score([9, 5, 9, 5]).logprobs)
+    assert model.score([]) == []
 
 
 def test_the_whole_context_can_be_used(endless: Loaded) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.runtime.decoder import Decoders
+from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.sampling import Choice, Sampling
 from phimoe_onnx.runtime.slots.base import Cache
 from phimoe_onnx.runtime.slots.device import DeviceCache
@@ -30,14 +31,14 @@ class Slots:
     def __init__(self, folder: Path, kind: str) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self.session = ort.InferenceSession(str(folder / "model.onnx"), options)
+        self.sessions = Sessions(ort.InferenceSession(str(folder / "model.onnx"), options))
         self.decoding = read_manifest(folder).decoding
         sampler = ort.InferenceSession(ir.to_proto(sampling_graph()).SerializeToString(), options)
         self.cache: Cache = {
-            "shared": lambda: SharedCache(self.session, self.decoding, 2, 8),
-            "growing": lambda: GrowingCache(self.session, self.decoding, 2, 8),
-            "device": lambda: DeviceCache(self.session, sampler, self.decoding, "cpu", 2, 8),
-            "recorded": lambda: DeviceCache(self.session, sampler, self.decoding, "cpu", 2, 8, capture=True),
+            "shared": lambda: SharedCache(self.sessions, self.decoding, 2, 8),
+            "growing": lambda: GrowingCache(self.sessions, self.decoding, 2, 8),
+            "device": lambda: DeviceCache(self.sessions.main, sampler, self.decoding, "cpu", 2, 8),
+            "recorded": lambda: DeviceCache(self.sessions.main, sampler, self.decoding, "cpu", 2, 8, capture=True),
         }[kind]()
         self.tokens: dict[int, list[int]] = {}
         self.seen: dict[int, set[int]] = {}
@@ -54,7 +55,7 @@ class Slots:
         chosen = self.cache.choose(choices, {slot: len(self.tokens[slot]) for slot in slots})
         tokens: dict[int, int] = {}
         for slot, token in chosen.items():
-            [*_, expected] = Decoders(self.session, self.decoding).open(1, 128).logits(self.tokens[slot])
+            [*_, expected] = Decoders(self.sessions, self.decoding).open(1, 128).logits(self.tokens[slot])
             scores = expected[-1].copy()
             ids = sorted(self.seen[slot])
             scores[ids] = np.where(scores[ids] > 0, scores[ids] / penalty, scores[ids] * penalty)

@@ -2,7 +2,19 @@
 
 from phimoe_onnx.runtime.classification import Classification
 from phimoe_onnx.runtime.conversation import Conversation
+from phimoe_onnx.runtime.logprobs import Alternative, Logprobs
 from phimoe_onnx.runtime.model import PhiMoE, Score
+from phimoe_onnx.runtime.request import Options
 from phimoe_onnx.runtime.row import Generation, Piece
 
-__all__ = ["Classification", "Conversation", "Generation", "PhiMoE", "Piece", "Score"]
+__all__ = [
+    "Alternative",
+    "Classification",
+    "Conversation",
+    "Generation",
+    "Logprobs",
+    "Options",
+    "PhiMoE",
+    "Piece",
+    "Score",
+]

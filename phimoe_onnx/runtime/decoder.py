@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import Decoding
-from phimoe_onnx.errors import OutOfMemoryError
+from phimoe_onnx.errors import GenerationError, OutOfMemoryError
 from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.sampling import Choice
 from phimoe_onnx.runtime.slots.base import Cache
 from phimoe_onnx.runtime.slots.device import DeviceCache
@@ -36,6 +37,7 @@ class Decoder:
     def __init__(self, cache: Cache, decoding: Decoding) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.chunk = decoding.prefill_chunk
+        self._vocab_size = decoding.vocab_size
         self._cache = cache
         self._bytes_per_token = decoding.cache.bytes_per_token
         self._boundary = decoding.rope_boundary
@@ -45,7 +47,13 @@ class Decoder:
         ] = {}  # the ids that the slot is to hold, and their rope_length
 
     def begin(self, slot: int, ids: Sequence[int]) -> None:
-        """Makes the slot keep the longest prefix of `ids` that it holds, and plans the rest, for `run_chunk`."""
+        """Makes the slot keep the longest prefix of `ids` that it holds, and plans the rest, for `run_chunk`.
+
+        Raises:
+            GenerationError: an id is outside the vocabulary.
+
+        """
+        self._check(ids)
         held = self.tokens.setdefault(slot, [])
         reusable = 0
         if self._long.get(slot) == self._is_long(len(ids)):
@@ -61,14 +69,15 @@ class Decoder:
     def renew(self, slot: int) -> None:
         """Plans all tokens that the slot holds once more, rotated as the next one will be."""
         ids = self.tokens[slot]
+        self._plans[slot] = (ids, len(ids) + 1)  # in an order in which Ctrl-C loses no token
         self.tokens[slot] = []
-        self._plan(slot, ids, len(ids) + 1)
+        self._long[slot] = self._is_long(len(ids) + 1)
 
     def next_chunk(self, slot: int) -> int:
         """How many tokens `run_chunk` would run; 0 where nothing is planned."""
         if slot not in self._plans:
             return 0
-        return min(self.chunk, len(self._plans[slot][0]) - len(self.tokens[slot]))
+        return max(0, min(self.chunk, len(self._plans[slot][0]) - len(self.tokens[slot])))
 
     def run_chunk(self, slot: int) -> None:
         """Runs the next chunk of what is planned; after the last one the slot has logits."""
@@ -84,6 +93,10 @@ class Decoder:
         """The token that follows each slot's last one, or the error that kept it from having one: `Cache.choose`."""
         return self._cache.choose(choices, {slot: len(self.tokens[slot]) for slot in choices})
 
+    def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """The logits [V] that `choose` chooses by, or has chosen by."""
+        return self._cache.last_logits(slots)
+
     def step(self, tokens: Mapping[int, int]) -> dict[int, Exception]:
         """Appends one token to each slot of `tokens`.
 
@@ -91,7 +104,11 @@ class Decoder:
             The errors of the slots that it could not be appended to. Where the step fails as a whole, each slot is
             run alone, so that only those have an error that fail by themselves.
 
+        Raises:
+            GenerationError: an id is outside the vocabulary.
+
         """
+        self._check(tokens.values())
         lengths = {slot: len(self.tokens[slot]) for slot in tokens}
         failed: dict[int, Exception] = {}
         try:
@@ -107,6 +124,7 @@ class Decoder:
 
     def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """In slot 0, from nothing: the logits after each token, in order, in pieces float32 [up to `chunk`, V]."""
+        self._check(ids)
         self.tokens[0] = []
         self._plan(0, ids, len(ids))
         while self.next_chunk(0):
@@ -169,6 +187,12 @@ class Decoder:
                 failed[slot] = error
         return failed
 
+    def _check(self, ids: Collection[int]) -> None:
+        """A graph that gathers quantised rows has numbers for any id at all."""
+        for id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= id < self._vocab_size:
+                raise GenerationError(f"{id} is no token id, expected 0 to {self._vocab_size - 1}")
+
     def _is_long(self, length: int) -> bool:
         return self._boundary is not None and length > self._boundary
 
@@ -178,7 +202,7 @@ class Decoders:
     """Opens decoders over a bundle's graphs.
 
     Attributes:
-        session: the bundle's graph.
+        sessions: over the bundle's graph.
         decoding: the manifest's section about it.
         device: where it runs.
         sampling: the sampling graph, where rows stay on a device; else None.
@@ -188,7 +212,7 @@ class Decoders:
 
     """
 
-    session: InferenceSession
+    sessions: Sessions
     decoding: Decoding
     device: str = "cpu"
     sampling: InferenceSession | None = None
@@ -213,7 +237,7 @@ class Decoders:
     def _cache(self, slots: int, capacity: int) -> Cache:
         if self.sampling is None:
             host = SharedCache if self.decoding.cache.shared else GrowingCache
-            return host(self.session, self.decoding, slots, capacity)
+            return host(self.sessions, self.decoding, slots, capacity)
         fits = [key for key in self.idle or {} if key[0] == slots and key[1] >= capacity]
         if self.idle and fits:
             cache = self.idle.pop(min(fits))
@@ -221,7 +245,7 @@ class Decoders:
             return cache
         capture = self.idle is not None
         return DeviceCache(
-            self.session, self.sampling, self.decoding, self.device, slots, capacity, self.limit, capture
+            self.sessions.main, self.sampling, self.decoding, self.device, slots, capacity, self.limit, capture
         )
 
 

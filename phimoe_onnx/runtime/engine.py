@@ -8,10 +8,14 @@ others.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
 
 from phimoe_onnx.errors import EngineFullError, GenerationError
 from phimoe_onnx.runtime.decoder import Decoder
@@ -152,12 +156,18 @@ class Engine:
         self._choose()
 
     def _admit(self) -> None:
-        """Gives slots to rows that wait, and room in the caches; parked slots make way."""
-        busy = len(self._running) + len(self._prefilling)
+        """Gives slots to rows that wait, and room in the caches; parked slots make way.
+
+        A row leaves the queue last of all, so that Ctrl-C in between loses nobody's.
+        """
+        while self._arrived and (self._arrived[0].ended or self._arrived[0] in self._prefilling):
+            self._arrived.popleft()
+        busy = len({*self._running.values(), *self._prefilling})  # Ctrl-C may have left a row in both
         with self._lock:
-            rows = [self._arrived.popleft() for _ in range(min(len(self._arrived), self.slots - busy))]
+            rows = list(itertools.islice(self._arrived, self.slots - busy))
         if not rows:
             return
+        self._release_nobodys()
         for row in rows:
             row.slot = self._parked.pop(row.session, -1)
         while len(self._parked) + busy + len(rows) > self.slots:
@@ -177,6 +187,15 @@ class Engine:
                     self._begin([row])
                 except Exception as error:
                     self._end(row, error)
+        for _ in rows:
+            self._arrived.popleft()
+
+    def _release_nobodys(self) -> None:
+        """Frees slots of rows that were broken off on their way in, as by Ctrl-C."""
+        if self._decoder:
+            known = {*self._running, *self._parked.values(), *(row.slot for row in self._prefilling)}
+            for slot in self._decoder.tokens.keys() - known:
+                self._decoder.release(slot)
 
     def _begin(self, rows: Sequence[Row]) -> None:
         """Plans the rows' prompts; raises where there is no memory for all of them."""
@@ -189,7 +208,7 @@ class Engine:
             self._decoder = self._open(len(rows), capacity)
         for row in rows:
             self._decoder.begin(row.slot, row.request.prompt)
-            self._prefilling.append(row)
+        self._prefilling.extend(rows)
 
     def _advance(self) -> None:
         """One step of all rows whose last token is not cached yet; those that cross the rope boundary go back first."""
@@ -197,9 +216,15 @@ class Engine:
         for slot, row in list(self._running.items()):
             assert self._decoder
             assert row.pending is not None
-            if self._decoder.crosses(slot):
+            if len(self._decoder.tokens[slot]) == row.length:  # Ctrl-C came when its last one had just been cached
+                row.pending = None
+                continue
+            if not self._decoder.next_chunk(slot) and self._decoder.crosses(slot):
                 self._decoder.renew(slot)
-                self._prefilling.append(self._running.pop(slot))
+            if self._decoder.next_chunk(slot):
+                if row not in self._prefilling:
+                    self._prefilling.append(row)
+                del self._running[slot]
             else:
                 tokens[slot] = row.pending
         if not tokens:
@@ -218,20 +243,21 @@ class Engine:
         for _ in range(len(self._prefilling)):
             row = self._prefilling[0]
             assert self._decoder
-            size = self._decoder.next_chunk(row.slot)
+            size = self._decoder.next_chunk(row.slot)  # 0 where Ctrl-C came right after the last one
             if spent and spent + size > self._decoder.chunk:
                 return
             spent += size
-            self._prefilling.popleft()
             try:
-                self._decoder.run_chunk(row.slot)
+                if size:
+                    self._decoder.run_chunk(row.slot)
             except Exception as error:  # ONNX Runtime's exceptions have no common base below this
                 self._end(row, error)
                 continue
             if self._decoder.next_chunk(row.slot):
-                self._prefilling.append(row)
+                self._prefilling.rotate(-1)
             else:
                 self._running[row.slot] = row
+                self._prefilling.popleft()
 
     def _choose(self) -> None:
         """The next token of every row that has logits for it."""
@@ -240,8 +266,11 @@ class Engine:
             return
         assert self._decoder
         tokens: dict[int, int | Exception]
+        logits: dict[int, NDArray[np.float32]] = {}
         try:
             tokens = self._decoder.choose(choices)
+            if wanted := [slot for slot in choices if self._running[slot].request.logprobs]:
+                logits = self._decoder.last_logits(wanted)
         except Exception as error:  # the sampling graph's, on a device
             tokens = dict.fromkeys(choices, error)
         for slot, token in tokens.items():
@@ -250,7 +279,7 @@ class Engine:
                 self._end(row, token)
                 continue
             try:
-                piece = row.add(token)
+                piece = row.add(token, logits.get(slot))
                 if piece.result:  # before anybody hears of it, who may want the slot
                     self._end(row)
                 row.deliver(piece)

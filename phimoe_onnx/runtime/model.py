@@ -18,7 +18,8 @@ from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder, Decoders
 from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import PieceStream, generate
-from phimoe_onnx.runtime.ort.session import open_sampling, open_session
+from phimoe_onnx.runtime.ort.session import open_sampling, open_sessions
+from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.request import Options, Request, check_names, make_request
 from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.runtime.texts import run_texts
@@ -67,7 +68,7 @@ class PhiMoE:
 
     def __init__(
         self,
-        session: InferenceSession,
+        sessions: Sessions,
         manifest: Manifest,
         tokenizer: Tokenizer,
         template: ChatTemplate,
@@ -83,11 +84,11 @@ class PhiMoE:
         self.decoding = manifest.decoding
         self.tokenizer = tokenizer
         self.eos = frozenset(manifest.decoding.eos_token_ids)
-        self._session = session
+        self._sessions = sessions
         self._template = template
         self._room = min(manifest.decoding.context, capacity or manifest.decoding.context)  # of one request, in tokens
         self._decoders = Decoders(
-            session, manifest.decoding, device, sampling, cache_limit, idle={} if cuda_graphs else None
+            sessions, manifest.decoding, device, sampling, cache_limit, idle={} if cuda_graphs else None
         )
         self.engine = Engine(self._decoders.open, tokenizer, slots, queue)
 
@@ -109,7 +110,8 @@ class PhiMoE:
         Args:
             bundle: its folder.
             device: "cpu" or "cuda"; never another than the one asked for.
-            threads: threads for one operator; None leaves it to ONNX Runtime.
+            threads: threads for one operator, from 1 to 256 or the number of processors, whichever is more. None is one
+                a physical core, and a single one for passes that are too small for more.
             memory_limit: on CUDA, the bytes that weights and passes may take, and that a cache may take beside the
                 weights, so that several models share a card.
             cuda_graphs: on CUDA, record a decode step once and replay it. A model then serves one thread, and keeps a
@@ -138,12 +140,11 @@ class PhiMoE:
             decoding = manifest.decoding
             tokenizer = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)
             template = ChatTemplate(folder)
-            session = open_session(folder, manifest, device, threads, memory_limit, cuda_graphs)
+            sessions = open_sessions(folder, manifest, device, threads, memory_limit, cuda_graphs)
             sampling = open_sampling(folder, manifest, device)
-        weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
-        cache_limit = None if memory_limit is None else memory_limit - weights
+        cache_limit = None if memory_limit is None else memory_limit - sessions.weights
         options = (sampling, cache_limit, cuda_graphs, slots, queue, capacity)
-        return cls(session, manifest, tokenizer, template, device, *options)
+        return cls(sessions, manifest, tokenizer, template, device, *options)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
@@ -175,6 +176,10 @@ class PhiMoE:
                   logits float32 [vocab_size], and returns the logits to go on with: a bias, a grammar (-inf is never
                   drawn), or the same after a look at them. On a device it brings the logits to the host, which costs
                   time. What it raises comes to this caller.
+                - logprobs: 1 to 20: each new token comes with its log-probability and those of so many most likely
+                  tokens, as `Logprobs`, in `Piece.logprobs` and, one for each of token_ids, in `Generation.logprobs`.
+                  They are the model's own, before temperature, penalty and logits_processor, and change no token. On a
+                  device they bring the logits to the host, which costs time.
                 - tools: JSON schemas of functions, for a chat template that knows them.
 
         Returns:
@@ -208,19 +213,35 @@ class PhiMoE:
         self._expect("text-generation", "chat")
         return Conversation(self.engine, self.request, system)
 
-    def score(self, text: str | Sequence[int]) -> Score:
-        """The log-probability of every token of a text, or of token ids, in one forward pass over all of it.
+    @overload
+    def score(self, text: Prompt) -> Score: ...
+    @overload
+    def score(self, text: Batch) -> list[Score]: ...
+    def score(self, text: Prompt | Batch) -> Score | list[Score]:
+        """The log-probability of every token of a text, or of each text of a batch, in one forward pass over all of it.
+
+        Texts of a batch run one after the other, so each has the numbers, to the bit, that it has alone.
+
+        Args:
+            text: as for `classify`.
 
         Raises:
-            GenerationError: fewer than two tokens, more than the context holds, or an id outside the vocabulary.
+            GenerationError: a text has fewer than two tokens or more than the context holds, or an id outside the
+                vocabulary, before any is run.
 
         """
         self._expect("text-generation", "score")
-        ids = self.encode(text, "the text", limit=self.decoding.context)
-        if len(ids) < 2:
-            raise GenerationError(
-                "the text has one token; a score needs two, since the first one has nothing before it"
-            )
+        texts, batch = self._encode_texts(text)
+        for number, ids in enumerate(texts):
+            if len(ids) < 2:
+                name = f"text {number}" if batch else "the text"
+                raise GenerationError(
+                    f"{name} has one token; a score needs two, since the first one has nothing before it"
+                )
+        scores = [self._score(ids) for ids in texts]
+        return scores if batch else scores[0]
+
+    def _score(self, ids: list[int]) -> Score:
         logprobs = np.empty(len(ids) - 1, np.float32)
         start = 0
         for logits in self._logits(ids):
@@ -261,7 +282,7 @@ class PhiMoE:
         self._expect("text-classification", "classify")
         ids, batch = self._encode_texts(text)
         assert self.manifest.classes
-        results = [classify(logits, self.manifest.classes) for logits in run_texts(self._session, ids)]
+        results = [classify(logits, self.manifest.classes) for logits in run_texts(self._sessions.main, ids)]
         return results if batch else results[0]
 
     def embed(self, text: Prompt | Batch) -> NDArray[np.float32]:
@@ -272,7 +293,7 @@ class PhiMoE:
         """
         self._expect("feature-extraction", "embed")
         ids, batch = self._encode_texts(text)
-        results = run_texts(self._session, ids)
+        results = run_texts(self._sessions.main, ids)
         return results if batch else results[0]
 
     def encode(
@@ -287,6 +308,8 @@ class PhiMoE:
                 is outside the vocabulary; or the limit.
 
         """
+        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+            raise GenerationError(f"{name} is an array of the shape {list(prompt.shape)}, expected token ids [tokens]")
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, str | Sequence | np.ndarray):
             kind = type(prompt).__name__
             raise GenerationError(f"{name} is of type {kind}, expected a string, or a list of messages or token ids")
@@ -347,7 +370,7 @@ class PhiMoE:
 
     def _encode_texts(self, text: Prompt | Batch) -> tuple[list[list[int]], bool]:
         """The token ids of each text, and whether it was a batch."""
-        batch = _is_batch(text) or (not isinstance(text, str) and not len(text))
+        batch = _is_batch(text) or _length(text) == 0
         ids = []
         for number, each in enumerate(cast("Sequence[Prompt]", text if batch else [text])):
             name = f"text {number}" if batch else "the text"
@@ -366,6 +389,11 @@ class PhiMoE:
 
 def _is_batch(prompt: Prompt | Batch) -> bool:
     """Whether this is several prompts: a list whose first item is itself a string or a list."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray) or not len(prompt):
-        return False
-    return not isinstance(prompt[0], Mapping | int | np.integer)
+    return bool(_length(prompt)) and not isinstance(cast("Sequence[Any]", prompt)[0], Mapping | int | np.integer)
+
+
+def _length(prompt: Any) -> int | None:
+    """The items of a list, a tuple or an array; None for what is none of these."""
+    if isinstance(prompt, np.ndarray):
+        return len(prompt) if prompt.ndim else None
+    return len(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray) else None

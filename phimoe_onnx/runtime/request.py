@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.runtime.logprobs import MOST_LOGPROBS
 from phimoe_onnx.runtime.sampling import LogitsProcessor, Sampling
 from phimoe_onnx.text.template import Tools
 from phimoe_onnx.text.tokenizer import check_characters
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     logits_processor: LogitsProcessor | None
+    logprobs: int | None
     tools: Tools | None
 
 
@@ -44,6 +46,7 @@ class Request:
         stop: strings that end the text.
         eos: tokens that end it.
         logits_processor: see `sampling.Choice`.
+        logprobs: how many alternatives each new token comes with; 0 is none, and no log-probability either.
 
     """
 
@@ -53,6 +56,7 @@ class Request:
     stop: Sequence[str]
     eos: frozenset[int]
     logits_processor: LogitsProcessor | None = None
+    logprobs: int = 0
 
 
 def make_request(
@@ -70,6 +74,7 @@ def make_request(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     logits_processor: LogitsProcessor | None = None,
+    logprobs: int | None = None,
 ) -> Request:
     """A request whose options are in range and whose tokens fit a `context` of so many.
 
@@ -81,9 +86,12 @@ def make_request(
         max_new_tokens: this and the rest: see `PhiMoE.generate`.
 
     Raises:
-        GenerationError: an option is out of range, or the prompt and the new tokens do not fit the context.
+        GenerationError: an option is out of range, an id is negative, or the prompt and the new tokens do not fit the
+            context.
 
     """
+    if (lowest := min(prompt, default=0)) < 0:  # the decoder knows the highest
+        raise GenerationError(f"{name} holds {lowest}, expected token ids from 0")
     if len(prompt) >= context:
         raise GenerationError(
             f"{name} has {len(prompt)} tokens, which leaves no room in the context of {context}; shorten it"
@@ -106,7 +114,10 @@ def make_request(
         1.0 if repetition_penalty is None else _number("repetition_penalty", repetition_penalty),
         secrets.randbits(64) if seed is None else _integer("seed", seed),
     )
-    return Request(prompt, max_new_tokens, sampling, _stops(stop), eos, logits_processor)
+    logprobs = 0 if logprobs is None else _integer("logprobs", logprobs)
+    if not 0 <= logprobs <= MOST_LOGPROBS:
+        raise GenerationError(f"logprobs is {logprobs}, expected 0 (off) to {MOST_LOGPROBS}")
+    return Request(prompt, max_new_tokens, sampling, _stops(stop), eos, logits_processor, logprobs)
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from phimoe_onnx.runtime.logprobs import Logprobs, token_logprobs
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.sampling import Choice
 from phimoe_onnx.runtime.stop import StopStrings
@@ -26,6 +30,7 @@ class Generation:
         prompt_tokens: the length of the prompt.
         first_token_seconds: from the call to the row's first token.
         seconds: from the call to the row's last token.
+        logprobs: of each of token_ids, where they were asked for; else None.
 
     """
 
@@ -35,6 +40,7 @@ class Generation:
     prompt_tokens: int
     first_token_seconds: float
     seconds: float
+    logprobs: list[Logprobs] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,6 +58,7 @@ class Piece:
         text: the text that became certain with it; empty while a character is incomplete or a stop string may have
             begun.
         result: on the row's last piece, all of it; else None.
+        logprobs: the token's, where they were asked for; else None.
 
     """
 
@@ -59,6 +66,7 @@ class Piece:
     token_id: int
     text: str
     result: Generation | None
+    logprobs: Logprobs | None = None
 
 
 class Row:
@@ -85,6 +93,7 @@ class Row:
     ) -> None:
         self.request = request
         self._token_ids: list[int] = []
+        self._logprobs: list[Logprobs] | None = [] if request.logprobs else None
         self._seen = set(request.prompt)
         self.choice = Choice(request.sampling, self._token_ids, self._seen, request.logits_processor)
         self.deliver = deliver
@@ -95,6 +104,7 @@ class Row:
         self._number = number
         self._start = self._first = time.perf_counter()
         self._text = ""
+        self._tokenizer = tokenizer
         self._characters = tokenizer.stream(request.prompt)
         self._strings = StopStrings(request.stop)
         # a hidden token has no text that a stop string could be found in
@@ -105,8 +115,18 @@ class Row:
         """The most tokens that the row may come to hold."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
-    def add(self, token: int) -> Piece:
-        """Takes the row's next token."""
+    @property
+    def length(self) -> int:
+        """The tokens that the row holds, prompt and new."""
+        return len(self.request.prompt) + len(self._token_ids)
+
+    def add(self, token: int, logits: NDArray[np.float32] | None = None) -> Piece:
+        """Takes the row's next token, with the logits [V] that it was chosen by where the request wants logprobs."""
+        logprobs = None
+        if self._logprobs is not None:
+            assert logits is not None
+            logprobs = token_logprobs(logits, token, self.request.logprobs, self._tokenizer)
+            self._logprobs.append(logprobs)
         now = time.perf_counter()
         if not self._token_ids:
             self._first = now
@@ -124,12 +144,12 @@ class Row:
             reason = "length"
         if reason is None:
             self._text += text
-            return Piece(self._number, token, text, None)
+            return Piece(self._number, token, text, None, logprobs)
         if not stopped:  # what waited for what might follow it
             last, met = self._strings.add(self._characters.finish())
             text, reason = text + last, "stop" if met else reason
         text += self._strings.finish()
         self._text += text
         seconds = (self._first - self._start, now - self._start)
-        result = Generation(self._text, self._token_ids, reason, len(self.request.prompt), *seconds)
-        return Piece(self._number, token, text, result)
+        result = Generation(self._text, self._token_ids, reason, len(self.request.prompt), *seconds, self._logprobs)
+        return Piece(self._number, token, text, result, logprobs)

@@ -85,7 +85,7 @@ def sample_rows(logits: Mapping[int, NDArray[np.float32]], choices: Mapping[int,
         try:
             scores = logits[slot]
             if choice.logits_processor:
-                scores = _process(scores, choice.token_ids, choice.logits_processor)
+                scores = _process(scores.copy(), choice.token_ids, choice.logits_processor)
             tokens[slot] = sample(scores, choice.sampling, len(choice.token_ids), choice.seen)
         except Exception as error:  # a processor is the caller's code and may raise anything
             tokens[slot] = error
@@ -93,11 +93,19 @@ def sample_rows(logits: Mapping[int, NDArray[np.float32]], choices: Mapping[int,
 
 
 def _process(logits: NDArray[np.float32], token_ids: Sequence[int], processor: LogitsProcessor) -> NDArray[np.float32]:
-    processed = np.asarray(processor(token_ids, logits), np.float32)
+    returned = processor(token_ids, logits)
+    try:
+        processed = np.asarray(returned, np.float32)
+    except (TypeError, ValueError):
+        raise GenerationError(
+            f"logits_processor returned {type(returned).__name__}, expected an array of {len(logits)} logits"
+        ) from None
     if processed.shape != logits.shape:
         raise GenerationError(
             f"logits_processor returned the shape {list(processed.shape)}, expected {list(logits.shape)}"
         )
+    if not np.isfinite(largest := processed.max()):
+        raise GenerationError(f"logits_processor returned logits whose largest is {largest}, expected a number")
     return processed
 
 

@@ -65,6 +65,10 @@ class Tokenizer:
         id = self._tokenizer.token_to_id(token)
         return None if id is None else int(id)
 
+    def token_text(self, id: int) -> str:
+        """A token's own text behind other text: "" where there is no such token, and a hidden one's name."""
+        return (self._tokenizer.id_to_token(id) or "") if id in self.hidden else self._continue([id])
+
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A stream of the text that continues `prompt`."""
         return TextStream(self, prompt)

@@ -94,7 +94,7 @@ def test_every_hidden_state(checkpoint: Path, task: str, tmp_path: Path) -> None
             .last_hidden_state[mask > 0]
             .numpy()
         )
-    session = PhiMoE.load(export(checkpoint, tmp_path / "bundle"), threads=1)._session
+    session = PhiMoE.load(export(checkpoint, tmp_path / "bundle"), threads=1)._sessions.main
     (hidden,) = session.run(["last_hidden_state"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
     assert_close(hidden[mask.numpy() > 0], theirs)
 

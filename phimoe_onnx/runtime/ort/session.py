@@ -15,6 +15,7 @@ from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.ort.external_data import check_external_data
 from phimoe_onnx.runtime.ort.mapped import released
+from phimoe_onnx.runtime.ort.threads import SPIN_DURATION, Sessions, check_threads, is_small
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
@@ -22,48 +23,51 @@ PROVIDED: frozenset[str] = frozenset()  # what a graph may require and this rele
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
-def open_session(
+def open_sessions(
     bundle: Path,
     manifest: Manifest,
     device: str,
     threads: int | None,
     memory_limit: int | None = None,
     cuda_graphs: bool = False,
-) -> ort.InferenceSession:
-    """A session over the first graph of the manifest that the installed ONNX Runtime can load on the device.
+) -> Sessions:
+    """Sessions over the first graph of the manifest that the installed ONNX Runtime can load on the device.
 
     Args:
         bundle: the bundle's folder.
         manifest: its manifest.
         device: "cpu" or "cuda".
-        threads: threads for one operator; None leaves it to ONNX Runtime, which takes one a physical core.
+        threads: threads for one operator; None is one a physical core, which is ONNX Runtime's choice, and a single one
+            for passes that are too small for more.
         memory_limit: bytes on a CUDA device that weights and passes may take; None is all.
         cuda_graphs: whether the session can record and replay runs.
 
     Raises:
         OutOfMemoryError: the device has too little memory.
         DeviceError: the device is unknown or not available, the bundle was not exported for it, requires what is not
-            known here, or ONNX Runtime is too old for the bundle or refuses its graph.
+            known here, ONNX Runtime is too old for the bundle or refuses its graph, or `threads` is no number of them.
         BundleError: the graph reads files that the manifest does not list, or is not as the manifest says.
 
     """
     check_device(device)
     graph = choose_graph(manifest, device, ort.__version__)
-    if threads is not None and threads < 1:
-        raise DeviceError(f"threads is {threads}, expected 1 or more, or None for ONNX Runtime's own choice")
+    check_threads(threads)
     for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": cuda_graphs}.items():
         if given and device != "cuda":
             raise DeviceError(f"{name} is for device='cuda', the device is {device!r}")
     path = bundle / graph.file
     check_external_data(path, manifest.files)
+    weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
     with released(bundle):
-        session = _open(path, device, threads, memory_limit, cuda_graphs)
-    check_graph(session, manifest, path, graph.optional_inputs)
-    return session
+        main = _open(path, device, threads, memory_limit, cuda_graphs)
+        alone = threads is None and device == "cpu" and is_small(weights)
+        single = _open(path, device, 1) if alone else None
+    check_graph(main, manifest, path, graph.optional_inputs)
+    return Sessions(main, single, weights)
 
 
 def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.InferenceSession | None:
-    """A session over the bundle's sampling graph, if it has one; raises as `open_session` does."""
+    """A session over the bundle's sampling graph, if it has one; raises as `open_sessions` does."""
     file = manifest.decoding.sampling_graph
     if file is None or device == "cpu":
         return None
@@ -78,7 +82,8 @@ def _open(
     options.log_severity_level = _ERRORS_ONLY
     # by any name: external_data.py knows this one
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = int(threads or 0)
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_DURATION)
     provider = PROVIDERS[device]
     choices = {}
     if device == "cuda":

@@ -50,6 +50,9 @@ class Cache(Protocol):
         not finite, or what its logits_processor raised.
         """
 
+    def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """The logits [V] that the slots' next tokens are or were chosen by, until the next run; from a device, too."""
+
     def release(self, slot: int) -> None:
         """Forgets a slot, if it is known."""
 

@@ -6,7 +6,7 @@ Dimensions as in host.py, but T is the capacity: buffers, mask and token ids kee
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -121,6 +121,11 @@ class DeviceCache:
             self._rows(choices),
         )
         return {slots[place]: token for place, token in chosen.items()}
+
+    def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """See `Cache`."""
+        logits = self.sampler.logits()
+        return {slot: logits[self._places[slot]] for slot in slots}
 
     def clear(self) -> None:
         """Forgets every slot; the cache is as new, its buffers where they were."""

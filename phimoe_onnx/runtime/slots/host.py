@@ -6,7 +6,7 @@ says what a cache does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +18,10 @@ from phimoe_onnx.runtime.sampling import Choice, sample_rows
 from phimoe_onnx.runtime.slots.base import free_place, round_up, scalars
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding
+    from onnxruntime import IOBinding
 
     from phimoe_onnx.bundle import Decoding
+    from phimoe_onnx.runtime.ort.threads import Sessions
 
 
 class SharedCache:
@@ -33,8 +34,8 @@ class SharedCache:
     tokens a row, a move costs 0.02 ms once, and a gap, whose row would compute along, 0.13 ms in each step of eight.
     """
 
-    def __init__(self, session: InferenceSession, decoding: Decoding, slots: int, capacity: int) -> None:
-        self._session = session
+    def __init__(self, sessions: Sessions, decoding: Decoding, slots: int, capacity: int) -> None:
+        self._sessions = sessions
         self._vocab_size = decoding.vocab_size
         self._dtype = np.dtype(decoding.cache.dtype)
         self._heads, self._width = decoding.cache.num_key_value_heads, decoding.cache.head_dim
@@ -54,7 +55,7 @@ class SharedCache:
         if slot not in self._places:
             self._places[slot] = free_place(self._places.values())
         self._used[slot] = past + len(ids)
-        binding = self._bind(self._places[slot], 1)
+        binding = self._bind(self._places[slot], 1, len(ids))
         wanted = scalars(keep, rope_length)
         for name, value in wanted.items():
             binding.bind_ortvalue_input(name, value)
@@ -68,7 +69,7 @@ class SharedCache:
         if tokens.keys() != self._order.keys():
             first = self._gather(tokens)
             self._order = dict.fromkeys(sorted(tokens, key=self._places.__getitem__))
-            self._step = self._bind(first, len(tokens))
+            self._step = self._bind(first, len(tokens), len(tokens))
             for name, value in self._last.items():
                 self._step.bind_ortvalue_input(name, value)
         total = [lengths[slot] + 1 for slot in self._order]
@@ -81,6 +82,10 @@ class SharedCache:
     def choose(self, choices: Mapping[int, Choice], lengths: Mapping[int, int]) -> dict[int, int | Exception]:
         """See `Cache`."""
         return sample_rows(self._logits, choices)
+
+    def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """See `Cache`."""
+        return {slot: self._logits[slot] for slot in slots}
 
     def release(self, slot: int) -> None:
         """See `Cache`."""
@@ -129,9 +134,9 @@ class SharedCache:
         if other is not None:
             self._places[other] = before
 
-    def _bind(self, first: int, rows: int) -> IOBinding:
-        """A binding of `rows` places from `first` on, of every buffer, as past and as present."""
-        binding = self._session.io_binding()
+    def _bind(self, first: int, rows: int, tokens: int) -> IOBinding:
+        """A binding of `rows` places from `first` on, of every buffer, as past and as present, for new `tokens`."""
+        binding = self._sessions.of(tokens).io_binding()
         shape = [rows, self._heads, self.capacity, self._width]
         offset = first * int(np.prod(shape[1:])) * self._dtype.itemsize
         for past, present, buffer in zip(self._past, self._present, self._buffers, strict=True):
@@ -149,7 +154,7 @@ class SharedCache:
         binding.bind_ortvalue_input(ATTENTION_MASK, OrtValue.ortvalue_from_numpy(mask))
         logits = np.empty((len(tokens), kept, self._vocab_size), np.float32)
         binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._sessions.of(tokens.size).run_with_iobinding(binding)
         return logits
 
 
@@ -158,9 +163,9 @@ class GrowingCache:
     operators.
     """
 
-    def __init__(self, session: InferenceSession, decoding: Decoding, slots: int, capacity: int) -> None:
+    def __init__(self, sessions: Sessions, decoding: Decoding, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
-        self._session = session
+        self._sessions = sessions
         self._past = cache_names(decoding.cache.num_hidden_layers, "past_key_values")
         self._outputs = [LOGITS, *cache_names(decoding.cache.num_hidden_layers, "present")]
         shape = (1, decoding.cache.num_key_value_heads, 0, decoding.cache.head_dim)
@@ -183,7 +188,7 @@ class GrowingCache:
         inputs = scalars(keep, rope_length)
         inputs.update((name, OrtValue.ortvalue_from_numpy(array)) for name, array in arrays.items())
         inputs.update(zip(self._past, cached, strict=True))
-        logits, *self._cached[slot] = self._session.run_with_ort_values(self._outputs, inputs)
+        logits, *self._cached[slot] = self._sessions.of(len(ids)).run_with_ort_values(self._outputs, inputs)
         found: NDArray[np.float32] = np.array(logits.numpy()[0])
         self._logits[slot] = found[-1]
         return found
@@ -196,6 +201,10 @@ class GrowingCache:
     def choose(self, choices: Mapping[int, Choice], lengths: Mapping[int, int]) -> dict[int, int | Exception]:
         """See `Cache`."""
         return sample_rows(self._logits, choices)
+
+    def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """See `Cache`."""
+        return {slot: self._logits[slot] for slot in slots}
 
     def release(self, slot: int) -> None:
         """See `Cache`."""

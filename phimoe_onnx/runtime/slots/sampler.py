@@ -115,10 +115,15 @@ class DeviceSampler:
             place: token if token >= 0 else GenerationError(_NONSENSE) for place, token in self._tokens.items()
         }
         if processed := {place: choice for place, choice in choices.items() if choice.logits_processor}:
-            logits = self._values[LOGITS].numpy()[:, 0].copy()
+            logits = self.logits()
             chosen |= sample_rows({place: logits[place] for place in processed}, processed)
             self._seen = {}
         return chosen
+
+    def logits(self) -> NDArray[np.float32]:
+        """Every place's logits [rows, V], brought to the host."""
+        found: NDArray[np.float32] = self._values[LOGITS].numpy()[:, 0].copy()
+        return found
 
     def _write_mask(self, lengths: Mapping[int, int], others: Mapping[int, int]) -> None:
         """Ones for the tokens, and one more where a place only computes along, so that it writes behind its own."""
