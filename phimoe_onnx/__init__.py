@@ -1,7 +1,7 @@
 """phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
 
-`export` and `verify` need the extra `[export]`, `PhiMoE` needs an ONNX Runtime, `[cpu]` or `[gpu]`; each is imported
-when it is first used.
+`export` and `verify` need the extra `[export]`, `PhiMoE` and `verify_golden` need an ONNX Runtime, `[cpu]` or `[gpu]`;
+each is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from phimoe_onnx.errors import (
 if TYPE_CHECKING:
     from phimoe_onnx.exporter.pipeline import export
     from phimoe_onnx.parity.verify import verify
+    from phimoe_onnx.parity.verify_golden import verify_golden
     from phimoe_onnx.runtime.model import PhiMoE
 
 __all__ = [
@@ -42,11 +43,13 @@ __all__ = [
     "__version__",
     "export",
     "verify",
+    "verify_golden",
 ]
 
 _LAZY = {
     "export": "phimoe_onnx.exporter.pipeline",
     "verify": "phimoe_onnx.parity.verify",
+    "verify_golden": "phimoe_onnx.parity.verify_golden",
     "PhiMoE": "phimoe_onnx.runtime.model",
 }
 
@@ -59,7 +62,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        extra = "cpu" if name == "PhiMoE" or error.name == "onnxruntime" else "export"
+        extra = "cpu" if name in ("PhiMoE", "verify_golden") or error.name == "onnxruntime" else "export"
         raise MissingPackageError(
             f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'"
         ) from None

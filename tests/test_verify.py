@@ -51,7 +51,7 @@ def rehash(folder: Path) -> None:
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_float32_passes_its_default_thresholds(bundle: Bundle, checkpoint: Checkpoint, target: str) -> None:
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     folder = bundle(SHAPE, target, "none")
     report = verify(folder, checkpoint(SHAPE), tokens=200, new_tokens=20, progress=lambda *call: progress.append(call))
     assert report.failures == []
@@ -63,7 +63,10 @@ def test_float32_passes_its_default_thresholds(bundle: Bundle, checkpoint: Check
     assert report.bundle_to_stored is report.stored_to_reference is report.routing_agreement is None
     assert report.greedy["agreeing"] == report.greedy["new_tokens"] == 20
     assert report.greedy["bundle"] == report.greedy["reference"]
-    assert progress == [(0, 2), (1, 2)]
+    steps = [f"PyTorch over the checkpoint, layer {n} of 2, " for n in (1, 2)]
+    steps = [step + part for step in steps for part in ("attention", *(f"expert {n} of 16" for n in range(1, 17)))]
+    expected = [("running the bundle", done, 2) for done in range(3)]
+    assert progress == expected + [(step, done, 34) for done, step in enumerate(steps)]
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp16"])

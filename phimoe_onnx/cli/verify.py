@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import phimoe_onnx
 from phimoe_onnx.bundle import unchanged
@@ -28,6 +28,7 @@ MARKS = {
     "markdown": "### phimoe-verify: `",
     "junit": '<testsuite name="phimoe-verify"',
 }
+OF_THE_REFERENCE = ("adapter", "text", "tokens", "new_tokens", "save_golden")  # options that go with --reference
 LIMITS = ("mean_difference", "max_difference", "kernel_difference", "kl", "kernel_kl", "perplexity_ratio")
 
 
@@ -36,11 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="phimoe-verify", description=__doc__)
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
-    add("--reference", required=True, metavar="CHECKPOINT", help="the folder of the checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--reference", metavar="CHECKPOINT", help="the folder of the checkpoint")
+    source.add_argument("--golden", metavar="FILE", help="what --save-golden kept of it; needs no PyTorch")
+    add("--save-golden", metavar="FILE", help="keep of the checkpoint what --golden needs, in a few MB")
     add("--adapter", metavar="FOLDER", help="the LoRA adapter that phimoe-export merged into it")
     add("--text", metavar="FILE", help="UTF-8 text to run (default: two chapters of Persuasion)")
-    add("--tokens", type=int, default=4096, metavar="N", help="how many tokens of it at the most (default: 4096)")
-    add("--new-tokens", type=int, default=64, metavar="N", help="length of the greedy continuations (default: 64)")
+    add("--tokens", type=int, metavar="N", help="how many tokens of it at the most (default: 4096)")
+    add("--new-tokens", type=int, metavar="N", help="length of the greedy continuations (default: 64)")
     add("--device", default="cpu", metavar="DEVICE", help="where the bundle runs: cpu (default) or cuda")
     add("--junit", metavar="FILE", help="write JUnit XML")
     add("--markdown", metavar="FILE", help="write the tables as Markdown")
@@ -57,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    if arguments.save_golden:
+        from phimoe_onnx.parity.golden import MARK
+
+        check_file(arguments.save_golden, MARK, arguments.overwrite)
     files = {kind: file for kind in MARKS if (file := getattr(arguments, kind))}
     for kind, file in files.items():
         check_file(file, MARKS[kind], arguments.overwrite)
@@ -82,28 +90,46 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> Report:
-    verify = phimoe_onnx.verify  # first: it says what is missing where a package is
+    if arguments.golden:
+        for name in OF_THE_REFERENCE:
+            if getattr(arguments, name) is not None:
+                raise PhiMoEError(f"--{name.replace('_', '-')} goes with --reference; --golden has its own text")
+    compare = phimoe_onnx.verify_golden if arguments.golden else phimoe_onnx.verify  # says what is missing
     from phimoe_onnx.parity.thresholds import default_thresholds
 
     bundle = Path(arguments.bundle)
     given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
+    options = {name: value for name in OF_THE_REFERENCE if (value := getattr(arguments, name)) is not None}
+    if arguments.text:
+        options["text"] = _read(arguments.text)
     console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
         unchanged(bundle) as manifest,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
-        task = bar.add_task("comparing", total=None)
-        return verify(
+        return compare(
             bundle,
-            arguments.reference,
-            adapter=arguments.adapter,
-            text=_read(arguments.text) if arguments.text else None,
-            tokens=arguments.tokens,
-            new_tokens=arguments.new_tokens,
+            arguments.golden or arguments.reference,
             device=arguments.device,
             thresholds=dataclasses.replace(default_thresholds(manifest), **given),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=_shown(bar),
+            **options,
         )
+
+
+def _shown(bar: Progress) -> Callable[[str, int, int], None]:
+    """Shows what `verify` reports; each kind of work has its own speed, by which the time left is told."""
+    task, kind = bar.add_task("loading", total=None), ""
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal kind
+        if kind != what.partition(",")[0]:
+            kind = what.partition(",")[0]
+            bar.reset(task)
+        bar.update(task, description=what, completed=done, total=total)
+
+    return show
 
 
 def _read(file: str) -> str:
