@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.memory import peak_memory
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Speed:
         load: seconds.
         prefill: the batch's prompt tokens a second, to the first new token.
         decode: new tokens a second of the whole batch, after the first.
-        memory: bytes at the peak, of the process on the CPU, of the card on CUDA.
+        memory: bytes at the peak, of the process on the CPU, of the card on CUDA; None where the system does not say.
         token_ids: the new tokens of each row, so that two candidates can be compared.
     """
 
     load: float
     prefill: float
     decode: float
-    memory: int
+    memory: int | None
     token_ids: list[list[int]]
 
 
@@ -163,15 +163,10 @@ def _time(work: Work, run: Callable[[int], Iterator[list[int]]], load: float) ->
     )
 
 
-def _memory(device: str) -> int:
+def _memory(device: str) -> int | None:
     """Bytes: the process's peak, or what the card has in use now, which for a caching allocator is the peak."""
     if device == "cpu":
-        status = Path("/proc/self/status")
-        if status.exists():  # getrusage's peak is at least that of the process that started this one
-            return next(
-                int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM")
-            )
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_memory()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
 

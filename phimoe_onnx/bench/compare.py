@@ -15,19 +15,20 @@ from typing import Any
 from phimoe_onnx.bench.candidates import Speed, Work
 from phimoe_onnx.bench.traffic import read_bandwidth, step_bytes
 from phimoe_onnx.bundle import read_manifest
-from phimoe_onnx.errors import BundleError, PhiMoEError
+from phimoe_onnx.errors import BundleError
 
+OURS = "ours"  # the function of candidates.py
 EXPERTS = ("grouped_mm", "batched_mm", "eager")  # transformers' ways to run experts; which is best depends on the batch
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A function of candidates.py with its options; `package` is what it needs, None for this one."""
+    """A function of candidates.py with its options; `problem` says why it cannot run here, if that is known."""
 
     name: str
     function: str
-    package: str | None
     options: dict[str, Any]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,27 +53,38 @@ class Measured:
 
 
 def candidates(bundle: str, reference: str | None, peers: bool, device: str) -> list[Candidate]:
-    """This runtime first, on CUDA with and without its CUDA graphs, then the peers, if they are wanted.
+    """This runtime first, on CUDA with and without its CUDA graphs, then the peers, if they are wanted; those that are
+    not installed, or lack their checkpoint, with that as their problem.
 
     Raises:
-        PhiMoEError: transformers has no checkpoint to run.
         BundleError: there is no bundle, or it is not for text generation.
     """
     task = read_manifest(Path(bundle)).task
     if task != "text-generation":
         raise BundleError(f"{bundle}: is for {task}; phimoe-bench times text generation")
-    chosen = [Candidate("phimoe-onnx", "ours", None, {"bundle": bundle})]
+    chosen = [Candidate("phimoe-onnx", OURS, {"bundle": bundle})]
     if device == "cuda":
-        chosen.append(Candidate("phimoe-onnx, CUDA graphs", "ours", None, {"bundle": bundle, "cuda_graphs": True}))
+        chosen.append(Candidate("phimoe-onnx, CUDA graphs", OURS, {"bundle": bundle, "cuda_graphs": True}))
     if not peers:
         return chosen
-    if reference is None:
-        raise PhiMoEError("--peers needs --reference, the checkpoint's folder, for transformers to run")
-    chosen.append(Candidate("onnxruntime-genai", "genai", "onnxruntime_genai", {"bundle": bundle}))
+    chosen.append(Candidate("onnxruntime-genai", "genai", {"bundle": bundle}, _missing("onnxruntime-genai")))
+    problem = _missing("transformers", "torch")
+    if not problem and reference is None:
+        problem = "needs --reference, the checkpoint's folder"
+    if problem:
+        return [*chosen, Candidate("transformers", "transformers", {}, problem)]
     for experts in EXPERTS:
         options = {"checkpoint": reference, "attention": "sdpa", "experts": experts}
-        chosen.append(Candidate(f"transformers, sdpa, {experts}", "transformers", "transformers", options))
+        chosen.append(Candidate(f"transformers, sdpa, {experts}", "transformers", options))
     return chosen
+
+
+def _missing(*packages: str) -> str:
+    """That one of these is not installed, in words; nothing if they are."""
+    for package in packages:
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            return f"not installed (pip install {package})"
+    return ""
 
 
 def compare(bundle: Path, work: Work, chosen: Sequence[Candidate], bandwidth: float | None) -> Iterator[Measured]:
@@ -82,7 +94,7 @@ def compare(bundle: Path, work: Work, chosen: Sequence[Candidate], bandwidth: fl
         row = _measure(candidate, work)
         if row.speed and expected is not None:
             row = dataclasses.replace(row, same=_same(expected, row.speed.token_ids))
-        if row.speed and candidate.package is None:
+        if row.speed and candidate.function == OURS:
             expected = expected or row.speed.token_ids
             if bandwidth:
                 length = work.prompt + work.new_tokens // 2  # the mean of the steps
@@ -112,8 +124,8 @@ print(best)
 
 
 def _measure(candidate: Candidate, work: Work) -> Measured:
-    if candidate.package and importlib.util.find_spec(candidate.package) is None:
-        return Measured(candidate.name, work.batch, None, f"{candidate.package} is not installed")
+    if candidate.problem:
+        return Measured(candidate.name, work.batch, None, candidate.problem)
     options = json.dumps(candidate.options | {"work": dataclasses.asdict(work)})
     command = [sys.executable, "-m", "phimoe_onnx.bench.candidates", candidate.function, options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -71,7 +71,8 @@ def fetch_weights(source: str | Path, folder: Path, token: str | None, report: P
 def headers(
     source: str | Path, revision: str | None = None, token: str | None = None
 ) -> tuple[Path, dict[str, Stored]]:
-    """The folder with config.json, and every tensor's entry; of a model on the hub no weights are downloaded.
+    """The folder with config.json, and every tensor's entry; of a model on the hub no weights are downloaded, and one
+    whose weights are in the cache is read there.
 
     Raises:
         CheckpointError, ExportError: as for `resolve` and `checkpoint.read_headers`.
@@ -79,7 +80,10 @@ def headers(
     folder = resolve(source, revision, token)
     if Path(source).is_dir():
         return folder, read_headers(folder)
-    return folder, hub.headers(str(source), _hub_shards(str(source), folder, token), folder, token)
+    shards = _hub_shards(str(source), folder, token)
+    if all((folder / shard).exists() for shard in shards):
+        return folder, read_headers(folder)
+    return folder, hub.headers(str(source), shards, folder, token)
 
 
 def _hub_shards(model: str, folder: Path, token: str | None) -> list[str]:

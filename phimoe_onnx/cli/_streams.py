@@ -29,6 +29,18 @@ def read_text() -> str:
     return sys.stdin.read().removeprefix(BYTE_ORDER_MARK).removesuffix("\n").removesuffix("\r")
 
 
+def read_lines() -> list[str]:
+    """The lines of standard input, each as it is, blank ones too; none where there is no character at all.
+
+    Raises:
+        GenerationError: standard input is closed.
+    """
+    if sys.stdin is None:
+        raise GenerationError("standard input is closed; give the texts as arguments")
+    text = sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
 def abandon_output() -> None:
     """Lets what is still to be written go nowhere, so that Python does not complain about it at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

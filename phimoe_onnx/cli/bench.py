@@ -8,6 +8,7 @@ import argparse
 import datetime
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from phimoe_onnx.cli._common import run
+from phimoe_onnx.cli._common import DEVICES, Parser, positive, run
 from phimoe_onnx.cli._output import check_file, write_file
+from phimoe_onnx.cli._start import imports
 from phimoe_onnx.errors import PhiMoEError
 
 MARK = '{\n  "written_by": "phimoe-bench"'  # how its file begins
@@ -24,44 +26,53 @@ MARK = '{\n  "written_by": "phimoe-bench"'  # how its file begins
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="phimoe-bench", description=__doc__)
+    parser = Parser(
+        "phimoe-bench",
+        "Say how fast a bundle reads a prompt (prefill) and writes (decode), how near the memory's limit that is, and "
+        "how its peers do on the same work.",
+        "austen-int4",
+        "austen-int4 --batch 1 4 --threads 1 --json bench.json",
+        "austen-int4 --peers --reference models/phimoe-austen",
+    )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote, for text generation")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="where everything runs (default: cpu)")
-    add("--threads", type=int, metavar="N", help="threads for one operator (default: each library's own choice)")
+    add("--device", default="cpu", choices=DEVICES, help="where everything runs (default: cpu)")
+    add("--threads", type=positive, metavar="N", help="threads for one operator (default: each library's own choice)")
     add(
         "--batch",
-        type=int,
+        type=positive,
         nargs="+",
         default=[1],
         metavar="B",
         help="prompts at once, one row of the table each (default: 1)",
     )
-    add("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
-    add("--new-tokens", type=int, default=64, metavar="N", help="tokens that follow (default: 64)")
+    add("--prompt", type=positive, default=512, metavar="N", help="tokens of a prompt (default: 512)")
+    add("--new-tokens", type=positive, default=64, metavar="N", help="tokens that follow, 2 or more (default: 64)")
     add(
         "--peers",
         action="store_true",
-        help="also onnxruntime-genai over the bundle, and transformers over --reference, if installed",
+        help="also those of onnxruntime-genai, over the bundle, and transformers 5, over --reference, that are "
+        "installed; the table says which are not",
     )
-    add("--reference", metavar="CHECKPOINT", help="the folder of the checkpoint, for transformers")
+    add("--reference", metavar="CHECKPOINT", help="the folder of the checkpoint, for transformers (default: none)")
     add(
         "--bandwidth",
         type=float,
         metavar="GB/S",
         help="what the device reads a second (default: measured; on CUDA this takes PyTorch)",
     )
-    add("--json", metavar="FILE", help="write everything as JSON")
+    add("--json", metavar="FILE", help="write everything as JSON (default: none)")
     add("--overwrite", action="store_true", help="write this file over another; over an earlier one it always is")
     return run(_bench, parser, argv)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from phimoe_onnx.bench.candidates import Work
-    from phimoe_onnx.bench.compare import Measured, bandwidth, candidates, compare
+    with imports():
+        from phimoe_onnx.bench.candidates import Work
+        from phimoe_onnx.bench.compare import Measured, bandwidth, candidates, compare
 
-    if min(*arguments.batch, arguments.prompt, arguments.new_tokens - 1) < 1:
-        raise PhiMoEError("--batch and --prompt must be 1 or more, --new-tokens 2 or more")
+    if arguments.new_tokens < 2:
+        raise PhiMoEError("--new-tokens must be 2 or more, for the first is the prompt's")
     if arguments.json:
         check_file(arguments.json, MARK, arguments.overwrite)
     console = Console(width=140)
@@ -113,6 +124,11 @@ def _table(rows: Sequence[Any]) -> str:
             share = "" if row.share is None else f"{row.share:.0%}"
             speeds = (f"{row.speed.load:.1f}", f"{row.speed.prefill:.0f}", f"{row.speed.decode:.1f}")
             same = "" if row.same is None else f"{row.same:.0%}"
-            cells = [row.candidate, str(row.batch), *speeds, share, f"{row.speed.memory / 1e9:.2f}", same]
+            memory = "" if row.speed.memory is None else f"{row.speed.memory / 1e9:.2f}"
+            cells = [row.candidate, str(row.batch), *speeds, share, memory, same]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

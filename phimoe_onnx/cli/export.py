@@ -13,14 +13,26 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 import phimoe_onnx
-from phimoe_onnx.bundle import StoredWeights, read_manifest
-from phimoe_onnx.cli._common import run
-from phimoe_onnx.errors import ExportError
+from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_manifest
+from phimoe_onnx.cli._common import Parser, run
+from phimoe_onnx.cli._start import imports
+from phimoe_onnx.exporter.recipe import BLOCK_SIZES, QUANTIZE
+from phimoe_onnx.exporter.target import TARGETS
+from phimoe_onnx.memory import peak_memory
+
+KV_CACHE = tuple(dict.fromkeys(form for target in TARGETS.values() for form in target.kv_cache))
+DTYPES = tuple(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="phimoe-export", description=__doc__)
+    parser = Parser(
+        "phimoe-export",
+        "Turn a PhiMoE checkpoint into an ONNX bundle: a folder with everything that a program needs to run the model.",
+        "microsoft/Phi-tiny-MoE-instruct --quantize int4",
+        "CHECKPOINT -o bundle --quantize int4 --store lm_head.weight=int8",
+        "models/phimoe-austen --plan",
+    )
     add = parser.add_argument
     add(
         "source",
@@ -34,49 +46,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write nothing; say what each form, or the one of the other options, would take on disk and in memory, "
         "and whether it is here",
     )
-    add(
-        "--task",
-        metavar="TASK",
-        help="text-generation, text-classification or feature-extraction (default: as config.json says)",
-    )
-    add("--quantize", metavar="FORM", help="none (default), fp16, int8 or int4")
+    add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (default: as config.json says)")
+    add("--quantize", choices=QUANTIZE, help="how weights are stored (default: none, which is float32 for the CPU)")
     add(
         "--store",
         action="append",
+        type=_pair,
         default=[],
         metavar="PATTERN=FORM",
         help="a form for the matrices whose names match, on top of --quantize: lm_head.weight=int8, "
-        "model.layers.0.*=int8; may be repeated, the last that matches counts",
+        "model.layers.0.*=int8; may be repeated, the last that matches counts (default: none)",
     )
-    add("--target", metavar="TARGET", help="cpu (default), cuda or portable (standard ONNX operators only)")
+    add("--target", choices=TARGETS, help="what the bundle is for; portable is standard ONNX alone (default: cpu)")
     add(
         "--block-size",
         type=int,
-        metavar="N",
+        choices=BLOCK_SIZES,
         help="how many weights share a scale (default: the largest up to 64 that fits)",
     )
     add(
-        "--kv-cache",
-        default="none",
-        metavar="FORM",
-        help="keep keys and values as int8 or int4 (default: none, as computed)",
+        "--kv-cache", choices=KV_CACHE, default="none", help="how keys and values are kept (default: none, as computed)"
     )
-    add("--dtype", metavar="DTYPE", help="of activations on CUDA: float16 (default) or bfloat16")
-    add("--adapter", metavar="FOLDER", help="a LoRA adapter as peft saves it, to merge into the weights")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    add("--dtype", choices=DTYPES, help="of activations (default: float32, on CUDA float16)")
+    add(
+        "--adapter", metavar="FOLDER", help="a LoRA adapter as peft saves it, to merge into the weights (default: none)"
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
     add("--token", metavar="TOKEN", help="access token for the hub (default: the one that huggingface_hub finds)")
     add("--overwrite", action="store_true", help="replace an existing bundle")
     return run(_export, parser, argv)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    store = dict(_pair(each) for each in arguments.store)
+    store = dict(arguments.store)
     if arguments.plan:
-        from phimoe_onnx.cli.plan import show_plan
-
+        with imports():
+            from phimoe_onnx.cli.plan import show_plan
         show_plan(arguments, store)
         return
-    export = phimoe_onnx.export  # first: it says what is missing where a package is
+    with imports():
+        export = phimoe_onnx.export  # first: it says what is missing where a package is
     start = time.monotonic()
     with Phases() as phases:
         folder = export(
@@ -102,7 +111,9 @@ def _export(arguments: argparse.Namespace) -> None:
 def _pair(text: str) -> tuple[str, str]:
     pattern, found, form = text.rpartition("=")
     if not found or not pattern:
-        raise ExportError(f"--store {text}: expected PATTERN=FORM, such as lm_head.weight=int8")
+        raise argparse.ArgumentTypeError(f"{text}: expected PATTERN=FORM, such as lm_head.weight=int8")
+    if form not in QUANTIZE:
+        raise argparse.ArgumentTypeError(f"{text}: the form is {form!r}, expected one of {', '.join(QUANTIZE)}")
     return pattern, form
 
 
@@ -146,11 +157,12 @@ class Phases:
 
 
 def _summarise(folder: Path, seconds: dict[str, float]) -> None:
-    """Prints sizes by kind of weight, times by phase and the peak of memory."""
+    """Prints sizes by kind of weight, why there are no chat strings, times by phase and the peak of memory."""
     from phimoe_onnx.exporter.kinds import kind, stored_sizes
 
+    manifest = read_manifest(folder)
     forms: dict[str, dict[str, None]] = {}  # of each kind, in order
-    for group in read_manifest(folder).weights:
+    for group in manifest.weights:
         for name in group.names():
             if not name.endswith(".bias"):
                 forms.setdefault(kind(name), {})[_stored_as(group)] = None
@@ -162,7 +174,11 @@ def _summarise(folder: Path, seconds: dict[str, float]) -> None:
         stored = "; ".join(forms.get(name, ()))
         table.add_row(name, stored, f"{size / 1e6:.2f}", f"{size / sum(sizes.values()):.1%}")
     Console().print(table)
-    print(", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items()) + _peak_memory())
+    if note := _chat_note(folder, manifest):
+        print(note)
+    peak = peak_memory()
+    memory = "" if peak is None else f"; peak memory {peak / 2**30:.2f} GiB"
+    print(", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items()) + memory)
 
 
 def _stored_as(group: StoredWeights) -> str:
@@ -171,14 +187,18 @@ def _stored_as(group: StoredWeights) -> str:
     return f"{group.dtype}, block {group.block_size}" + ("" if group.symmetric else ", zero points")
 
 
-def _peak_memory() -> str:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+def _chat_note(folder: Path, manifest: Manifest) -> str | None:
+    """Why the manifest has no chat strings, where it has none."""
+    if manifest.task != "text-generation" or manifest.chat is not None:
+        return None
+    from phimoe_onnx.exporter.manifest.chat_format import why_no_format
+
+    return f"no chat strings in {MANIFEST}: {why_no_format(folder)}"
 
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

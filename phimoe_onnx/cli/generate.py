@@ -7,13 +7,20 @@ import sys
 from collections.abc import Sequence
 
 import phimoe_onnx
-from phimoe_onnx.cli._common import add_generation_options, generation_options, run, show
+from phimoe_onnx.cli._common import Parser, add_generation_options, check_options, generation_options, run, show
+from phimoe_onnx.cli._start import imports
 from phimoe_onnx.cli._streams import read_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser("phimoe-generate", description="Continue a prompt with a PhiMoE bundle.")
+    parser = Parser(
+        "phimoe-generate",
+        "Continue a prompt with a PhiMoE bundle. The text goes to standard output, its speed to standard error.",
+        'austen-int4 "It was a fine morning, and"',
+        'austen-int4 "Who is Emma?" --chat --temperature 0.8 --seed 1',
+        "austen-int4 - --max-new-tokens 60 < prompt.txt",
+    )
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
     parser.add_argument(
         "prompt",
@@ -26,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    with imports():
+        load = phimoe_onnx.PhiMoE.load
     text = read_text() if arguments.prompt == "-" else arguments.prompt
-    model = phimoe_onnx.PhiMoE.load(arguments.bundle, arguments.device, arguments.threads)
     options = generation_options(arguments)
+    check_options(arguments.bundle, options)
+    model = load(arguments.bundle, arguments.device, arguments.threads)
     if arguments.chat or arguments.system is not None:
         show(model.chat(arguments.system).send(text, stream=True, **options))
     else:

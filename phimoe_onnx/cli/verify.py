@@ -15,9 +15,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import phimoe_onnx
 from phimoe_onnx.bundle import unchanged
-from phimoe_onnx.cli._common import run
+from phimoe_onnx.cli._common import DEVICES, Parser, positive, run, wrapped
 from phimoe_onnx.cli._output import check_file, write_file
+from phimoe_onnx.cli._start import imports
 from phimoe_onnx.errors import BundleError, PhiMoEError
+from phimoe_onnx.parity.thresholds import MEASURES, UNITS, default_thresholds, shown_defaults
 
 if TYPE_CHECKING:
     from phimoe_onnx.parity.report import Report
@@ -29,33 +31,48 @@ MARKS = {
     "junit": '<testsuite name="phimoe-verify"',
 }
 OF_THE_REFERENCE = ("adapter", "text", "tokens", "new_tokens", "save_golden")  # options that go with --reference
-LIMITS = ("mean_difference", "max_difference", "kernel_difference", "kl", "kernel_kl", "perplexity_ratio")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="phimoe-verify", description=__doc__)
+    parser = Parser(
+        "phimoe-verify",
+        "Hold a bundle against the checkpoint that it came from, on real text. The exit code is 1 if a difference is "
+        "past its threshold.",
+        "austen-int4 --reference models/phimoe-austen",
+        "BUNDLE --reference CHECKPOINT --junit parity.xml --max-kl 0.05",
+        "BUNDLE --reference CHECKPOINT --save-golden model.golden",
+        "BUNDLE --golden model.golden",
+    )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--reference", metavar="CHECKPOINT", help="the folder of the checkpoint")
     source.add_argument("--golden", metavar="FILE", help="what --save-golden kept of it; needs no PyTorch")
-    add("--save-golden", metavar="FILE", help="keep of the checkpoint what --golden needs, in a few MB")
-    add("--adapter", metavar="FOLDER", help="the LoRA adapter that phimoe-export merged into it")
+    add("--save-golden", metavar="FILE", help="keep of the checkpoint what --golden needs, a few MB (default: none)")
+    add("--adapter", metavar="FOLDER", help="the LoRA adapter that phimoe-export merged into it (default: none)")
     add("--text", metavar="FILE", help="UTF-8 text to run (default: two chapters of Persuasion)")
-    add("--tokens", type=int, metavar="N", help="how many tokens of it at the most (default: 4096)")
-    add("--new-tokens", type=int, metavar="N", help="length of the greedy continuations (default: 64)")
-    add("--device", default="cpu", metavar="DEVICE", help="where the bundle runs: cpu (default) or cuda")
-    add("--junit", metavar="FILE", help="write JUnit XML")
-    add("--markdown", metavar="FILE", help="write the tables as Markdown")
-    add("--json", metavar="FILE", help="write the whole report as JSON")
+    add("--tokens", type=positive, metavar="N", help="how many tokens of it at the most (default: 4096)")
+    add("--new-tokens", type=positive, metavar="N", help="length of the greedy continuations (default: 64)")
+    add("--device", default="cpu", choices=DEVICES, help="where the bundle runs (default: cpu)")
+    add("--junit", metavar="FILE", help="write JUnit XML (default: none)")
+    add("--markdown", metavar="FILE", help="write the tables as Markdown (default: none)")
+    add("--json", metavar="FILE", help="write the whole report as JSON (default: none)")
     add("--overwrite", action="store_true", help="write these files over others; over earlier reports they always are")
-    for name in LIMITS:
-        add(
+    limits = parser.add_argument_group(
+        "thresholds",
+        wrapped(
+            "The most that is allowed; what is within it passes. The defaults follow from the narrowest weights of the "
+            "bundle. They are wider for a cache of integers, and others for outputs that are no distribution. "
+            f"Units: {UNITS}"
+        ),
+    )
+    for name, (unit, meaning) in MEASURES.items():
+        limits.add_argument(
             f"--max-{name.replace('_', '-')}",
             type=float,
-            metavar="X",
-            help="override the precision's default threshold",
+            metavar=unit.upper(),
+            help=f"{meaning} (default: {shown_defaults(name)})",
         )
     return run(_verify, parser, argv)
 
@@ -69,7 +86,8 @@ def _verify(arguments: argparse.Namespace) -> None:
     for kind, file in files.items():
         check_file(file, MARKS[kind], arguments.overwrite)
     report = _compare(arguments)
-    from phimoe_onnx.parity import report as reports
+    with imports():
+        from phimoe_onnx.parity import report as reports
 
     reports.show(report, Console())
     written = {"written_by": "phimoe-verify", **report.as_dict()}
@@ -94,11 +112,10 @@ def _compare(arguments: argparse.Namespace) -> Report:
         for name in OF_THE_REFERENCE:
             if getattr(arguments, name) is not None:
                 raise PhiMoEError(f"--{name.replace('_', '-')} goes with --reference; --golden has its own text")
-    compare = phimoe_onnx.verify_golden if arguments.golden else phimoe_onnx.verify  # says what is missing
-    from phimoe_onnx.parity.thresholds import default_thresholds
-
+    with imports():  # they say what is missing where a package is
+        compare = phimoe_onnx.verify_golden if arguments.golden else phimoe_onnx.verify
     bundle = Path(arguments.bundle)
-    given = {name: value for name in LIMITS if (value := getattr(arguments, f"max_{name}")) is not None}
+    given = {name: value for name in MEASURES if (value := getattr(arguments, f"max_{name}")) is not None}
     options = {name: value for name in OF_THE_REFERENCE if (value := getattr(arguments, name)) is not None}
     if arguments.text:
         options["text"] = _read(arguments.text)
@@ -137,3 +154,7 @@ def _read(file: str) -> str:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PhiMoEError(f"--text {file}: cannot be read ({error})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

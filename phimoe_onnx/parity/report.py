@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,24 @@ from phimoe_onnx import bundle as bundles
 from phimoe_onnx.bundle import Manifest
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.parity.comparison import Comparison
-from phimoe_onnx.parity.thresholds import Thresholds
+from phimoe_onnx.parity.thresholds import MEASURES, Thresholds
 
-COLUMNS = ("", "mean |d| / std", "max |d| / std", "KL, nats", "top-1 agreement")
+COLUMNS = ("", "mean |d|, std", "max |d|, std", "KL, nats", "same top-1")
+CHECKS = ("threshold", "measured", "limit", "unit", "")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measure beside its limit, both in the unit of MEASURES; `passed` where it is no more than that."""
+
+    name: str
+    measured: float
+    limit: float
+    passed: bool
+
+    def failure(self) -> str:
+        """That it is past its limit, in words."""
+        return f"{self.name} is {self.measured:.3g}, allowed is {self.limit:.3g}"
 
 
 @dataclass
@@ -37,7 +52,8 @@ class Report:
         perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
         greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
         notes: what else a reader must know, such as which figures are bounds.
-        failures: the thresholds that were passed, in words; empty means success.
+        checks: what was held against a threshold.
+        failures: those that are past their limit, in words; empty means success.
     """
 
     bundle: str
@@ -55,6 +71,7 @@ class Report:
     perplexity: dict[str, float]
     greedy: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,27 +102,28 @@ def empty_report(
 
 def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
-    title = f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}"
-    table = Table(
-        title=title, caption=f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}"
+    console.print(
+        f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}",
+        highlight=False,
+        markup=False,
     )
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
-    for row in _rows(report):
-        table.add_row(*row)
-    console.print(table)
+    console.print(f"{_tokens(report)}\n", highlight=False)
+    console.print(_table(COLUMNS, _rows(report)))
+    console.print()
     for line in _lines(report):
-        console.print(line)
+        console.print(line, highlight=False)
     if report.greedy:
-        greedy = Table(title=_greedy(report), show_lines=True)
-        greedy.add_column("reference", ratio=1)
-        greedy.add_column("bundle", ratio=1)
+        greedy = Table(
+            "reference", "bundle", title=_greedy(report), title_justify="left", title_style="", show_lines=True
+        )
+        for column in greedy.columns:
+            column.ratio = 1
         greedy.add_row(Text(report.greedy["reference"]), Text(report.greedy["bundle"]))
         console.print(greedy)
-    for failure in report.failures:
-        console.print(f"[red]FAILED[/red] {failure}")
-    if not report.failures:
-        console.print("[green]passed[/green]")
+    console.print()
+    verdicts = {True: "[green]passed[/green]", False: "[red]FAILED[/red]"}
+    console.print(_table(CHECKS, ((*row, verdicts[check.passed]) for check, row in _checked(report))))
+    console.print(f"\n{verdicts[not report.failures]}", highlight=False)
 
 
 def markdown(report: Report) -> str:
@@ -113,12 +131,10 @@ def markdown(report: Report) -> str:
     outcome = "failed" if report.failures else "passed"
     parts = [f"### phimoe-verify: `{report.bundle}` ({report.target}, {report.quantize}) {outcome}"]
     parts += [f"**{failure}**" for failure in report.failures]
-    parts.append(
-        f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}, against "
-        f"`{report.reference}`:"
-    )
-    table = [COLUMNS, ("---", *["--:"] * (len(COLUMNS) - 1)), *_rows(report)]
-    parts.append("\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table))
+    verdicts = {True: "passed", False: "**failed**"}
+    parts.append(_markdown_table(CHECKS, [(*row, verdicts[check.passed]) for check, row in _checked(report)]))
+    parts.append(f"{_tokens(report)}, against `{report.reference}`:")
+    parts.append(_markdown_table(COLUMNS, list(_rows(report))))
     if lines := list(_lines(report)):
         parts.append("\n".join(f"- {line}" for line in lines))
     if report.greedy:
@@ -128,18 +144,27 @@ def markdown(report: Report) -> str:
 
 
 def junit(report: Report) -> str:
-    """One test case for each threshold that is set, as JUnit XML."""
-    limits = {name: limit for name, limit in dataclasses.asdict(report.thresholds).items() if limit is not None}
+    """One test case for each threshold that is set, with what was measured, as JUnit XML."""
     suite = ElementTree.Element(
-        "testsuite", name="phimoe-verify", tests=str(len(limits)), failures=str(len(report.failures))
+        "testsuite", name="phimoe-verify", tests=str(len(report.checks)), failures=str(len(report.failures))
     )
-    for name, limit in limits.items():
+    for check in report.checks:
         case = ElementTree.SubElement(
-            suite, "testcase", classname=f"phimoe-verify.{report.target}.{report.quantize}", name=f"{name} <= {limit:g}"
+            suite,
+            "testcase",
+            classname=f"phimoe-verify.{report.target}.{report.quantize}",
+            name=f"{check.name} <= {check.limit:g}",
         )
-        for failure in report.failures:
-            if failure.startswith(f"{name} "):
-                ElementTree.SubElement(case, "failure", message=failure)
+        unit, meaning = MEASURES[check.name]
+        properties = ElementTree.SubElement(case, "properties")
+        for name, value in {"measured": repr(check.measured), "limit": repr(check.limit), "unit": unit}.items():
+            ElementTree.SubElement(properties, "property", name=name, value=value)
+        if not check.passed:
+            ElementTree.SubElement(case, "failure", message=check.failure())
+        output = ElementTree.SubElement(case, "system-out")
+        output.text = (
+            f"{check.name}: {check.measured:.3g} {unit}".rstrip() + f", allowed is {check.limit:.3g}; {meaning}"
+        )
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -157,8 +182,8 @@ def record(report: Report, bundle: Path) -> None:
     bundles.record(bundle, "parity", summary)
 
 
-def find_failures(report: Report) -> Iterator[str]:
-    """The thresholds that the report passes, in words.
+def judge(report: Report) -> None:
+    """Holds the figures of a report against its thresholds.
 
     Raises:
         PhiMoEError: a threshold is set for what the task does not have.
@@ -173,10 +198,37 @@ def find_failures(report: Report) -> Iterator[str]:
     }
     for name, value in measured.items():
         limit = getattr(report.thresholds, name)
-        if limit is not None and value is None:
+        if limit is None:
+            continue
+        if value is None:
             raise PhiMoEError(f"there is no {name} to check of a bundle for {report.task}")
-        if limit is not None and not value <= limit:  # not a NaN either
-            yield f"{name} is {value:.3g}, allowed is {limit:.3g}"
+        report.checks.append(Check(name, value, limit, bool(value <= limit)))  # False of a NaN
+    report.failures = [check.failure() for check in report.checks if not check.passed]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Numbers to the right, words to the left, no wider than 80 columns with the names there are."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="right" if n and column not in ("", "unit") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ("---", *["--:"] * (len(columns) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def _checked(report: Report) -> Iterator[tuple[Check, tuple[str, ...]]]:
+    """Each check with its cells, but for the last."""
+    for check in report.checks:
+        yield check, (check.name, f"{check.measured:.3g}", f"{check.limit:.3g}", MEASURES[check.name].unit)
+
+
+def _tokens(report: Report) -> str:
+    return f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}"
 
 
 def _rows(report: Report) -> Iterator[tuple[str, ...]]:
@@ -187,6 +239,8 @@ def _rows(report: Report) -> Iterator[tuple[str, ...]]:
 
 
 def _lines(report: Report) -> Iterator[str]:
+    if report.bundle_to_stored is not None:
+        yield "stored weights run in PyTorch; beside the reference with its choice of experts"
     if report.perplexity:
         yield "perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report.perplexity.items())
     if report.routing_agreement is not None:
@@ -201,7 +255,7 @@ def _greedy(report: Report) -> str:
 def _comparisons(report: Report) -> dict[str, Comparison]:
     named = {
         "bundle to reference": report.bundle_to_reference,
-        "bundle to PyTorch over the stored weights": report.bundle_to_stored,
-        "stored weights to reference, routing replayed": report.stored_to_reference,
+        "bundle to stored weights": report.bundle_to_stored,
+        "stored weights to reference": report.stored_to_reference,
     }
     return {name: comparison for name, comparison in named.items() if comparison is not None}

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from phimoe_onnx.bundle import Manifest
 
 
+class Measure(NamedTuple):
+    """A number that a threshold is for: its unit, and what it is."""
+
+    unit: str
+    meaning: str
+
+
+MEASURES = {
+    "mean_difference": Measure("std", "mean |difference| of the outputs from the reference's"),
+    "max_difference": Measure("std", "the largest |difference| of an output from the reference's"),
+    "kernel_difference": Measure("std", "as mean_difference, from PyTorch over the weights that the bundle stores"),
+    "kl": Measure("nats", "mean KL divergence from the reference"),
+    "kernel_kl": Measure("nats", "as kl, from PyTorch over the weights that the bundle stores"),
+    "perplexity_ratio": Measure("ratio", "the bundle's perplexity over the reference's"),
+}
+UNITS = (
+    "std, a standard deviation of the reference's outputs; nats, of a token, or of a text if the bundle labels texts."
+)
+
+
 @dataclass(frozen=True)
 class Thresholds:
-    """The most that is allowed; None is not checked.
-
-    Attributes:
-        mean_difference: of the outputs from the reference's, absolute, on average, in standard deviations of the
-            latter.
-        max_difference: the same at worst.
-        kernel_difference: as mean_difference, from PyTorch over the weights that the bundle stores.
-        kl: mean divergence from the reference, nats a token (of a classifier, a text).
-        kernel_kl: mean divergence from PyTorch over the weights that the bundle stores, nats a token.
-        perplexity_ratio: the bundle's perplexity over the reference's.
-    """
+    """The most that is allowed of each of MEASURES, in its unit; None is not checked."""
 
     mean_difference: float | None = None
     max_difference: float | None = None
@@ -55,6 +66,14 @@ VALUES = {
 CACHE_KL = {"int8": 1e-2, "uint8": 2e-1}
 CACHE_PERPLEXITY = {"int8": 5e-3, "uint8": 5e-2}
 CACHE_KERNEL_KL = {"int8": 1e-3, "uint8": 3e-2}
+
+
+def shown_defaults(name: str) -> str:
+    """A measure's defaults for text generation, by the narrowest weights."""
+    limits = {bits: limit for bits in DEFAULTS if (limit := getattr(DEFAULTS[bits], name)) is not None}
+    if not limits:
+        return "not checked"
+    return ", ".join(f"{limit:g} for {'int' if bits < 16 else 'float'}{bits}" for bits, limit in limits.items())
 
 
 def fewest_bits(manifest: Manifest) -> int:

@@ -24,7 +24,7 @@ from phimoe_onnx.layered import Ran, Read, Text
 from phimoe_onnx.parity import golden
 from phimoe_onnx.parity.comparison import Comparison, spread, surprise
 from phimoe_onnx.parity.outputs import PROMPT, bundle_outputs, continuation, greedy, is_distribution
-from phimoe_onnx.parity.report import Report, empty_report, find_failures
+from phimoe_onnx.parity.report import Report, empty_report, judge
 from phimoe_onnx.parity.stored import is_rounded, stored_attention, stored_weights
 from phimoe_onnx.parity.texts import cut_texts
 from phimoe_onnx.parity.thresholds import Thresholds, default_thresholds
@@ -100,7 +100,7 @@ def verify(
             None if merged is None else digest(merged.files, lambda nbytes: None),
         )
         _golden(report, manifest, config, answers, kept, digests).write(Path(save_golden))
-    report.failures = list(find_failures(report))
+    judge(report)
     return report
 
 

@@ -24,7 +24,7 @@ from phimoe_onnx.parity.golden import (
     weights_of,
 )
 from phimoe_onnx.parity.outputs import PROMPT, bundle_outputs, continuation, greedy, is_distribution
-from phimoe_onnx.parity.report import Report, empty_report, find_failures
+from phimoe_onnx.parity.report import Report, empty_report, judge
 from phimoe_onnx.parity.thresholds import Thresholds, default_thresholds
 from phimoe_onnx.progress import Progress
 from phimoe_onnx.runtime.model import PhiMoE
@@ -78,7 +78,7 @@ def verify_golden(
             report.bundle_to_stored.add(outputs, file.arrays["stored_outputs"], distribution=distribution)
     if stored is not None:
         report.stored_to_reference, report.routing_agreement = stored.to_reference, stored.routing_agreement
-    report.failures = list(find_failures(report))
+    judge(report)
     return report
 
 

@@ -29,18 +29,16 @@ class Conversation:
     """
 
     def __init__(self, engine: Engine, make_request: Callable[..., Request], system: str | None = None) -> None:
-        self.messages: list[Message] = []
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._engine = engine
         self._make_request = make_request  # PhiMoE.request
-        self._system = system
         self._turn = threading.Lock()
         self._session = object()
         weakref.finalize(self, engine.forget, self._session).atexit = False
-        self.reset()
 
     def reset(self) -> None:
-        """Forgets every turn but the system message."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        """Forgets every turn but a system message at the beginning."""
+        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     @overload
     def send(self, content: str, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...

@@ -30,16 +30,29 @@ def chat_format(folder: Path) -> ChatFormat | None:
     Raises:
         ConfigError: a file that may hold the template cannot be read.
     """
+    found = _find_format(folder)
+    return None if isinstance(found, str) else found
+
+
+def why_no_format(folder: Path) -> str:
+    """Why `chat_format` finds none, in words; nothing where it finds one."""
+    found = _find_format(folder)
+    return found if isinstance(found, str) else ""
+
+
+def _find_format(folder: Path) -> ChatFormat | str:
     source, tokens = read_templates(folder).get("default"), token_texts(folder)
-    if source is None or "strftime_now" in source:  # strings say the same tomorrow
-        return None
+    if source is None:
+        return "the checkpoint has no chat template"
+    if "strftime_now" in source:  # strings say the same tomorrow
+        return "its chat template asks for the date (strftime_now)"
     try:
         return _plain_strings(parse(source), tokens)
-    except TemplateError:
-        return None
+    except TemplateError as error:
+        return f"its chat template fails: {error}"
 
 
-def _plain_strings(template: Template, tokens: Mapping[str, Any]) -> ChatFormat | None:
+def _plain_strings(template: Template, tokens: Mapping[str, Any]) -> ChatFormat | str:
     def prompt(messages: Sequence[Message], generation: bool, marked: bool = False) -> str:
         # the end token that some templates put behind a text without a generation prompt is none of the turn's
         ends = {"bos_token": "", "eos_token": ""}
@@ -53,14 +66,22 @@ def _plain_strings(template: Template, tokens: Mapping[str, Any]) -> ChatFormat 
             continue
         if found:
             turns[role] = (prefix, suffix)
+    if missing := {"user", "assistant"} - turns.keys():
+        return f"its chat template does not show a first message of the role {sorted(missing)[0]} as it is"
     closed, opened = prompt(_messages(["user"]), False), prompt(_messages(["user"]), True)
-    if "user" not in turns or "assistant" not in turns or not opened.startswith(closed):
-        return None
+    if not opened.startswith(closed):
+        return "its chat template asks for an answer by other means than a text at the end"
     generation = opened[len(closed) :]
     skipped = tuple(role for role in turns if prompt(_messages([role], ""), True) == generation)
     format = ChatFormat(turns, generation, skipped)
-    same = (prompt(messages, True, marked=True) == _join(format, messages) for messages in _conversations(tuple(turns)))
-    return format if all(same) else None
+    for messages in _conversations(tuple(turns)):
+        try:
+            same = prompt(messages, True, marked=True) == _join(format, messages)
+        except TemplateError as error:
+            return f"its chat template takes roles in some orders alone ({error})"
+        if not same:
+            return "its chat template changes a message by what it holds or by what stands beside it"
+    return format
 
 
 def _messages(roles: Sequence[str], content: str = MARK) -> list[Message]:
