@@ -29,7 +29,6 @@ TOP = 64  # logits that are kept of each token: the largest of the reference
 SAMPLED = 32  # and so many that are spread over the vocabulary
 MARK = '{"__metadata__":{"written_by":"phimoe-verify"'  # in the beginning of every such file
 DTYPES = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "I16": "<i2"}
-NEGLIGIBLE = 1e-12  # a probability
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -260,22 +259,28 @@ def compare(
 ) -> None:
     """Adds a window's logits [S, V] to a comparison with those of which `seen` kept something.
 
-    `kl` is a lower bound then: of all tokens but the top ones the probability is taken together, which cannot raise it
-    (the log sum inequality; Cover and Thomas, Elements of Information Theory, theorem 2.7.1). `mean_difference` is
-    that of the sampled logits, `max_difference` the largest among these and the top ones.
+    Of all logits but the top and the sampled ones the sum of probabilities alone is known, of both sides. So `kl` is
+    exact for the top ones. For all others it is estimated from the sampled ones, without bias: with r and s, the sums
+    of the others' p and q, the sum of p log(p / q) over them is that of p log(p / q) - p + q, of which no term is
+    negative, and r - s. `mean_difference` is that of the sampled logits, `max_difference` the largest among these and
+    the top ones.
     """
     for rows in pieces(len(logits)):
         got = logits[rows].astype(np.float64)
         top, where = ids[rows].astype(np.int64), columns(first + rows.start, len(got), got.shape[-1])
         near = np.abs(np.take_along_axis(got, top, axis=-1) - kept["top_logits"][rows])
         apart = np.abs(np.take_along_axis(got, where, axis=-1) - kept["sampled_logits"][rows])
-        log_p = kept["top_logits"][rows] - kept["logsumexp"][rows][:, None]
         log_q = got - _logsumexp(got)[:, None]
-        p, q = np.exp(log_p), np.exp(log_q)
-        kl = (p * (log_p - np.take_along_axis(log_q, top, axis=-1))).sum(axis=-1)
+        log_p = kept["top_logits"][rows] - kept["logsumexp"][rows][:, None]
+        kl = (np.exp(log_p) * (log_p - np.take_along_axis(log_q, top, axis=-1))).sum(axis=-1)
+        q = np.exp(log_q)
         np.put_along_axis(q, top, 0.0, axis=-1)
-        rest_p, rest_q = np.maximum(1 - p.sum(axis=-1), 0.0), np.maximum(q.sum(axis=-1), NEGLIGIBLE)
-        kl += np.where(rest_p > NEGLIGIBLE, rest_p * np.log(np.maximum(rest_p, NEGLIGIBLE) / rest_q), 0.0)
+        kl += 1 - np.exp(log_p).sum(axis=-1) - q.sum(axis=-1)
+        log_p = kept["sampled_logits"][rows] - kept["logsumexp"][rows][:, None]
+        log_q = np.take_along_axis(log_q, where, axis=-1)
+        others = ~(where[:, :, None] == top[:, None, :]).any(axis=-1)
+        terms = np.exp(log_p) * (log_p - log_q - 1) + np.exp(log_q)
+        kl += np.where(others, terms, 0.0).sum(axis=-1) * got.shape[-1] / where.shape[-1]
         values = {
             "mean_difference": apart / scale,
             "kl": kl,

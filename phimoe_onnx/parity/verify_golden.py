@@ -104,7 +104,7 @@ def _notes(report: Report, file: Golden, stored: bool) -> list[str]:
         vocab = header.config["vocab_size"]
         notes.append(
             f"the golden file keeps {min(TOP, vocab)} top and {min(SAMPLED, vocab)} other logits of {vocab} a token: "
-            f"KL and max |d| are lower bounds, mean |d| is an estimate; perplexity and top-1 agreement are exact"
+            f"KL and mean |d| are estimates, max |d| is a lower bound; perplexity and top-1 agreement are exact"
         )
     limits = dataclasses.asdict(report.thresholds)
     unchecked = [name for name in ("kernel_kl", "kernel_difference") if limits[name] is not None]
