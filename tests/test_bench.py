@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from phimoe_onnx import memory
 from phimoe_onnx.bench import compare
 from phimoe_onnx.bench.traffic import read_bandwidth, step_bytes
 from phimoe_onnx.bundle import read_manifest
@@ -67,10 +69,42 @@ def test_the_table(
     assert len(rows[3]["speed"]["token_ids"]) == 2
 
 
+def test_peers_that_are_not_here_are_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(bundle("plain", "cpu", "int8"))
+
+    def problems(reference: str | None, *installed: str) -> dict[str, str]:
+        monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: name if name in installed else None)
+        return {each.name: each.problem for each in compare.candidates(folder, reference, True, "cpu")}
+
+    assert problems(None) == {
+        "phimoe-onnx": "",
+        "onnxruntime-genai": "not installed (pip install onnxruntime-genai)",
+        "transformers": "not installed (pip install transformers)",
+    }
+    assert problems(None, "onnxruntime_genai", "transformers")["transformers"] == "not installed (pip install torch)"
+    here = ("onnxruntime_genai", "transformers", "torch")
+    assert problems(None, *here)["transformers"] == "needs --reference, the checkpoint's folder"
+    assert [*problems("somewhere", *here).values()] == [""] * (2 + len(compare.EXPERTS))
+
+
+def test_the_memory_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import numpy as np
+
+    before = memory.peak_memory()
+    np.ones(100 << 20, np.uint8).sum()
+    after = memory.peak_memory()
+    assert before is not None
+    assert after is not None
+    assert after > 100 << 20
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "nothing")  # no Linux
+    assert memory.peak_memory() == pytest.approx(after, rel=0.5)
+    monkeypatch.setitem(sys.modules, "resource", None)  # nor another POSIX
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert memory.peak_memory() is None
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--peers"], "--peers needs --reference"),
-    (["--batch", "0"], "--batch and --prompt must be 1 or more"),
-    (["--new-tokens", "1"], "--new-tokens 2 or more"),
+    (["--new-tokens", "1"], "--new-tokens must be 2 or more"),
     (["--prompt", "5000"], "the prompt has 5000 tokens, which leaves no room in the context"),
     (["--device", "cuda"], "has no CUDAExecutionProvider"),
 ])  # fmt: skip

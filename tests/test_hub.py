@@ -143,8 +143,8 @@ def test_an_adapter_beside_the_weights(hub: Hub) -> None:
 
 
 def test_the_weights_wait_until_all_else_fits(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["owner/name", "--quantize", "int4", "--block-size", "24"]) == 1
-    assert "--block-size is 24" in capsys.readouterr().err
+    assert main(["owner/name", "--quantize", "int4", "--block-size", "256"]) == 1
+    assert "--block-size is 256" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="model_type is 'mixtral'"):
         pipeline.export("owner/name", revision="other")
     Path("bundle").mkdir()
@@ -154,14 +154,29 @@ def test_the_weights_wait_until_all_else_fits(hub: Hub, capsys: pytest.CaptureFi
 
 
 def test_a_plan_reads_headers_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    local = download()
-    folder, stored = source.headers("owner/name")
-    assert folder == local
-    assert stored == read_headers(local)
-    hub.requests.clear()
     assert main(["owner/name", "--plan"]) == 0
     assert capsys.readouterr().out.startswith("owner/name: PhiMoE, 4.7 M parameters\n")
-    assert all(request.range for request in hub.requests if request.path.startswith("/cdn/"))
+    fetched = [request for request in hub.requests if request.path.startswith("/cdn/")]
+    assert fetched
+    assert all(request.range for request in fetched)
+    folder, stored = source.headers("owner/name")
+    assert folder == download()
+    assert stored == read_headers(folder)
+
+
+def test_a_plan_of_what_is_in_the_cache_needs_no_hub(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = download()
+    hub.stop()
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["owner/name", "--plan"]) == 0
+    assert capsys.readouterr().out.startswith("owner/name: PhiMoE, 4.7 M parameters\n")
+    assert source.headers("owner/name") == (folder, read_headers(folder))
+    (folder / SHARDS[1]).unlink()
+    assert main(["owner/name", "--plan"]) == 1
+    assert "offline mode is enabled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

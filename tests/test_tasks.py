@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ from phimoe_onnx import (
     reference,
     verify,
 )
-from phimoe_onnx.bundle import Classes, read_manifest
+from phimoe_onnx.bundle import Classes, describe_files, read_manifest
 from phimoe_onnx.cli import chat as cli_chat
 from phimoe_onnx.cli import classify as cli_classify
 from phimoe_onnx.cli import export as cli_export
@@ -406,3 +408,33 @@ def test_phimoe_classify(bundle: Make, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n"))
     assert cli_classify.main([str(folder)]) == 0
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_phimoe_classify_takes_lines_as_they_are(
+    bundle: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle("longrope-window", "cpu", "none", CLASSIFY)
+    model = PhiMoE.load(folder)
+    lines = ["a", "", "  ", "a\x0cb", ""]
+    row = {text: f"{(found := model.classify(text)).label}\t{found.score:.4f}\t{text}" for text in lines if text}
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert cli_classify.main([str(folder)]) == 0
+    output, errors = capsys.readouterr()
+    assert output.split("\n") == [*(row.get(text, "\t\t") for text in lines), ""]
+    assert [line.split(" is ")[0] for line in errors.splitlines()] == ["note: text 2", "note: text 5"]
+
+    copy = Path(shutil.copytree(folder, tmp_path / "bundle"))  # whose tokenizer begins every text with a token
+    tokenizer = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    begin = tokenizer.id_to_token(1)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{begin} $A", pair="$A $B", special_tokens=[(begin, 1)]
+    )
+    (copy / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    dataclasses.replace(read_manifest(copy), files=describe_files(copy)).write(copy)
+    alone = PhiMoE.load(copy).classify([1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert cli_classify.main([str(copy)]) == 0
+    assert capsys.readouterr() == (f"{alone.label}\t{alone.score:.4f}\t\n", "")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert cli_classify.main([str(copy)]) == 0
+    assert capsys.readouterr() == ("", "")

@@ -10,7 +10,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
-from phimoe_onnx.exporter.manifest.chat_format import chat_format
+from phimoe_onnx.exporter.manifest.chat_format import chat_format, why_no_format
 from phimoe_onnx.text.template import TOOL_USE, ChatTemplate
 from tests.checkpoints import MODEL
 
@@ -257,3 +257,28 @@ def test_the_chat_format_is_that_of_the_template_that_the_runtime_takes(
 )
 def test_a_template_that_plain_strings_cannot_say(tmp_path: Path, source: str) -> None:
     assert chat_format(write(tmp_path, {"chat_template": source})) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "the checkpoint has no chat template"),
+        ("{{ strftime_now('%d') }}" + PLAIN, "its chat template asks for the date (strftime_now)"),
+        ("{% if %}", "its chat template fails: "),
+        ("{{ messages | length }}", "its chat template does not show a first message of the role user as it is"),
+        (PLAIN.replace("m.content", "m.content[:1]"), "its chat template does not show a first message"),
+        (ALTERNATING + PLAIN, "its chat template refuses a first message of the role assistant (in turns)"),
+        (PLAIN.replace("in messages", "in messages[-9:]"), "its chat template changes a message by what it holds or"),
+        ("{% if add_generation_prompt %}?{% endif %}" + PLAIN, "its chat template asks for an answer by other means"),
+        (
+            PLAIN + "{% if messages[1] and messages[1].role == 'system' %}{{ raise_exception('late') }}{% endif %}",
+            "its chat template takes roles in some orders alone (late)",
+        ),
+        (PLAIN, ""),
+    ],
+)
+def test_why_there_are_no_plain_strings(tmp_path: Path, source: str | None, reason: str) -> None:
+    found = why_no_format(write(tmp_path, {"chat_template": source}))
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+    assert "\n" not in found

@@ -29,7 +29,7 @@ def reader(commands: Iterable[str], **streams: Any) -> Callable[[], str]:
         multiline=True,  # a pasted text keeps its lines; what Enter does is in _keys
         prompt_continuation="  ",
         key_bindings=_keys(),
-        history=_history(state_folder()),
+        history=open_history(state_folder()),
         completer=WordCompleter(list(commands), sentence=True),
         complete_while_typing=False,
         **streams,
@@ -109,7 +109,8 @@ class _Kept(FileHistory):
             super().store_string(string)
 
 
-def _history(state: Path | None) -> History:
+def open_history(state: Path | None) -> History:
+    """Earlier messages, kept in a file of the folder `state` where that can be."""
     if state is None:
         return InMemoryHistory()
     file = state / "phimoe-onnx" / "chat_history"

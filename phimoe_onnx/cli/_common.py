@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from phimoe_onnx._version import __version__
 from phimoe_onnx.cli._start import INTERRUPTED
 from phimoe_onnx.cli._streams import abandon_output, forgive
-from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.errors import BundleError, PhiMoEError
 
 if TYPE_CHECKING:
     from phimoe_onnx.runtime.request import Options
@@ -140,14 +140,17 @@ def check_options(bundle: str, options: Options) -> None:
     """Raises what `PhiMoE.generate` would of these options, before the model is loaded.
 
     Raises:
-        BundleError: there is no bundle.
+        BundleError: there is no bundle, or it serves another task.
         GenerationError: an option is out of range, or does not fit the bundle's context.
     """
     from phimoe_onnx.bundle import read_manifest
     from phimoe_onnx.runtime.request import make_request
 
+    manifest = read_manifest(Path(bundle))
+    if manifest.task != "text-generation":
+        raise BundleError(f"{bundle}: a text needs a bundle for text-generation, this one is for {manifest.task}")
     others: Any = options
-    make_request([0], read_manifest(Path(bundle)).decoding.context, **others)
+    make_request([0], manifest.decoding.context, **others)
 
 
 def put(text: str) -> None:

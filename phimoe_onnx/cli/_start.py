@@ -56,10 +56,12 @@ def imports() -> Iterator[None]:
     """While modules are imported, Ctrl-C ends the process at once: no work has begun, and a KeyboardInterrupt in the
     middle of foreign modules may be printed or swallowed there.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # which alone is interrupted
+    if not main or before in (signal.SIG_IGN, None):  # ignored, as in the background, or not Python's
         yield
         return
-    before = signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGINT, _leave)
     try:
         yield
     finally:

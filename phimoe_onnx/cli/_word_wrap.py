@@ -16,7 +16,7 @@ class WordWrap:
 
     def __init__(self, write: Callable[[str], object], width: int) -> None:
         self._write, self._width = write, width
-        self._column, self._word = 0, ""
+        self._column, self._word, self._inside = 0, "", False  # inside a word whose beginning is written
 
     def add(self, text: str) -> None:
         """Takes the next piece; a line's end brings out all that was held back."""
@@ -25,6 +25,7 @@ class WordWrap:
                 self._extend(character)
                 continue
             self._flush()
+            self._inside = False
             if character == "\n":
                 self._column = 0
             elif self._column >= self._width:
@@ -40,12 +41,15 @@ class WordWrap:
         self._word += character
         if wide or len(self._word) >= self._width:
             self._flush()
+            self._inside = not wide
 
     def _flush(self) -> None:
         word, self._word = self._word, ""  # first, for Ctrl-C may come while it is written
         columns = get_cwidth(word)
-        if self._column and self._column + columns > self._width:
+        if self._column and not self._inside and self._column + columns > self._width:
             self._write("\n")
             self._column = 0
         self._write(word)
         self._column += columns
+        if self._column > self._width:  # the terminal has broken it
+            self._column %= self._width

@@ -53,8 +53,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         load = phimoe_onnx.PhiMoE.load
         from phimoe_onnx.cli._chat_commands import COMMANDS, LEAVE, Chat, check_template
 
-        read: Callable[[], str] = read_lines
-        writer: Callable[[], Callable[[str], object]] = lambda: put
+        read, writer = read_lines, _plain
         if is_terminal():
             from phimoe_onnx.cli import _chat_terminal as terminal
 
@@ -70,6 +69,11 @@ def _chat(arguments: argparse.Namespace) -> None:
         notes.print(f"phimoe-onnx {phimoe_onnx.__version__}, {name}, a context of {context} tokens", markup=False)
         notes.print("/help lists the commands, Ctrl-D leaves.\n", style="dim")
     _talk(Chat(model, model.chat(arguments.system), options), read, writer, notes)
+
+
+def _plain() -> Callable[[str], object]:
+    """What shows the pieces of an answer to a pipe."""
+    return put
 
 
 def _talk(chat: Chat, read: Callable[[], str], writer: Callable[[], Callable[[str], object]], notes: Console) -> None:

@@ -193,7 +193,7 @@ def _chat_note(folder: Path, manifest: Manifest) -> str | None:
         return None
     from phimoe_onnx.exporter.manifest.chat_format import why_no_format
 
-    return f"no chat strings in {MANIFEST}: {why_no_format(folder)}"
+    return f"no chat strings in {MANIFEST}, which readers without Jinja need: {why_no_format(folder)}"
 
 
 def _size(folder: Path) -> int:

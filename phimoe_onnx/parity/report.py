@@ -102,20 +102,16 @@ def empty_report(
 
 def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
-    console.print(
-        f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}",
-        highlight=False,
-        markup=False,
-    )
+    title = f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}"
+    console.print(title, highlight=False, markup=False)
     console.print(f"{_tokens(report)}\n", highlight=False)
     console.print(_table(COLUMNS, _rows(report)))
     console.print()
     for line in _lines(report):
         console.print(line, highlight=False)
     if report.greedy:
-        greedy = Table(
-            "reference", "bundle", title=_greedy(report), title_justify="left", title_style="", show_lines=True
-        )
+        console.print(_greedy(report), highlight=False)
+        greedy = Table("reference", "bundle")
         for column in greedy.columns:
             column.ratio = 1
         greedy.add_row(Text(report.greedy["reference"]), Text(report.greedy["bundle"]))
@@ -162,9 +158,7 @@ def junit(report: Report) -> str:
         if not check.passed:
             ElementTree.SubElement(case, "failure", message=check.failure())
         output = ElementTree.SubElement(case, "system-out")
-        output.text = (
-            f"{check.name}: {check.measured:.3g} {unit}".rstrip() + f", allowed is {check.limit:.3g}; {meaning}"
-        )
+        output.text = f"{check.name} is {check.measured:.3g} {unit}, allowed is {check.limit:.3g}: {meaning}"
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 

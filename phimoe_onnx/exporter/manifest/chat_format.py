@@ -58,16 +58,20 @@ def _plain_strings(template: Template, tokens: Mapping[str, Any]) -> ChatFormat 
         ends = {"bos_token": "", "eos_token": ""}
         return render(template, messages, tokens if marked else {**tokens, **ends}, add_generation_prompt=generation)
 
-    turns = {}
+    turns, refused = {}, {}
     for role in ROLES:
         try:
             prefix, found, suffix = prompt(_messages([role]), False).partition(MARK)
-        except TemplateError:  # that role may not come first, or at all
+        except TemplateError as error:  # that role may not come first, or at all
+            refused[role] = error
             continue
         if found:
             turns[role] = (prefix, suffix)
-    if missing := {"user", "assistant"} - turns.keys():
-        return f"its chat template does not show a first message of the role {sorted(missing)[0]} as it is"
+    for role in ("user", "assistant"):
+        if role in refused:
+            return f"its chat template refuses a first message of the role {role} ({refused[role]})"
+        if role not in turns:
+            return f"its chat template does not show a first message of the role {role} as it is"
     closed, opened = prompt(_messages(["user"]), False), prompt(_messages(["user"]), True)
     if not opened.startswith(closed):
         return "its chat template asks for an answer by other means than a text at the end"
