@@ -105,7 +105,7 @@ def verify(
 
 
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """What the bundle gave: outputs of each window (of other tasks one array for all texts), and a continuation of up
     to `new` tokens.
     """
@@ -120,7 +120,7 @@ class _Answers:
 
 def _ask(
     folder: Path, device: str, text: str | None, tokens: int, new_tokens: int, scratch: Scratch, progress: Progress
-) -> _Answers:
+) -> Answers:
     """Loads the bundle, runs it, and gives it up."""
     runtime, config = PhiMoE.load(folder, device=device), read_config(folder)
     token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
@@ -135,7 +135,7 @@ def _ask(
     prompt = windows[0][:PROMPT]
     new = min(new_tokens, runtime.decoding.context - len(prompt))
     continued = continuation(runtime, prompt, new) if generates else []
-    return _Answers(windows, outputs, prompt, new, continued, runtime.tokenizer.decode)
+    return Answers(windows, outputs, prompt, new, continued, runtime.tokenizer.decode)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _run(
     manifest: Manifest,
     config: PhiMoEConfig,
     read: Read,
-    answers: _Answers,
+    answers: Answers,
     scratch: Scratch,
     progress: Progress,
 ) -> dict[str, _Pass]:
@@ -167,7 +167,7 @@ def _run(
         progress(f"PyTorch over the {of}, {where}", done, total)
         done += 1
 
-    texts = [*windows, *_continued(config, answers)]
+    texts = [*windows, *continued(config, answers)]
     ran = layered.run(config, read, texts, scratch=scratch, step=partial(step, "checkpoint"))
     head = layered.head(config, manifest.task, read)
     count = len(windows)
@@ -192,7 +192,7 @@ class _Kept:
     scales: dict[str, list[float]]
 
 
-def _compare(report: Report, answers: _Answers, passes: dict[str, _Pass], distribution: bool, *, keep: bool) -> _Kept:
+def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distribution: bool, *, keep: bool) -> _Kept:
     """Fills in the comparisons of a report; `keep` says whether to keep anything."""
     generates = report.task == "text-generation"
     kept = _Kept(defaultdict(list), defaultdict(list))
@@ -258,7 +258,7 @@ def _golden(
     report: Report,
     manifest: Manifest,
     config: PhiMoEConfig,
-    answers: _Answers,
+    answers: Answers,
     kept: _Kept,
     digests: tuple[str, str | None],
 ) -> golden.Golden:
@@ -289,7 +289,7 @@ def _golden(
     return golden.Golden(header, {"token_ids": token_ids, **arrays})
 
 
-def _continued(config: PhiMoEConfig, answers: _Answers) -> list[Text]:
+def continued(config: PhiMoEConfig, answers: Answers) -> list[Text]:
     """The prompt with the bundle's continuation, once more up to the rope boundary if that lies between the two.
 
     A step rotates all positions by the factors of the length so far. So the logits at a position are those of a step
@@ -306,7 +306,7 @@ def _continued(config: PhiMoEConfig, answers: _Answers) -> list[Text]:
 
 
 @torch.inference_mode()
-def _expected_continuation(each: _Pass, answers: _Answers) -> list[int]:
+def _expected_continuation(each: _Pass, answers: Answers) -> list[int]:
     """The reference's own greedy continuation, as far as it is the bundle's, and the token with which it parts.
 
     As long as the two agree, a step of the reference has seen the bundle's tokens, so its choice is the best token at
