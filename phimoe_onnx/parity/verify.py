@@ -7,28 +7,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from phimoe_onnx import __version__, layered
+from phimoe_onnx import layered
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.checkpoint.adapter import read_adapter
-from phimoe_onnx.checkpoint.source import digest, task_for
-from phimoe_onnx.checkpoint.tensors import parameters, read_headers, shard_files
+from phimoe_onnx.checkpoint.source import task_for
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.layered import Ran, Read, Text
-from phimoe_onnx.parity import golden
-from phimoe_onnx.parity.comparison import Comparison, spread, surprise
+from phimoe_onnx.parity.comparison import Comparison, surprise
 from phimoe_onnx.parity.outputs import PROMPT, bundle_outputs, continuation, greedy, is_distribution
 from phimoe_onnx.parity.report import Report, empty_report, judge
+from phimoe_onnx.parity.save_golden import Kept
 from phimoe_onnx.parity.stored import is_rounded, stored_attention, stored_weights
 from phimoe_onnx.parity.texts import cut_texts
 from phimoe_onnx.parity.thresholds import Thresholds, default_thresholds
-from phimoe_onnx.progress import Progress, counter
+from phimoe_onnx.progress import Progress
 from phimoe_onnx.runtime.model import PhiMoE
 from phimoe_onnx.scratch import Scratch
 
@@ -77,29 +76,27 @@ def verify(
     task = task_for(config, manifest.task, checkpoint)
     merged = None if adapter is None else read_adapter(Path(adapter))
     read = layered.checkpoint_weights(config, parameters(config, read_headers(checkpoint), task, merged))
-    report_progress = progress or (lambda what, done, total: None)
-    scratch = Scratch()
-    answers = _ask(folder, device, text, tokens, new_tokens, scratch, report_progress)
     if read_config(folder) != config:
         raise PhiMoEError(
             f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle"
         )
+    report_progress = progress or (lambda what, done, total: None)
+    scratch = Scratch()
+    answers = _ask(folder, device, text, tokens, new_tokens, scratch, report_progress)
     limits, rounded = thresholds or default_thresholds(manifest), is_rounded(manifest)
     report = empty_report(bundle, reference, manifest, answers.windows, limits, stored=rounded)
     passes = _run(folder, manifest, config, read, answers, scratch, report_progress)
-    kept = _compare(report, answers, passes, is_distribution(manifest), keep=save_golden is not None)
+    kept = None if save_golden is None else Kept()
+    _compare(report, answers, passes, is_distribution(manifest), kept)
+    expected = _expected_continuation(passes["greedy"], answers)
     if task == "text-generation":
-        expected = _expected_continuation(passes["greedy"], answers)
         report.greedy = greedy(answers.decode, answers.prompt, expected, answers.continuation, answers.new)
-        kept.arrays["greedy"] = [np.array(expected, np.int32)]
-    if save_golden is not None:
-        files = [checkpoint / "config.json", *(checkpoint / name for name in shard_files(checkpoint))]
-        total = sum(file.stat().st_size for file in files)
-        digests = (
-            digest(files, counter(report_progress, "hashing the checkpoint", total)),
-            None if merged is None else digest(merged.files, lambda nbytes: None),
-        )
-        _golden(report, manifest, config, answers, kept, digests).write(Path(save_golden))
+    if save_golden is not None and kept is not None:
+        kept.arrays["token_ids"] = [np.array(window, np.int32) for window in answers.windows]
+        kept.arrays["routing"] = [torch.stack(each.routing)[:, 0].short().numpy() for each in passes["reference"].ran]
+        if task == "text-generation":
+            kept.arrays["greedy"] = [np.array(expected, np.int32)]
+        kept.golden(report, manifest, checkpoint, merged, answers.new, report_progress).write(Path(save_golden))
     judge(report)
     return report
 
@@ -133,9 +130,9 @@ def _ask(
         outputs.append(output)
         progress("running the bundle", len(outputs), number)
     prompt = windows[0][:PROMPT]
-    new = min(new_tokens, runtime.decoding.context - len(prompt))
-    continued = continuation(runtime, prompt, new) if generates else []
-    return Answers(windows, outputs, prompt, new, continued, runtime.tokenizer.decode)
+    new = min(new_tokens, runtime.decoding.context - len(prompt)) if generates else 0
+    said = continuation(runtime, prompt, new) if new else []
+    return Answers(windows, outputs, prompt, new, said, runtime.tokenizer.decode)
 
 
 @dataclass(frozen=True)
@@ -184,22 +181,12 @@ def _run(
     return passes
 
 
-@dataclass
-class _Kept:
-    """What a golden file will hold: arrays in parts, a window each, and the outputs' standard deviations, likewise."""
-
-    arrays: dict[str, list[NDArray[Any]]]
-    scales: dict[str, list[float]]
-
-
-def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distribution: bool, *, keep: bool) -> _Kept:
-    """Fills in the comparisons of a report; `keep` says whether to keep anything."""
+def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distribution: bool, kept: Kept | None) -> None:
+    """Fills in the comparisons of a report, and what is kept of the outputs."""
     generates = report.task == "text-generation"
-    kept = _Kept(defaultdict(list), defaultdict(list))
     losses: dict[str, list[Outputs]] = defaultdict(list)
     sources = {name: _outputs(each, generates) for name, each in passes.items() if name != "greedy"}
     add = partial(_add, distribution=distribution)
-    first = 0
     for number, got in enumerate(answers.outputs):
         outputs = {"bundle": got} | {name: next(source) for name, source in sources.items()}
         expected, stored, replayed = outputs["reference"], outputs.get("stored"), outputs.get("replayed")
@@ -210,9 +197,8 @@ def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distrib
             for name in ("reference", "stored", "bundle"):
                 if name in outputs:
                     losses[name].append(surprise(outputs[name], answers.windows[number]))
-        if keep:
-            _keep(kept, expected, stored, first, generates)
-        first += len(got)
+        if kept is not None:
+            (kept.logits if generates else kept.outputs)(expected, stored)
     report.perplexity = {
         name: float(np.exp(np.concatenate(parts).mean(dtype=np.float64))) for name, parts in losses.items()
     }
@@ -220,9 +206,6 @@ def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distrib
         pairs = zip(passes["reference"].ran, passes["stored"].ran, strict=True)
         same = [layered.agreement(one.routing, other.routing) for one, other in pairs]
         report.routing_agreement = float(np.average(same, weights=report.windows))
-    if keep:
-        kept.arrays["routing"] = [torch.stack(each.routing)[:, 0].short().numpy() for each in passes["reference"].ran]
-    return kept
 
 
 def _add(comparison: Comparison | None, got: Outputs | None, expected: Outputs | None, *, distribution: bool) -> None:
@@ -238,55 +221,6 @@ def _outputs(each: _Pass, generates: bool) -> Iterator[Outputs]:
         return
     for ran in each.ran:
         yield each.head(ran.hidden).numpy()
-
-
-def _keep(kept: _Kept, expected: Outputs, stored: Outputs | None, first: int, generates: bool) -> None:
-    """Takes in the outputs of the window that begins at the token `first`."""
-    named = {"": expected} | ({} if stored is None else {"stored_": stored})
-    ids = golden.top_ids(expected) if generates else None
-    if ids is not None:
-        kept.arrays["top_ids"].append(ids)
-    for prefix, outputs in named.items():
-        kept.scales[prefix].append(spread(outputs))
-        arrays = {"outputs": outputs} if ids is None else golden.seen(outputs, ids, first)
-        for name, array in arrays.items():
-            if prefix or name != "best":  # the reference's is the first of the top ids
-                kept.arrays[prefix + name].append(array)
-
-
-def _golden(
-    report: Report,
-    manifest: Manifest,
-    config: PhiMoEConfig,
-    answers: Answers,
-    kept: _Kept,
-    digests: tuple[str, str | None],
-) -> golden.Golden:
-    stored = None
-    if report.stored_to_reference is not None and report.routing_agreement is not None:
-        stored = golden.Stored(
-            files=golden.weights_of(manifest),
-            scales=tuple(kept.scales["stored_"]),
-            perplexity=report.perplexity.get("stored"),
-            routing_agreement=report.routing_agreement,
-            to_reference=report.stored_to_reference,
-        )
-    header = golden.Header(
-        tool_version=__version__,
-        task=report.task,
-        checkpoint=Path(report.reference).resolve().name,
-        checkpoint_sha256=digests[0],
-        adapter_sha256=digests[1],
-        config=golden.as_object(config),
-        windows=tuple(report.windows),
-        scales=tuple(kept.scales[""]),
-        perplexity=report.perplexity.get("reference"),
-        new_tokens=answers.new,
-        stored=stored,
-    )
-    token_ids = np.concatenate([np.array(window, np.int32) for window in answers.windows])
-    arrays = {name: np.concatenate(parts, axis=1 if name == "routing" else 0) for name, parts in kept.arrays.items()}
-    return golden.Golden(header, {"token_ids": token_ids, **arrays})
 
 
 def continued(config: PhiMoEConfig, answers: Answers) -> list[Text]:
