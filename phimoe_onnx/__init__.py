@@ -1,7 +1,7 @@
 """phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
 
-`export` and `verify` need the extra `[export]`, `PhiMoE` and what it returns an ONNX Runtime, `[cpu]` or `[gpu]`; each
-is imported when it is first used.
+`export` and `verify` need the extra `[export]`; `PhiMoE`, what it returns and `verify_golden` need an ONNX Runtime, `[cpu]`
+or `[gpu]`; each is imported when it is first used.
 
 Importing this package, or a part of it, turns ONNX Runtime's telemetry off for the process, where ONNX Runtime is not
 loaded already: it sets ORT_DISABLE_TELEMETRY=1 in the environment. A value that is there stays, so that 0 turns it on.
@@ -29,6 +29,7 @@ from phimoe_onnx.errors import (
 if TYPE_CHECKING:
     from phimoe_onnx.exporter.pipeline import export
     from phimoe_onnx.parity.verify import verify
+    from phimoe_onnx.parity.verify_golden import verify_golden
     from phimoe_onnx.runtime.model import PhiMoE, Score
     from phimoe_onnx.runtime.request import Options
     from phimoe_onnx.runtime.row import Generation, Piece
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "export",
     "verify",
+    "verify_golden",
 ]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # in the process's own environment, before its library is loaded
@@ -60,6 +62,7 @@ _RUNTIME = "phimoe_onnx.runtime"
 _LAZY = {
     "export": "phimoe_onnx.exporter.pipeline",
     "verify": "phimoe_onnx.parity.verify",
+    "verify_golden": "phimoe_onnx.parity.verify_golden",
     "Generation": _RUNTIME,
     "Options": _RUNTIME,
     "PhiMoE": _RUNTIME,
@@ -76,7 +79,11 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
+<<<<<<< HEAD
         extra = "cpu" if _LAZY[name] == _RUNTIME or error.name == "onnxruntime" else "export"
+=======
+        extra = "cpu" if name in ("PhiMoE", "verify_golden") or error.name == "onnxruntime" else "export"
+>>>>>>> refs/heads/layered
         raise MissingPackageError(
             f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'"
         ) from None

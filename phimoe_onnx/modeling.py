@@ -109,14 +109,25 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up_proj: Tensor, do
     Returns:
         [B, S, H].
     """
-    tokens, weights, chosen = x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(0, 1)
-    output = torch.zeros_like(tokens)
+    output = x.new_zeros(x.shape)
     for expert in chosen.unique().tolist():
-        token, slot = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(tokens[token], gate_up_proj[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down_proj[expert])
-        output.index_add_(0, token, y * weights[token, slot, None].to(y.dtype))
-    return output.view_as(x)
+        add_expert(output, x, weights, chosen, expert, gate_up_proj[expert], down_proj[expert])
+    return output
+
+
+def add_expert(
+    output: Tensor, x: Tensor, weights: Tensor, chosen: Tensor, expert: int, gate_up_proj: Tensor, down_proj: Tensor
+) -> None:
+    """Adds what one expert gives the tokens that chose it to `output`, in place.
+
+    Shapes as in `experts`, which begins with zeros and adds one after the other; the expert's own matrices are
+    [2 * I, H] and [H, I].
+    """
+    tokens, weights, chosen = x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(0, 1)
+    token, slot = (chosen == expert).nonzero(as_tuple=True)
+    gate, up = F.linear(tokens[token], gate_up_proj).chunk(2, dim=-1)
+    y = F.linear(F.silu(gate) * up, down_proj)
+    output.view_as(tokens).index_add_(0, token, y * weights[token, slot, None].to(y.dtype))
 
 
 @dataclass(frozen=True)
@@ -164,8 +175,12 @@ class SparseMoE(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False, dtype=torch.float32)
         self.experts = Experts(config)
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of each token's two experts and their indices, as `sparse_mixer` gives them."""
+        return self.seams.sparse_mixer(self.gate(x.float()), self.jitter)
+
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.seams.sparse_mixer(self.gate(x.float()), self.jitter)
+        weights, chosen = self.route(x)
         return self.seams.experts(x, weights, chosen, self.experts.gate_up_proj, self.experts.down_proj)
 
 
@@ -177,9 +192,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.block_sparse_moe = SparseMoE(config, seams)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue, visible: Tensor) -> tuple[Tensor, KeyValue]:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue, visible: Tensor) -> tuple[Tensor, KeyValue]:
+        """The first half of the layer: what goes to the experts, before the norm."""
         attended, present = self.self_attn(self.input_layernorm(x), cos, sin, past, visible)
-        x = x + attended
+        return x + attended, present
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue, visible: Tensor) -> tuple[Tensor, KeyValue]:
+        x, present = self.attend(x, cos, sin, past, visible)
         return x + self.block_sparse_moe(self.post_attention_layernorm(x)), present
 
 
@@ -213,6 +232,25 @@ class Rope(nn.Module):
         return positions.unsqueeze(2).float() * inv_freq, mscale
 
 
+def places(
+    config: PhiMoEConfig, rope: Rope, sequence: int, attention_mask: Tensor, rope_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention must know of the last `sequence` slots S of a mask int64 [B, T]: cos and sin, float32 [B, S, D /
+    2], and bool [B, 1, S, T], true where a query may look.
+
+    `rope_length` is as in `PhiMoEForCausalLM.forward`.
+    """
+    slot_position = attention_mask.cumsum(dim=1) - 1  # positions count real tokens, not padding
+    positions = slot_position[:, -sequence:].clamp(min=0)
+    length = torch.maximum(attention_mask.sum(dim=1, keepdim=True), rope_length)
+    cos, sin = rope(positions, length)
+    slot = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    visible = (attention_mask.unsqueeze(1) > 0) & (slot <= slot[-sequence:].unsqueeze(1))
+    if config.window is not None:
+        visible = visible & (positions.unsqueeze(2) - slot_position.unsqueeze(1) < config.window)
+    return cos, sin, visible.unsqueeze(1)
+
+
 class PhiMoEModel(nn.Module):
     """The decoder without its head."""
 
@@ -233,18 +271,7 @@ class PhiMoEModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, rope_length: Tensor, past_key_values: list[KeyValue]
     ) -> tuple[Tensor, list[KeyValue]]:
         """See `PhiMoEForCausalLM.forward`; returns the normalised hidden states [B, S, H] and the present cache."""
-        sequence = input_ids.shape[1]
-        slot_position = attention_mask.cumsum(dim=1) - 1  # positions count real tokens, not padding
-        positions = slot_position[:, -sequence:].clamp(min=0)
-        length = torch.maximum(attention_mask.sum(dim=1, keepdim=True), rope_length)
-        cos, sin = self.rope(positions, length)
-
-        slot = torch.arange(attention_mask.shape[1], device=input_ids.device)
-        visible = (attention_mask.unsqueeze(1) > 0) & (slot <= slot[-sequence:].unsqueeze(1))
-        if self.config.window is not None:
-            visible = visible & (positions.unsqueeze(2) - slot_position.unsqueeze(1) < self.config.window)
-        visible = visible.unsqueeze(1)
-
+        cos, sin, visible = places(self.config, self.rope, input_ids.shape[1], attention_mask, rope_length)
         x = self.embed_tokens(input_ids)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         presents = []

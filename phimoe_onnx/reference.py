@@ -1,4 +1,6 @@
-"""The PyTorch reference: loading it, running it, and keeping its routing apart from everything else."""
+"""The PyTorch reference as one model, for checkpoints that fit into memory: loading it, running it, and keeping its
+routing apart from everything else. layered.py gives the same numbers for those that don't.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from torch import Tensor
 
 from phimoe_onnx import modeling
 from phimoe_onnx.checkpoint.adapter import read_adapter
-from phimoe_onnx.checkpoint.data import read_rows
 from phimoe_onnx.checkpoint.source import task_for
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import read_config
+from phimoe_onnx.layered import Read, Routing, checkpoint_weights
 from phimoe_onnx.modeling import (
     AnyModel,
     PhiMoEForCausalLM,
@@ -25,7 +27,6 @@ from phimoe_onnx.modeling import (
     with_seams,
 )
 
-Routing = list[Tensor]  # the chosen experts, int64 [1, S, 2], of each layer in order
 TextModel = PhiMoEForSequenceClassification | PhiMoEForFeatureExtraction
 
 
@@ -44,10 +45,19 @@ def load_reference(checkpoint: Path, task: str | None = None, adapter: Path | No
     if isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings:  # to_empty gave each its own tensor
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rope = modeling.Rope(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read_rows(rows[name]).view_as(parameter))
+    fill(model, checkpoint_weights(config, rows))
     return model
+
+
+@torch.no_grad()
+def fill(model: modeling.Model, read: Read) -> None:
+    """Sets all parameters of a model."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:
+            for expert, matrix in enumerate(parameter):
+                matrix.copy_(read(name, expert))
+        else:
+            parameter.copy_(read(name, None))
 
 
 @torch.inference_mode()
@@ -101,14 +111,6 @@ def replayed(model: AnyModel, routing: Routing) -> AnyModel:
         return modeling.mixer_weights(scores, chosen, jitter), chosen
 
     return with_seams(model, dataclasses.replace(model.seams, sparse_mixer=replay))
-
-
-def agreement(routing: Routing, other: Routing) -> float:
-    """The share of tokens and layers whose two experts are the same."""
-    same = [
-        torch.equal(a, b) for one, two in zip(routing, other, strict=True) for a, b in zip(one[0], two[0], strict=True)
-    ]
-    return sum(same) / len(same)
 
 
 def _forward(

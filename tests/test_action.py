@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from phimoe_onnx import verify
+
 Bundle = Callable[[str, str, str], Path]
 Checkpoint = Callable[[str], Path]
 ROOT = Path(__file__).parent.parent
@@ -78,6 +80,15 @@ def test_a_good_bundle_is_commented_on_once(tmp_path: Path, bundle: Bundle, chec
     assert rest == run.summary
 
 
+def test_a_golden_file_is_enough(tmp_path: Path, bundle: Bundle, checkpoint: Checkpoint) -> None:
+    folder = Path(shutil.copytree(bundle("longrope-window", "portable", "none"), tmp_path / "bundle"))
+    verify(folder, checkpoint("longrope-window"), tokens=60, new_tokens=4, save_golden=tmp_path / "golden")
+    run = Run(tmp_path, folder, "--golden", tmp_path / "golden", event=PULL_REQUEST)
+    assert run.code == 0, run.errors
+    assert run.summary.startswith(f"### phimoe-verify: `{folder}` (portable, none) passed\n")
+    assert "max |d| is a lower bound" in run.summary
+
+
 def test_a_failing_bundle_fails_and_edits_the_earlier_comment(
     tmp_path: Path, bundle: Bundle, checkpoint: Checkpoint
 ) -> None:
@@ -134,6 +145,20 @@ def test_the_action_and_its_workflow_fit_each_other() -> None:
     required = {name for name, entry in action["inputs"].items() if entry.get("required")}
     assert required <= step["with"].keys() <= action["inputs"].keys()
     assert workflow["permissions"]["pull-requests"] == "write"
+    assert {"golden", "reference"} <= action["inputs"].keys()
+    install, check = (step["run"] for step in action["runs"]["steps"] if "run" in step)
+    assert install.endswith('"$GITHUB_ACTION_PATH[$EXTRAS]"')
+    check = check.replace('python "$GITHUB_ACTION_PATH/scripts/verify_on_github.py"', "printf '%s\\n'")
+    for given, expected in (
+        ({"GOLDEN": "my file"}, ["my bundle", "--golden", "my file"]),
+        (
+            {"REFERENCE": "c", "ADAPTER": "a", "ARGUMENTS": "-x 1"},
+            ["my bundle", *["--reference", "c", "--adapter", "a", "-x", "1"]],
+        ),
+    ):
+        environment = {"PATH": os.environ["PATH"], "BUNDLE": "my bundle", **given}
+        done = subprocess.run(["bash", "-c", check], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == expected
     scripts = re.findall(r"GITHUB_ACTION_PATH/([\w/.]+)", (ROOT / "action.yml").read_text())
     assert scripts
     assert all((ROOT / script).is_file() for script in scripts)

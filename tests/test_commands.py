@@ -51,7 +51,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "--version" in {option.split()[0] for option in options}
     for option in options:  # each that takes a value says what it is otherwise
         names = option.replace(", ", ",").split("  ")[0]
-        required = names.split()[0] == "--reference" and command == "verify"
+        required = names.split()[0] in ("--reference", "--golden") and command == "verify"
         if " " in names.strip() and not required:
             assert "default:" in option, option
 

@@ -21,10 +21,11 @@ from phimoe_onnx.config import parse_config
 from phimoe_onnx.errors import BundleError, PhiMoEError
 from phimoe_onnx.parity.comparison import Comparison, log_softmax
 from phimoe_onnx.parity.report import junit, markdown
+from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.parity.thresholds import DEFAULTS, MEASURES, Thresholds
-from phimoe_onnx.parity.verify import cut
+from phimoe_onnx.parity.verify import SAMPLE, Answers, continued, cut
 from phimoe_onnx.runtime import PhiMoE
-from tests.checkpoints import BASE, MODEL, SHAPES
+from tests.checkpoints import BASE, MODEL, SHAPES, longrope
 
 Bundle = Callable[[str, str, str], Path]
 Checkpoint = Callable[[str], Path]
@@ -51,7 +52,7 @@ def rehash(folder: Path) -> None:
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_float32_passes_its_default_thresholds(bundle: Bundle, checkpoint: Checkpoint, target: str) -> None:
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     folder = bundle(SHAPE, target, "none")
     report = verify(folder, checkpoint(SHAPE), tokens=200, new_tokens=20, progress=lambda *call: progress.append(call))
     assert report.failures == []
@@ -63,7 +64,10 @@ def test_float32_passes_its_default_thresholds(bundle: Bundle, checkpoint: Check
     assert report.bundle_to_stored is report.stored_to_reference is report.routing_agreement is None
     assert report.greedy["agreeing"] == report.greedy["new_tokens"] == 20
     assert report.greedy["bundle"] == report.greedy["reference"]
-    assert progress == [(0, 2), (1, 2)]
+    steps = [f"PyTorch over the checkpoint, layer {n} of 2, " for n in (1, 2)]
+    steps = [step + part for step in steps for part in ("attention", *(f"expert {n} of 16" for n in range(1, 17)))]
+    expected = [("running the bundle", done, 2) for done in range(3)]
+    assert progress == expected + [(step, done, 34) for done, step in enumerate(steps)]
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp16"])
@@ -79,6 +83,54 @@ def test_rounded_weights_are_told_apart_from_kernels(bundle: Bundle, checkpoint:
     if quantize == "fp16":
         assert report.bundle_to_stored.mean_difference <= 1e-4
     assert report.stored_to_reference.mean_difference > (1e-2 if quantize == "int4" else 1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_a_report_is_that_of_whole_models(bundle: Bundle, checkpoint: Checkpoint, quantize: str) -> None:
+    """To the last bit; the greedy continuation of one that steps, past the rope boundary of 32."""
+    folder = bundle(SHAPE, "cpu", quantize)
+    report = verify(folder, checkpoint(SHAPE), tokens=130, new_tokens=24, thresholds=Thresholds())
+    runtime, exact = PhiMoE.load(folder), reference.load_reference(checkpoint(SHAPE))
+    stored = stored_model(exact, folder, read_manifest(folder))
+    expected, same = [Comparison() for _ in range(3)], []
+    windows = list(cut(runtime.tokenizer.encode(SAMPLE.read_text())[:130], exact.config))
+    for window in windows:
+        (recording, routing), (storing, own) = reference.recorded(exact), reference.recorded(stored)
+        logits = [runtime.logits(window), *(reference.logits(model, window) for model in (recording, storing))]
+        replayed = reference.logits(reference.replayed(stored, routing), window)
+        for comparison, pair in zip(expected, [logits[:2], (logits[0], logits[2]), (replayed, logits[1])], strict=True):
+            comparison.add(*pair)
+        same += [(a == b).all(dim=-1).numpy() for a, b in zip(routing, own, strict=True)]
+    assert report.bundle_to_reference == expected[0]
+    if quantize != "none":
+        assert [report.bundle_to_stored, report.stored_to_reference] == expected[1:]
+        assert report.routing_agreement == pytest.approx(np.concatenate(same, axis=1).mean())
+    prompt = windows[0][:32]
+    stepped = reference.greedy(exact, prompt, 24)
+    got = runtime.generate(prompt, max_new_tokens=24).token_ids
+    agreeing = next((n for n, (a, b) in enumerate(zip(stepped, got, strict=False)) if a != b), 24)
+    assert (agreeing == 24) == (quantize == "none")
+    assert report.greedy == {
+        "prompt": runtime.tokenizer.decode(prompt),
+        "reference": runtime.tokenizer.decode(stepped[: agreeing + 1]),
+        "bundle": runtime.tokenizer.decode(got),
+        "agreeing": agreeing,
+        "new_tokens": 24,
+    }
+
+
+@pytest.mark.parametrize("boundary", [None, 3, 4, 5, 6, 7, 20])
+def test_the_texts_that_tell_a_continuation(boundary: int | None) -> None:
+    """Each token is told by a text on the side of the boundary on which it was chosen."""
+    raw = BASE | ({} if boundary is None else {"rope_scaling": longrope(16, boundary)})
+    answers = Answers([], [], [10, 11, 12, 13], 3, [14, 15, 16], str)
+    texts = [len(text.token_ids) for text in continued(parse_config(raw), answers)]
+    position, told = 3, []  # of the prompt's last token, after which the first is chosen
+    for length in texts:
+        told += [(length, n) for n in range(position, length)]
+        position = length
+    assert [n for _, n in told][:3] == [3, 4, 5]
+    assert all(boundary is None or (length > boundary) == (n + 1 > boundary) for length, n in told[:3])
 
 
 def test_the_perplexity_is_the_runtimes_score(bundle: Bundle, checkpoint: Checkpoint) -> None:

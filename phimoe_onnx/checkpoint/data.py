@@ -15,7 +15,12 @@ from phimoe_onnx.errors import CheckpointError
 
 def read_rows(rows: Sequence[Rows]) -> torch.Tensor:
     """All rows at once, float32."""
-    return torch.cat([part.read().float() for part in rows])
+    joined = torch.empty(sum(part.shape[0] for part in rows), *rows[0].shape[1:])
+    start = 0
+    for part in rows:
+        joined[start : start + part.shape[0]] = part.read()
+        start += part.shape[0]
+    return joined
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from phimoe_onnx.checkpoint.headers import Stored
 from phimoe_onnx.checkpoint.tensors import INDEX, SINGLE, read_headers, shard_files
 from phimoe_onnx.config import ARCHITECTURES, PhiMoEConfig
 from phimoe_onnx.errors import CheckpointError, ExportError, MissingPackageError
+from phimoe_onnx.files import sha256
 from phimoe_onnx.progress import Progress
 
 TASKS = tuple(ARCHITECTURES)
@@ -97,6 +100,11 @@ def origin(source: str | Path, folder: Path, adapter: Adapter | None = None) -> 
     """
     name = Path(source).resolve().name if Path(source).is_dir() else f"{source}@{folder.name}"
     return name if adapter is None else f"{name} with {adapter.folder.resolve().name}"
+
+
+def digest(files: Iterable[Path], advance: Callable[[int], None]) -> str:
+    """What names the content of some files: the SHA-256 of the lines that `sha256sum` prints of them, in this order."""
+    return hashlib.sha256("".join(f"{sha256(file, advance)}  {file.name}\n" for file in files).encode()).hexdigest()
 
 
 def task_for(config: PhiMoEConfig, task: str | None, source: object) -> str:

@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import phimoe_onnx
 from phimoe_onnx.bundle import unchanged
@@ -30,6 +30,7 @@ MARKS = {
     "markdown": "### phimoe-verify: `",
     "junit": '<testsuite name="phimoe-verify"',
 }
+OF_THE_REFERENCE = ("adapter", "text", "tokens", "new_tokens", "save_golden")  # options that go with --reference
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "past its threshold.",
         "austen-int4 --reference models/phimoe-austen",
         "BUNDLE --reference CHECKPOINT --junit parity.xml --max-kl 0.05",
+        "BUNDLE --reference CHECKPOINT --save-golden model.golden",
+        "BUNDLE --golden model.golden",
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that phimoe-export wrote")
-    add("--reference", required=True, metavar="CHECKPOINT", help="the folder of the checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--reference", metavar="CHECKPOINT", help="the folder of the checkpoint")
+    source.add_argument("--golden", metavar="FILE", help="what --save-golden kept of it; needs no PyTorch")
+    add("--save-golden", metavar="FILE", help="keep of the checkpoint what --golden needs, a few MB (default: none)")
     add("--adapter", metavar="FOLDER", help="the LoRA adapter that phimoe-export merged into it (default: none)")
     add("--text", metavar="FILE", help="UTF-8 text to run (default: two chapters of Persuasion)")
-    add("--tokens", type=positive, default=4096, metavar="N", help="how many tokens of it at the most (default: 4096)")
-    add("--new-tokens", type=positive, default=64, metavar="N", help="length of the greedy continuations (default: 64)")
+    add("--tokens", type=positive, metavar="N", help="how many tokens of it at the most (default: 4096)")
+    add("--new-tokens", type=positive, metavar="N", help="length of the greedy continuations (default: 64)")
     add("--device", default="cpu", choices=DEVICES, help="where the bundle runs (default: cpu)")
     add("--junit", metavar="FILE", help="write JUnit XML (default: none)")
     add("--markdown", metavar="FILE", help="write the tables as Markdown (default: none)")
@@ -72,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    if arguments.save_golden:
+        from phimoe_onnx.parity.golden import MARK
+
+        check_file(arguments.save_golden, MARK, arguments.overwrite)
     files = {kind: file for kind in MARKS if (file := getattr(arguments, kind))}
     for kind, file in files.items():
         check_file(file, MARKS[kind], arguments.overwrite)
@@ -98,27 +108,45 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> Report:
-    with imports():
-        verify = phimoe_onnx.verify  # it says what is missing where a package is
+    if arguments.golden:
+        for name in OF_THE_REFERENCE:
+            if getattr(arguments, name) is not None:
+                raise PhiMoEError(f"--{name.replace('_', '-')} goes with --reference; --golden has its own text")
+    with imports():  # they say what is missing where a package is
+        compare = phimoe_onnx.verify_golden if arguments.golden else phimoe_onnx.verify
     bundle = Path(arguments.bundle)
     given = {name: value for name in MEASURES if (value := getattr(arguments, f"max_{name}")) is not None}
+    options = {name: value for name in OF_THE_REFERENCE if (value := getattr(arguments, name)) is not None}
+    if arguments.text:
+        options["text"] = _read(arguments.text)
     console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
         unchanged(bundle) as manifest,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
-        task = bar.add_task("comparing", total=None)
-        return verify(
+        return compare(
             bundle,
-            arguments.reference,
-            adapter=arguments.adapter,
-            text=_read(arguments.text) if arguments.text else None,
-            tokens=arguments.tokens,
-            new_tokens=arguments.new_tokens,
+            arguments.golden or arguments.reference,
             device=arguments.device,
             thresholds=dataclasses.replace(default_thresholds(manifest), **given),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=_shown(bar),
+            **options,
         )
+
+
+def _shown(bar: Progress) -> Callable[[str, int, int], None]:
+    """Shows what `verify` reports; each kind of work has its own speed, by which the time left is told."""
+    task, kind = bar.add_task("loading", total=None), ""
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal kind
+        if kind != what.partition(",")[0]:
+            kind = what.partition(",")[0]
+            bar.reset(task)
+        bar.update(task, description=what, completed=done, total=total)
+
+    return show
 
 
 def _read(file: str) -> str:

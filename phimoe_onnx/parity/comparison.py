@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+ROWS = 256  # of logits that are compared at once
 
 
 @dataclass
@@ -24,20 +27,38 @@ class Comparison:
 
     def add(self, logits: NDArray[np.float32], expected: NDArray[np.float32], *, distribution: bool = True) -> None:
         """Takes in the logits [S, V] of one window, or other outputs that are no `distribution`."""
-        scale = float(expected.std())
-        difference = np.abs(logits - expected)
-        before, self.tokens = self.tokens, self.tokens + len(logits)
-        self.max_difference = float(np.maximum(self.max_difference, difference.max() / scale))  # keeps a NaN
-        means = {"mean_difference": difference / scale}
-        if distribution:
-            log_p, log_q = log_softmax(expected), log_softmax(logits)
-            means["kl"] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-            means["top1_agreement"] = logits.argmax(axis=-1) == expected.argmax(axis=-1)
-        else:
-            self.kl = self.top1_agreement = None
-        for name, values in means.items():
-            total = getattr(self, name) * before + float(values.mean(dtype=np.float64)) * len(logits)
+        scale = spread(expected)
+        for rows in pieces(len(logits)):
+            got, wanted = logits[rows], expected[rows]
+            difference = np.abs(got - wanted)
+            values = {"mean_difference": difference / scale}
+            if distribution:
+                log_p, log_q = log_softmax(wanted), log_softmax(got)
+                values["kl"] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+                values["top1_agreement"] = got.argmax(axis=-1) == wanted.argmax(axis=-1)
+            else:
+                self.kl = self.top1_agreement = None
+            self.take(len(got), float(difference.max() / scale), values)
+
+    def take(self, tokens: int, largest: float, values: dict[str, NDArray[np.floating]]) -> None:
+        """Takes in so many tokens with their largest difference and, by the attribute's name, what to average."""
+        before, self.tokens = self.tokens, self.tokens + tokens
+        self.max_difference = float(np.maximum(self.max_difference, largest))  # keeps a NaN
+        for name, each in values.items():
+            total = getattr(self, name) * before + float(each.mean(dtype=np.float64)) * tokens
             setattr(self, name, total / self.tokens)
+
+
+def pieces(length: int) -> Iterator[slice]:
+    """`length` rows in pieces of up to `ROWS`."""
+    return (slice(start, min(start + ROWS, length)) for start in range(0, length, ROWS))
+
+
+def spread(outputs: NDArray[np.float32]) -> float:
+    """The standard deviation of all numbers, in float64 and without a copy of them."""
+    mean = sum(float(outputs[rows].sum(dtype=np.float64)) for rows in pieces(len(outputs))) / outputs.size
+    squares = (float(np.square(outputs[rows] - mean, dtype=np.float64).sum()) for rows in pieces(len(outputs)))
+    return float(np.sqrt(sum(squares) / outputs.size))
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -45,3 +66,12 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
+
+
+def surprise(logits: NDArray[np.float32], token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """The negative log-probability of each token of a window but the first, float32 [S - 1], by its logits [S, V]."""
+    targets = np.array(token_ids[1:], np.int64)[:, None]
+    parts = [
+        -np.take_along_axis(log_softmax(logits[rows]), targets[rows], axis=-1)[:, 0] for rows in pieces(len(targets))
+    ]
+    return np.concatenate([np.empty(0, np.float32), *parts])

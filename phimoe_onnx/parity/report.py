@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from phimoe_onnx import bundle as bundles
+from phimoe_onnx.bundle import Manifest
+from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.parity.comparison import Comparison
 from phimoe_onnx.parity.thresholds import MEASURES, Thresholds
 
@@ -49,6 +51,7 @@ class Report:
         routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
         perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
         greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
+        notes: what else a reader must know, such as which figures are bounds.
         checks: what was held against a threshold.
         failures: those that are past their limit, in words; empty means success.
     """
@@ -67,12 +70,34 @@ class Report:
     routing_agreement: float | None
     perplexity: dict[str, float]
     greedy: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
+
+
+def empty_report(
+    bundle: object, reference: object, manifest: Manifest, windows: list[list[int]], limits: Thresholds, *, stored: bool
+) -> Report:
+    """A report before anything is compared; `stored` says whether there will be PyTorch over the stored weights."""
+    return Report(
+        bundle=str(bundle),
+        reference=str(reference),
+        task=manifest.task,
+        quantize=manifest.quantize,
+        target=manifest.target,
+        tokens=sum(len(window) for window in windows),
+        windows=[len(window) for window in windows],
+        thresholds=limits,
+        bundle_to_reference=Comparison(),
+        bundle_to_stored=Comparison() if stored else None,
+        stored_to_reference=Comparison() if stored else None,
+        routing_agreement=None,
+        perplexity={},
+    )
 
 
 def show(report: Report, console: Console) -> None:
@@ -146,7 +171,33 @@ def record(report: Report, bundle: Path) -> None:
         "perplexity": report.perplexity,
         "bundle_to_reference": dataclasses.asdict(report.bundle_to_reference),
     }
+    if report.notes:
+        summary["notes"] = report.notes
     bundles.record(bundle, "parity", summary)
+
+
+def judge(report: Report) -> None:
+    """Holds the figures of a report against its thresholds.
+
+    Raises:
+        PhiMoEError: a threshold is set for what the task does not have.
+    """
+    measured = {
+        "mean_difference": report.bundle_to_reference.mean_difference,
+        "max_difference": report.bundle_to_reference.max_difference,
+        "kernel_difference": report.bundle_to_stored.mean_difference if report.bundle_to_stored else 0.0,
+        "kl": report.bundle_to_reference.kl,
+        "kernel_kl": report.bundle_to_stored.kl if report.bundle_to_stored else 0.0,
+        "perplexity_ratio": report.perplexity["bundle"] / report.perplexity["reference"] if report.perplexity else None,
+    }
+    for name, value in measured.items():
+        limit = getattr(report.thresholds, name)
+        if limit is None:
+            continue
+        if value is None:
+            raise PhiMoEError(f"there is no {name} to check of a bundle for {report.task}")
+        report.checks.append(Check(name, value, limit, bool(value <= limit)))  # False of a NaN
+    report.failures = [check.failure() for check in report.checks if not check.passed]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -188,6 +239,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield "perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report.perplexity.items())
     if report.routing_agreement is not None:
         yield f"choices of experts that the stored weights leave unchanged: {report.routing_agreement:.2%}"
+    yield from report.notes
 
 
 def _greedy(report: Report) -> str:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,7 +18,9 @@ from phimoe_onnx.bundle import Manifest, StoredWeights
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import BundleError
 from phimoe_onnx.exporter.quantize.format import Format
+from phimoe_onnx.layered import Attention, Read
 from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
+from phimoe_onnx.reference import fill
 
 CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
 Initializers = dict[str, ir.TensorProtocol | None]
@@ -45,45 +48,77 @@ def is_rounded(manifest: Manifest) -> bool:
     return coarse or manifest.decoding.cache.dtype in CACHE_BITS
 
 
-def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyModel:
-    """A copy of the reference with every quantised or rounded weight replaced by what the bundle's graph stores, whose
-    keys and values are rounded as the bundle's cache rounds them.
+def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEConfig) -> Read:
+    """The parameters of the checkpoint that `read` reads, as the bundle's graph stores those that are quantised or
+    rounded.
 
     Raises:
-        BundleError: the graph lacks a weight that the manifest says is quantised.
+        BundleError: the graph lacks a weight that the manifest says is quantised; when that is read.
+    """
+    forms, stored = stored_as(manifest), _initializers(bundle, manifest)
+
+    def read_stored(name: str, expert: int | None) -> Tensor:
+        form = forms.get(name) or forms.get(f"{name}.{expert}")  # version 1 of the manifest has not all of them
+        if form is not None and form.block_size is not None:
+            return _dequantized(name, expert, form, stored, config)
+        rows = read(name, expert)
+        return rows.half().float() if form is not None and _is_half(form, manifest) else rows
+
+    return read_stored
+
+
+def stored_attention(bundle: Path, manifest: Manifest) -> Callable[[int], Attention]:
+    """What each layer attends with, by its number: with keys and values rounded as the bundle's cache rounds them.
+
+    Raises:
+        BundleError: the graph lacks the scales of a cache that the manifest says is quantised.
+    """
+    cache = manifest.decoding.cache
+    bits = CACHE_BITS.get(cache.dtype)
+    if bits is None:
+        return lambda layer: modeling.attention
+    stored = _initializers(bundle, manifest)
+    scales = []
+    for layer, part in itertools.product(range(cache.num_hidden_layers), "kv"):
+        name = f"model.layers.{layer}.self_attn.{part}_cache.scale"
+        if (tensor := stored.get(name)) is None:
+            raise BundleError(f"the graph has no {name}, but the manifest says {cache.dtype}; export the bundle again")
+        scales.append(_numbers(tensor))
+    return lambda layer: partial(_rounding_attention, scales[2 * layer], scales[2 * layer + 1], bits)
+
+
+def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyModel:
+    """A copy of the reference, as one model, with `stored_weights` and `stored_attention`.
+
+    Raises:
+        BundleError: as for these.
     """
     model = copy.deepcopy(reference)
     if not is_rounded(manifest):
         return model
-    config, forms = reference.config, stored_as(manifest)
-    initializers = ir.load(bundle / manifest.graphs[0].file).graph.initializers
-    stored: Initializers = {name: value.const_value for name, value in initializers.items()}
+    config = reference.config
+    parameters: dict[str, Tensor] = reference.state_dict()
     if isinstance(model, PhiMoEForCausalLM) and config.tie_word_embeddings:  # the two are stored apart
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            for rows, form, expert in _matrices(name, parameter, forms):
-                if form.block_size is not None:
-                    rows.copy_(_dequantized(name, expert, form, stored, config).view_as(rows))
-                elif _is_half(form, manifest):
-                    rows.copy_(rows.half())
-    return with_stored_cache(model, stored, manifest)
+
+    def read(name: str, expert: int | None) -> Tensor:
+        return parameters[name] if expert is None else parameters[name][expert]
+
+    fill(model, stored_weights(read, bundle, manifest, config))
+    attention, layers = stored_attention(bundle, manifest), itertools.cycle(range(config.num_hidden_layers))
+    # a pass calls it once a layer, in their order
+    return with_seams(
+        model, dataclasses.replace(model.seams, attention=lambda *tensors: attention(next(layers))(*tensors))
+    )
+
+
+def _initializers(bundle: Path, manifest: Manifest) -> Initializers:
+    initializers = ir.load(bundle / manifest.graphs[0].file).graph.initializers
+    return {name: value.const_value for name, value in initializers.items()}
 
 
 def _is_half(form: StoredWeights, manifest: Manifest) -> bool:
     return form.dtype == "float16" and manifest.dtype == "float32"
-
-
-def _matrices(
-    name: str, parameter: Tensor, forms: dict[str, StoredWeights]
-) -> list[tuple[Tensor, StoredWeights, int | None]]:
-    """The parameter, or each expert's matrix of it where the experts differ, with its form; nothing where version 1 of
-    the manifest has none.
-    """
-    if name in forms:
-        return [(parameter, forms[name], None)]
-    experts = [(matrix, forms.get(f"{name}.{expert}"), expert) for expert, matrix in enumerate(parameter)]
-    return [(matrix, form, expert) for matrix, form, expert in experts if form] if parameter.ndim == 3 else []
 
 
 def _dequantized(
@@ -92,10 +127,10 @@ def _dequantized(
     """A parameter, or the matrix of one expert, from the blocks under the names that the passes gave them."""
     prefix = name.removesuffix(".weight")
     if name.endswith("experts.gate_up_proj"):
-        turns = _read_experts(prefix.replace("gate_up_proj", "fc1"), expert, form, stored, config)
-        return torch.cat((turns[..., ::2, :], turns[..., 1::2, :]), dim=-2)  # gate and up in turns
+        turns = _read(prefix.replace("gate_up_proj", "fc1"), expert, form, stored)
+        return torch.cat((turns[::2], turns[1::2]))  # gate and up in turns
     if name.endswith("experts.down_proj"):
-        return _read_experts(prefix.replace("down_proj", "fc2"), expert, form, stored, config)
+        return _read(prefix.replace("down_proj", "fc2"), expert, form, stored)
     packed = f"{prefix.rpartition('.')[0]}.qkv_proj"
     if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.codes" in stored:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -104,69 +139,54 @@ def _dequantized(
     return _read(prefix, None, form, stored)
 
 
-def _read_experts(
-    prefix: str, expert: int | None, form: StoredWeights, stored: Initializers, config: PhiMoEConfig
-) -> Tensor:
-    """A matrix [N, K], or the stack of all, which a graph of branches has as a matrix an expert."""
-    if expert is not None or f"{prefix}.codes" in stored:
-        return _read(prefix, expert, form, stored)
-    return torch.stack([_read(prefix, e, form, stored) for e in range(config.num_local_experts)])
-
-
 def _read(prefix: str, expert: int | None, form: StoredWeights, stored: Initializers) -> Tensor:
-    """float32 [..., N, K]."""
+    """float32 [N, K]: a matrix of its own, or that of one expert in a stack of all."""
     format = Format(int(form.dtype.removeprefix("int")), form.block_size or 0, symmetric=form.symmetric)
     kinds = ("codes", "scales") if form.symmetric else ("codes", "scales", "zeros")
-    names = [f"{prefix}.{kind}" + ("" if expert is None else f".{expert}") for kind in kinds]
     parts = []
-    for name in names:
-        if (tensor := stored.get(name)) is None:
-            raise BundleError(f"the graph has no {name}, but the manifest says {form.dtype}; export the bundle again")
-        parts.append(torch.from_numpy(tensor.numpy().copy()))
+    for kind in kinds:
+        name = f"{prefix}.{kind}"
+        own = name if expert is None else f"{name}.{expert}"
+        if (tensor := stored.get(own)) is not None:
+            parts.append(_numbers(tensor))
+        elif (tensor := stored.get(name)) is not None:
+            parts.append(_numbers(tensor, expert))
+        else:
+            raise BundleError(f"the graph has no {own}, but the manifest says {form.dtype}; export the bundle again")
     codes, scales, *zeros = parts
     return format.dequantize(codes.reshape(*scales.shape[:-1], -1), scales, *zeros)
 
 
-def with_stored_cache(model: AnyModel, stored: Initializers, manifest: Manifest) -> AnyModel:
-    """The model with every key and value rounded as the bundle's cache does; itself where they stay as they are."""
-    cache = manifest.decoding.cache
-    bits = CACHE_BITS.get(cache.dtype)
-    if bits is None:
-        return model
-    scales = []
-    for layer, part in itertools.product(range(cache.num_hidden_layers), "kv"):
-        name = f"model.layers.{layer}.self_attn.{part}_cache.scale"
-        if (tensor := stored.get(name)) is None:
-            raise BundleError(f"the graph has no {name}, but the manifest says {cache.dtype}; export the bundle again")
-        scales.append(torch.from_numpy(tensor.numpy().copy()))
-    return with_seams(model, dataclasses.replace(model.seams, attention=_rounding_attention(model.seams, scales, bits)))
+def _numbers(tensor: ir.TensorProtocol, index: int | None = None) -> Tensor:
+    """A copy of a tensor, or of one matrix of a stack; the file is not kept in memory behind it."""
+    array = tensor.numpy()
+    numbers = torch.from_numpy((array if index is None else array[index]).copy())
+    del array
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return numbers
 
 
 def _rounding_attention(
-    seams: modeling.Seams, scales: list[Tensor], bits: int
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Attention over keys and values of `bits`; a pass calls it once a layer, in their order."""
-    layers = itertools.cycle(zip(scales[::2], scales[1::2], strict=True))
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        visible: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        key_scale, value_scale = next(layers)
-        head_dim = past_key.shape[-1]
-        query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
-        query, key = modeling.rotate(query, cos, sin), _rounded(modeling.rotate(key, cos, sin), key_scale, bits)
-        query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, _rounded(value, value_scale, bits)))
-        still = torch.ones_like(cos), torch.zeros_like(sin)  # they are rotated
-        return seams.attention(query, key, value, *still, past_key, past_value, visible)
-
-    return attention
+    key_scale: Tensor,
+    value_scale: Tensor,
+    bits: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    visible: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modeling.attention` over keys and values of `bits`, with a scale [1, K, 1, D] each."""
+    head_dim = past_key.shape[-1]
+    query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
+    query, key = modeling.rotate(query, cos, sin), _rounded(modeling.rotate(key, cos, sin), key_scale, bits)
+    query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, _rounded(value, value_scale, bits)))
+    still = torch.ones_like(cos), torch.zeros_like(sin)  # they are rotated
+    return modeling.attention(query, key, value, *still, past_key, past_value, visible)
 
 
 def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:

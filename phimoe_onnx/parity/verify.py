@@ -1,30 +1,38 @@
-"""verify(): a bundle's logits and text against the PyTorch reference, on real text."""
+"""verify(): a bundle's outputs and text against the PyTorch reference, on real text."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from phimoe_onnx import reference as pytorch
+from phimoe_onnx import layered
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
+from phimoe_onnx.checkpoint.adapter import read_adapter
+from phimoe_onnx.checkpoint.source import task_for
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
-from phimoe_onnx.errors import GenerationError, PhiMoEError
-from phimoe_onnx.modeling import PhiMoEForCausalLM
-from phimoe_onnx.parity.comparison import Comparison, log_softmax
-from phimoe_onnx.parity.report import Check, Report
-from phimoe_onnx.parity.stored import is_rounded, stored_model
-from phimoe_onnx.parity.texts import compare_texts, cut_texts
+from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.layered import Ran, Read, Text
+from phimoe_onnx.parity.comparison import Comparison, surprise
+from phimoe_onnx.parity.outputs import PROMPT, bundle_outputs, continuation, greedy, is_distribution
+from phimoe_onnx.parity.report import Report, empty_report, judge
+from phimoe_onnx.parity.save_golden import Kept
+from phimoe_onnx.parity.stored import is_rounded, stored_attention, stored_weights
+from phimoe_onnx.parity.texts import cut_texts
 from phimoe_onnx.parity.thresholds import Thresholds, default_thresholds
-from phimoe_onnx.runtime.generate import generate
+from phimoe_onnx.progress import Progress
 from phimoe_onnx.runtime.model import PhiMoE
+from phimoe_onnx.scratch import Scratch
 
 SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
+Outputs = NDArray[np.float32]
 
 
 def verify(
@@ -37,9 +45,13 @@ def verify(
     new_tokens: int = 64,
     device: str = "cpu",
     thresholds: Thresholds | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    save_golden: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Compares a bundle with the checkpoint that it came from.
+
+    The bundle runs first and is then given up; PyTorch runs layer by layer (layered.py). So the most memory that is
+    needed at once is what the bundle takes to run, or some 3 GB for the largest PhiMoE.
 
     Args:
         bundle: its folder.
@@ -50,93 +62,198 @@ def verify(
         new_tokens: length of the greedy continuations.
         device: where the bundle runs; the reference always runs in PyTorch on the CPU in float32.
         thresholds: the most that is allowed; by default those of the bundle's precision.
-        progress: called with the windows done and the windows to do.
+        save_golden: a file to keep in it what `verify_golden` needs of the reference; it is written over.
+        progress: called with what is being done, and how much is done and to do of it: windows, or matrices.
 
     Raises:
-        PhiMoEError: as for loading either, the text is too short, or a threshold is given for what the task does not
-            have.
+        PhiMoEError: as for loading either, the text is too short, a threshold is given for what the task does not
+            have, or the golden file or intermediate results cannot be written.
     """
     folder, checkpoint = Path(bundle), Path(reference)
     manifest = read_manifest(folder)
     check_files(folder, manifest, hash_everything=True)
-    exact = pytorch.load_reference(checkpoint, manifest.task, None if adapter is None else Path(adapter))
-    runtime = PhiMoE.load(folder, device=device)
-    if read_config(folder) != exact.config:
+    config = read_config(checkpoint)
+    task = task_for(config, manifest.task, checkpoint)
+    merged = None if adapter is None else read_adapter(Path(adapter))
+    read = layered.checkpoint_weights(config, parameters(config, read_headers(checkpoint), task, merged))
+    if read_config(folder) != config:
         raise PhiMoEError(
             f"{bundle}: its config.json is not that of {reference}, so it is not this checkpoint's bundle"
         )
-    token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
-    windows = list((cut if manifest.task == "text-generation" else cut_texts)(token_ids, exact.config))
-    report = _empty_report(bundle, reference, manifest, windows, thresholds or default_thresholds(manifest))
-    if isinstance(exact, PhiMoEForCausalLM):
-        stored = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
-        _compare_tokens(report, runtime, exact, stored, windows, progress)
-        report.greedy = _greedy(runtime, exact, windows[0], new_tokens)
-    else:
-        stored_text = stored_model(exact, folder, manifest) if is_rounded(manifest) else None
-        compare_texts(report, runtime, exact, stored_text, windows, progress)
-    report.checks = list(_checks(report, report.thresholds))
-    report.failures = [check.failure() for check in report.checks if not check.passed]
+    report_progress = progress or (lambda what, done, total: None)
+    scratch = Scratch()
+    answers = _ask(folder, device, text, tokens, new_tokens, scratch, report_progress)
+    limits, rounded = thresholds or default_thresholds(manifest), is_rounded(manifest)
+    report = empty_report(bundle, reference, manifest, answers.windows, limits, stored=rounded)
+    passes = _run(folder, manifest, config, read, answers, scratch, report_progress)
+    kept = None if save_golden is None else Kept()
+    _compare(report, answers, passes, is_distribution(manifest), kept)
+    expected = _expected_continuation(passes["greedy"], answers)
+    if task == "text-generation":
+        report.greedy = greedy(answers.decode, answers.prompt, expected, answers.continuation, answers.new)
+    if save_golden is not None and kept is not None:
+        kept.arrays["token_ids"] = [np.array(window, np.int32) for window in answers.windows]
+        kept.arrays["routing"] = [torch.stack(each.routing)[:, 0].short().numpy() for each in passes["reference"].ran]
+        if task == "text-generation":
+            kept.arrays["greedy"] = [np.array(expected, np.int32)]
+        kept.golden(report, manifest, checkpoint, merged, answers.new, report_progress).write(Path(save_golden))
+    judge(report)
     return report
 
 
-def _empty_report(
-    bundle: object, reference: object, manifest: Manifest, windows: list[list[int]], thresholds: Thresholds
-) -> Report:
-    rounded = is_rounded(manifest)
-    return Report(
-        bundle=str(bundle),
-        reference=str(reference),
-        task=manifest.task,
-        quantize=manifest.quantize,
-        target=manifest.target,
-        tokens=sum(len(window) for window in windows),
-        windows=[len(window) for window in windows],
-        thresholds=thresholds,
-        bundle_to_reference=Comparison(),
-        bundle_to_stored=Comparison() if rounded else None,
-        stored_to_reference=Comparison() if rounded else None,
-        routing_agreement=None,
-        perplexity={},
-    )
-
-
-def _compare_tokens(
-    report: Report,
-    runtime: PhiMoE,
-    exact: PhiMoEForCausalLM,
-    stored: PhiMoEForCausalLM | None,
-    windows: Sequence[list[int]],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Fills in the comparisons of a report on text generation; `stored` rounds weights, keys and values as the bundle
-    does.
+@dataclass(frozen=True)
+class Answers:
+    """What the bundle gave: outputs of each window (of other tasks one array for all texts), and a continuation of up
+    to `new` tokens.
     """
-    nll: dict[str, list[NDArray[np.float32]]] = {}
-    same_routing: list[float] = []
-    for done, window in enumerate(windows):
-        if progress:
-            progress(done, len(windows))
-        recording, routing = pytorch.recorded(exact)
-        expected = pytorch.logits(recording, window)
-        got = runtime.logits(window)
-        outputs = {"reference": expected, "bundle": got}
-        report.bundle_to_reference.add(got, expected)
-        if stored and report.bundle_to_stored and report.stored_to_reference:
-            recording, stored_routing = pytorch.recorded(stored)
-            outputs["stored"] = pytorch.logits(recording, window)
-            report.stored_to_reference.add(pytorch.logits(pytorch.replayed(stored, routing), window), expected)
-            report.bundle_to_stored.add(got, outputs["stored"])
-            same_routing.append(pytorch.agreement(routing, stored_routing))
-        for name, output in outputs.items():
-            nll.setdefault(name, []).append(
-                -np.take_along_axis(log_softmax(output[:-1]), np.array(window[1:])[:, None], axis=-1)
-            )
+
+    windows: list[list[int]]
+    outputs: list[Outputs]
+    prompt: list[int]
+    new: int
+    continuation: list[int]
+    decode: Callable[[list[int]], str]
+
+
+def _ask(
+    folder: Path, device: str, text: str | None, tokens: int, new_tokens: int, scratch: Scratch, progress: Progress
+) -> Answers:
+    """Loads the bundle, runs it, and gives it up."""
+    runtime, config = PhiMoE.load(folder, device=device), read_config(folder)
+    token_ids = runtime.tokenizer.encode(text if text is not None else SAMPLE.read_text(encoding="utf-8"))[:tokens]
+    generates = runtime.manifest.task == "text-generation"
+    windows = list((cut if generates else cut_texts)(token_ids, config))
+    outputs = []
+    number = len(windows) if generates else 1
+    progress("running the bundle", 0, number)
+    for output in bundle_outputs(runtime, windows, scratch.empty):
+        outputs.append(output)
+        progress("running the bundle", len(outputs), number)
+    prompt = windows[0][:PROMPT]
+    new = min(new_tokens, runtime.decoding.context - len(prompt)) if generates else 0
+    said = continuation(runtime, prompt, new) if new else []
+    return Answers(windows, outputs, prompt, new, said, runtime.tokenizer.decode)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Hidden states of the windows, and what makes outputs of them."""
+
+    ran: list[Ran]
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _run(
+    folder: Path,
+    manifest: Manifest,
+    config: PhiMoEConfig,
+    read: Read,
+    answers: Answers,
+    scratch: Scratch,
+    progress: Progress,
+) -> dict[str, _Pass]:
+    """PyTorch over the checkpoint: "reference" and "greedy"; where the bundle rounds, over what it stores: "stored" and
+    "replayed", with the reference's choice of experts.
+    """
+    rounded = is_rounded(manifest)
+    windows = [Text(window) for window in answers.windows]
+    total, done = layered.steps(config) * (1 + rounded), 0
+
+    def step(of: str, where: str) -> None:
+        nonlocal done
+        progress(f"PyTorch over the {of}, {where}", done, total)
+        done += 1
+
+    texts = [*windows, *continued(config, answers)]
+    ran = layered.run(config, read, texts, scratch=scratch, step=partial(step, "checkpoint"))
+    head = layered.head(config, manifest.task, read)
+    count = len(windows)
+    passes = {"reference": _Pass(ran[:count], head), "greedy": _Pass(ran[count:], head)}
+    if rounded:
+        read = stored_weights(read, folder, manifest, config)
+        texts = [*windows, *(Text(text.token_ids, each.routing) for text, each in zip(windows, ran, strict=False))]
+        attention = stored_attention(folder, manifest)
+        ran = layered.run(
+            config, read, texts, attention=attention, scratch=scratch, step=partial(step, "stored weights")
+        )
+        head = layered.head(config, manifest.task, read)
+        passes |= {"stored": _Pass(ran[:count], head), "replayed": _Pass(ran[count:], head)}
+    return passes
+
+
+def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distribution: bool, kept: Kept | None) -> None:
+    """Fills in the comparisons of a report, and what is kept of the outputs."""
+    generates = report.task == "text-generation"
+    losses: dict[str, list[Outputs]] = defaultdict(list)
+    sources = {name: _outputs(each, generates) for name, each in passes.items() if name != "greedy"}
+    add = partial(_add, distribution=distribution)
+    for number, got in enumerate(answers.outputs):
+        outputs = {"bundle": got} | {name: next(source) for name, source in sources.items()}
+        expected, stored, replayed = outputs["reference"], outputs.get("stored"), outputs.get("replayed")
+        add(report.bundle_to_reference, got, expected)
+        add(report.bundle_to_stored, got, stored)
+        add(report.stored_to_reference, replayed, expected)
+        if generates:
+            for name in ("reference", "stored", "bundle"):
+                if name in outputs:
+                    losses[name].append(surprise(outputs[name], answers.windows[number]))
+        if kept is not None:
+            (kept.logits if generates else kept.outputs)(expected, stored)
     report.perplexity = {
-        name: float(np.exp(np.concatenate(values).mean(dtype=np.float64))) for name, values in nll.items()
+        name: float(np.exp(np.concatenate(parts).mean(dtype=np.float64))) for name, parts in losses.items()
     }
-    if same_routing:
-        report.routing_agreement = float(np.average(same_routing, weights=report.windows))
+    if "stored" in passes:
+        pairs = zip(passes["reference"].ran, passes["stored"].ran, strict=True)
+        same = [layered.agreement(one.routing, other.routing) for one, other in pairs]
+        report.routing_agreement = float(np.average(same, weights=report.windows))
+
+
+def _add(comparison: Comparison | None, got: Outputs | None, expected: Outputs | None, *, distribution: bool) -> None:
+    if comparison is not None and got is not None and expected is not None:
+        comparison.add(got, expected, distribution=distribution)
+
+
+@torch.inference_mode()
+def _outputs(each: _Pass, generates: bool) -> Iterator[Outputs]:
+    """Of each window its logits; of other tasks one array for all texts."""
+    if not generates:
+        yield torch.cat([each.head(ran.hidden) for ran in each.ran]).numpy()
+        return
+    for ran in each.ran:
+        yield each.head(ran.hidden).numpy()
+
+
+def continued(config: PhiMoEConfig, answers: Answers) -> list[Text]:
+    """The prompt with the bundle's continuation, once more up to the rope boundary if that lies between the two.
+
+    A step rotates all positions by the factors of the length so far. So the logits at a position are those of a step
+    if the text's end lies on the same side of the boundary.
+    """
+    if not answers.new:
+        return []
+    token_ids = [*answers.prompt, *answers.continuation]
+    ends = [len(token_ids)]
+    boundary = config.longrope.original_max_position_embeddings if config.longrope else None
+    if boundary is not None and len(answers.prompt) <= boundary < len(token_ids):
+        ends.insert(0, boundary)
+    return [Text(token_ids[:end]) for end in ends]
+
+
+@torch.inference_mode()
+def _expected_continuation(each: _Pass, answers: Answers) -> list[int]:
+    """The reference's own greedy continuation, as far as it is the bundle's, and the token with which it parts.
+
+    As long as the two agree, a step of the reference has seen the bundle's tokens, so its choice is the best token at
+    that position of one pass over them.
+    """
+    choices: list[int] = []
+    for ran in each.ran:
+        start = len(answers.prompt) - 1 + len(choices)
+        choices += each.head(ran.hidden[:, start:]).argmax(dim=-1).tolist()
+    choices = choices[: answers.new]
+    pairs = enumerate(zip(choices, answers.continuation, strict=False))
+    parting = next((n for n, (own, other) in pairs if own != other), len(choices))
+    return choices[: parting + 1]
 
 
 def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> Iterator[list[int]]:
@@ -154,42 +271,3 @@ def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> Iterator[list[int]]:
         yield list(token_ids[start : min(start + short, half)])
     if rest := list(token_ids[half : half + config.max_position_embeddings]):
         yield rest
-
-
-def _greedy(runtime: PhiMoE, exact: Any, window: list[int], new_tokens: int) -> dict[str, Any]:
-    prompt = window[: min(32, len(window))]
-    new = min(new_tokens, runtime.decoding.context - len(prompt))
-    expected = pytorch.greedy(exact, prompt, new)
-    got: list[int] = []
-    with suppress(GenerationError):  # logits that are not finite fail the comparison as it is
-        request = dataclasses.replace(runtime.request(prompt, max_new_tokens=new), eos=frozenset())  # none ends it
-        got.extend(piece.token_id for piece in generate(runtime.engine, [request]))
-    agreeing = next(
-        (n for n, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
-    )
-    decode = runtime.tokenizer.decode
-    return {
-        "prompt": decode(prompt),
-        "reference": decode(expected),
-        "bundle": decode(got),
-        "agreeing": agreeing,
-        "new_tokens": new,
-    }
-
-
-def _checks(report: Report, limits: Thresholds) -> Iterator[Check]:
-    measured = {
-        "mean_difference": report.bundle_to_reference.mean_difference,
-        "max_difference": report.bundle_to_reference.max_difference,
-        "kernel_difference": report.bundle_to_stored.mean_difference if report.bundle_to_stored else 0.0,
-        "kl": report.bundle_to_reference.kl,
-        "kernel_kl": report.bundle_to_stored.kl if report.bundle_to_stored else 0.0,
-        "perplexity_ratio": report.perplexity["bundle"] / report.perplexity["reference"] if report.perplexity else None,
-    }
-    for name, value in measured.items():
-        limit = getattr(limits, name)
-        if limit is None:
-            continue
-        if value is None:
-            raise PhiMoEError(f"there is no {name} to check of a bundle for {report.task}")
-        yield Check(name, value, limit, bool(value <= limit))  # False of a NaN
