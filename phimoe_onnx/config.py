@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.errors import ConfigError, brief
 from phimoe_onnx.files import read_json
 
 FAMILIES = {"phimoe": "PhiMoE", "grinmoe": "GRIN-MoE"}  # by their names without case and hyphens
@@ -229,15 +228,6 @@ def read_token_ids(raw: dict[str, Any], key: str, vocab_size: int, where: str) -
             f"expected a token id below it"
         )
     return tuple(ids)
-
-
-def brief(value: object) -> str:
-    """A value of a JSON file for a message, cut where it is long or deep."""
-    return _BRIEF.repr(value)
-
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 80
 
 
 def _plain(name: str) -> str:

@@ -17,7 +17,7 @@ from phimoe_onnx.checkpoint.headers import DTYPES, Stored, read_header
 from phimoe_onnx.checkpoint.names import spellings
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.errors import CheckpointError, ConfigError
+from phimoe_onnx.errors import CheckpointError, ConfigError, brief
 from phimoe_onnx.files import read_json
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class _Names:
             return self._with_scales(spelling, tensor, where)
         if where.dtype not in DTYPES:
             raise CheckpointError(
-                f"{where.file}: {tensor} is stored as {where.dtype}, expected one of {', '.join(DTYPES)}"
+                f"{where.file}: {tensor} is stored as {brief(where.dtype)}, expected one of {', '.join(DTYPES)}"
             )
         return _Part(tensor, self._full(spelling))
 

@@ -21,6 +21,7 @@ from phimoe_onnx.text.special_tokens import (
 from phimoe_onnx.text.template import TOOL_USE, read_templates
 from phimoe_onnx.text.tokenizer import hidden_tokens
 
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # the library prints what it ignores
 _MAKE = (
     "make it with the package transformers: "
     "AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
@@ -134,8 +135,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     ]
     tokens = []
     for token in wanted:
-        flags = {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else {}
-        flags = {"content": token} if not isinstance(token, dict) else flags
+        flags = {key: token[key] for key in _FLAGS if key in token} if isinstance(token, dict) else {"content": token}
         flags["special"] = bool(flags.get("special")) or flags["content"] in texts
         tokens.append(AddedToken(**flags))
     tokenizer.add_tokens(tokens)

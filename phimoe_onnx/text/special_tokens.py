@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.errors import ConfigError, brief
 from phimoe_onnx.files import read_json
 
 NAMES = (
@@ -71,7 +71,7 @@ def read_special_tokens(folder: Path) -> dict[str, Any]:
         for token in value if name == "additional_special_tokens" and isinstance(value, list) else [value]:
             if value is not None and content(token) is None:
                 raise ConfigError(
-                    f"{folder / 'tokenizer_config.json'}: {name} holds {token!r}, expected a token's text"
+                    f"{folder / 'tokenizer_config.json'}: {name} holds {brief(token)}, expected a token's text"
                 )
     return {name: value for name, value in tokens.items() if value}
 
