@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.errors import ConfigError, brief
 from phimoe_onnx.files import read_text
 from phimoe_onnx.text.special_tokens import (
     content,
@@ -19,7 +19,7 @@ from phimoe_onnx.text.special_tokens import (
     token_texts,
 )
 from phimoe_onnx.text.template import TOOL_USE, read_templates
-from phimoe_onnx.text.tokenizer import hidden_tokens
+from phimoe_onnx.text.tokenizer import hidden_tokens, library_error
 
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # the library prints what it ignores
 _MAKE = (
@@ -80,15 +80,15 @@ def read_tokenizer(folder: Path) -> str | None:
         tokenizer.decode(tokenizer.encode("a", add_special_tokens=False).ids)
     except ConfigError:
         raise
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except BaseException as error:
         raise ConfigError(
-            f"{path}: cannot be read as a tokenizer ({error}); download the checkpoint's file again"
+            f"{path}: cannot be read as a tokenizer ({library_error(error)}); download the checkpoint's file again"
         ) from None
     config = read_tokenizer_config(folder)
     if config.get("split_special_tokens"):
         raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: split_special_tokens is {config['split_special_tokens']!r}, which no "
-            "tokenizer.json can say, and with which no chat works; take it out"
+            f"{folder / 'tokenizer_config.json'}: split_special_tokens is {brief(config['split_special_tokens'])}, "
+            "which no tokenizer.json can say, and with which no chat works; take it out"
         )
     try:
         _add_tokens(tokenizer, config, read_special_tokens(folder))
@@ -97,9 +97,12 @@ def read_tokenizer(folder: Path) -> str | None:
         else:
             _set_prefix_space(tokenizer, config)
         after = tokenizer.to_str()
-    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+    except ConfigError:
+        raise
+    except BaseException as error:
         raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error!r}); download the file again"
+            f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({library_error(error)}); "
+            "download the file again"
         ) from None
     if after == before:
         return None
@@ -136,7 +139,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     tokens = []
     for token in wanted:
         flags = {key: token[key] for key in _FLAGS if key in token} if isinstance(token, dict) else {"content": token}
-        flags["special"] = bool(flags.get("special")) or flags["content"] in texts
+        flags["special"] = flags.get("special", False) or flags["content"] in texts
         tokens.append(AddedToken(**flags))
     tokenizer.add_tokens(tokens)
 
@@ -152,7 +155,7 @@ def _check_written(tokenizer: tokenizers.Tokenizer, text: str, config: dict[str,
         probe = "a{0}a {0} a\n{0}\n".format(content(token))
         if written.encode(probe).ids != tokenizer.encode(probe).ids:
             raise ConfigError(
-                f"{path}: its token {content(token)!r} contradicts the one of tokenizer.json; make the two agree, or "
+                f"{path}: its token {brief(content(token))} contradicts the one of tokenizer.json; make the two agree, or "
                 f"take it out of added_tokens_decoder"
             )
 

@@ -95,8 +95,8 @@ def make_request(
         raise GenerationError(f"max_new_tokens is {brief(max_new_tokens)}, expected 1 or more")
     if len(prompt) + max_new_tokens > context:
         raise GenerationError(
-            f"{name} has {len(prompt)} tokens and max_new_tokens is {brief(max_new_tokens)}, together more than the context "
-            f"of {context}; at most {context - len(prompt)} new tokens fit"
+            f"{name} has {len(prompt)} tokens and max_new_tokens is {brief(max_new_tokens)}, together more than the "
+            f"context of {context}; at most {context - len(prompt)} new tokens fit"
         )
     sampling = Sampling(
         0.0 if temperature is None else _number("temperature", temperature),
@@ -152,7 +152,7 @@ def _number(name: str, value: Any) -> float:
 
 def _stops(stop: Any) -> tuple[str, ...]:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
-    if isinstance(stops, bytes) or not isinstance(stops, Iterable):
+    if isinstance(stops, bytes) or not isinstance(stops, Iterable) or getattr(stops, "ndim", 1) == 0:
         raise GenerationError(f"stop is {brief(stop)}, expected a string or several")
     stops = tuple(stops)
     for each in stops:

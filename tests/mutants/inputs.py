@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-
 PROMPT = [5, 60, 7, 100]
 CONVERSATION = [{"role": "system", "content": "be"}, {"role": "user", "content": "a stop\n"}]
 NEW_TOKENS = 6

@@ -168,14 +168,21 @@ class Mutator:
         if isinstance(value, bool):
             return not value
         if isinstance(value, int | float):
-            return self.pick.choice((value + 1, value - 1, value * 2, -value, float(value), str(value), [value]))
+            as_float = float(value) if abs(value) < 1e300 else 0.0
+            return self.pick.choice((value + 1, value - 1, value * 2, -value, as_float, str(value), [value]))
         if isinstance(value, str):
-            return self.pick.choice((value + "x", value[1:], value.upper(), f" {value}", value[::-1], [value], value * 2))
+            return self.pick.choice(
+                (value + "x", value[1:], value.upper(), f" {value}", value[::-1], [value], value * 2)
+            )
         if isinstance(value, list):
             mixed = self.pick.sample(value, len(value))
-            return self.pick.choice((value[1:], value[::-1], mixed, value * 2, [*value, self.pick.choice(VALUES)], value[:1]))
+            return self.pick.choice(
+                (value[1:], value[::-1], mixed, value * 2, [*value, self.pick.choice(VALUES)], value[:1])
+            )
         if isinstance(value, dict):
-            return self.pick.choice((dict(reversed(value.items())), value | {"x": self.pick.choice(VALUES)}, list(value)))
+            return self.pick.choice(
+                (dict(reversed(value.items())), value | {"x": self.pick.choice(VALUES)}, list(value))
+            )
         return self.pick.choice(VALUES)
 
     def _change_field(self, model: onnx.ModelProto) -> None:
@@ -209,7 +216,9 @@ class Mutator:
 
     def _other(self, field: Any, value: Any) -> Any:
         if field.type in (field.TYPE_STRING, field.TYPE_BYTES):
-            text = self.pick.choice(("", "x", "../x", "/etc/passwd", "model.data", "logits", "Add", "0", "-1", str(2**63)))
+            text = self.pick.choice(
+                ("", "x", "../x", "/etc/passwd", "model.data", "logits", "Add", "0", "-1", str(2**63))
+            )
             other = self.pick.choice((text, value[1:], value + value[:1]))
             return other.encode() if field.type == field.TYPE_BYTES and isinstance(other, str) else other
         if field.type in (field.TYPE_FLOAT, field.TYPE_DOUBLE):

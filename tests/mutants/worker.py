@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,8 @@ from tests.mutants.mutator import Mutator
 SECONDS = 20.0  # of the processor, for one mutant
 MEMORY = 1 << 30  # of address space, beyond what is there before the first
 RESIDENT = 300 << 10  # KiB that one mutant may add to the process's peak
+# what libraries print and nobody can keep them from: a panic of tokenizers', an overflow in ONNX Runtime's allocator
+KNOWN = re.compile(r"\s*thread '|.*onnxruntime:Default, allocator\.cc", re.DOTALL)
 CAMPAIGNS = {
     "export": "tests.mutants.exports:Exports",
     "load": "tests.mutants.loads:Loads",
@@ -46,7 +49,7 @@ def main(campaign: str, seed: str, numbers: list[int]) -> None:
         for number in numbers:
             mutator = Mutator(f"{campaign} {seed} {number}")
             print(json.dumps({"number": number}), file=out, flush=True)
-            result = run(runner, mutator, root / "mutant", noise)
+            result = run(runner, mutator, root / "mutant", None if campaign == "transformers" else noise)
             print(json.dumps({"number": number, "said": " ".join(mutator.said)[:1000], **result}), file=out, flush=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -55,7 +58,7 @@ def main(campaign: str, seed: str, numbers: list[int]) -> None:
 def run(runner, mutator: Mutator, folder: Path, noise) -> dict[str, str]:
     """Runs one mutant; its depth, or its fault."""
     folder.mkdir()
-    start = os.fstat(noise.fileno()).st_size
+    start = os.fstat(noise.fileno()).st_size if noise else 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
     try:
@@ -77,8 +80,9 @@ def run(runner, mutator: Mutator, folder: Path, noise) -> dict[str, str]:
         result.setdefault("fault", f"took {grown >> 10} MiB")
     if noise and os.fstat(noise.fileno()).st_size > start:
         noise.seek(start)
-        result.setdefault("fault", f"prints: {noise.read(500).decode(errors='replace')}")
-        noise.seek(0, os.SEEK_END)
+        printed = noise.read().decode(errors="replace")
+        if not KNOWN.match(printed):
+            result.setdefault("fault", f"prints: {printed[:500]}")
     return result
 
 

@@ -15,19 +15,28 @@ import transformers
 
 from phimoe_onnx import reference
 from phimoe_onnx.bundle import Manifest
-from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.errors import CheckpointError, PhiMoEError
 from phimoe_onnx.text.template import ChatTemplate
 from phimoe_onnx.text.tokenizer import Tokenizer
 from tests.mutants.exports import Exports
 from tests.mutants.inputs import CONVERSATION, PROMPT
 from tests.mutants.mutator import Mutator
 
-TEXTS = ["a stop", "", "  the  top\n\n\N{SLIGHTLY SMILING FACE} é", "<|user|>\na<|end|>\n<|assistant|>\n", "a<new> b <s>c </s>x , 's n't ."]
+TEXTS = [
+    "a stop",
+    "",
+    "  the  top\n\n\N{SLIGHTLY SMILING FACE} é",
+    "<|user|>\na<|end|>\n<|assistant|>\n",
+    "a<new> b <s>c </s>x , 's n't .",
+]
 USER = CONVERSATION[1]
 TOOL = {"type": "function", "function": {"name": "<add>", "parameters": {"type": "object"}}}
-CONVERSATIONS: list[list[dict[str, Any]]] = [[USER], CONVERSATION, [*CONVERSATION, {"role": "assistant", "content": " b "}, USER]]
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [USER],
+    CONVERSATION,
+    [*CONVERSATION, {"role": "assistant", "content": " b "}, USER],
+]
 ENDLESS = re.compile(r"10\s*\*\*")  # which transformers would go on with for hours
-
 
 
 class Oracle:
@@ -35,6 +44,7 @@ class Oracle:
 
     def __init__(self, folder: Path) -> None:
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         logging.disable(logging.WARNING)
         self._exports = Exports(folder, judge)
 
@@ -101,6 +111,7 @@ def _compare_prompts(oracle: Any, bundle: Path) -> None:
                 assert isinstance(expected, Exception), f"refused: {error}; transformers has {expected!r:.200}"
             else:
                 assert not isinstance(expected, Exception), f"{found!r:.200}; transformers refuses it: {expected}"
+                found, expected = (re.sub("0x[0-9a-f]+", "", text) for text in (found, expected))  # of an object
                 assert found == expected, f"prompt {found!r:.200}, transformers has {expected!r:.200}"
 
 
@@ -108,9 +119,18 @@ def _compare_logits(checkpoint: Path, bundle: Path) -> None:
     raw = json.loads((checkpoint / "config.json").read_text())
     if raw.get("head_dim") is not None:  # transformers 4.57 knows none
         return
-    config = theirs(lambda: transformers.PhimoeConfig.from_pretrained(bundle))
-    model = theirs(lambda: transformers.PhimoeForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32))
+    raw = json.loads((bundle / "config.json").read_text())
+    raw.pop("torch_dtype", None)  # which says nothing of a bundle, and is not read
+    config = theirs(lambda: transformers.PhimoeConfig(**raw))
+    model = theirs(
+        lambda: transformers.PhimoeForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+    )
     with torch.inference_mode():
         expected = theirs(lambda: model.eval()(torch.tensor([PROMPT])).logits[0].numpy())
-    found = reference.logits(reference.load_reference(checkpoint), PROMPT)
+    try:
+        found = reference.logits(reference.load_reference(checkpoint), PROMPT)
+    except CheckpointError as error:  # an export says so when it comes to these weights
+        if "not finite" in str(error):
+            return
+        raise
     assert np.allclose(found, expected, rtol=1e-3, atol=1e-3), f"logits {np.abs(found - expected).max()} apart"
