@@ -91,7 +91,7 @@ def read_tokenizer(folder: Path) -> str | None:
             "which no tokenizer.json can say, and with which no chat works; take it out"
         )
     try:
-        _add_tokens(tokenizer, config, read_special_tokens(folder))
+        added = _add_tokens(tokenizer, config, read_special_tokens(folder))
         if is_llama(folder, config):
             _frame(tokenizer, folder, config)
         else:
@@ -104,10 +104,8 @@ def read_tokenizer(folder: Path) -> str | None:
             f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({library_error(error)}); "
             "download the file again"
         ) from None
-    if after == before:
-        return None
-    _check_written(tokenizer, after, config, folder / "tokenizer_config.json")
-    return after
+    _check_written(tokenizer, after, added, folder / "tokenizer_config.json")
+    return None if after == before else after
 
 
 def all_hidden_tokens(folder: Path) -> dict[str, int]:
@@ -124,8 +122,11 @@ def _has_slow(folder: Path) -> bool:
     return (folder / "tokenizer.model").exists()
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, Any]) -> None:
-    """Adds what tokenizer.json lacks: the tokens of `added_tokens_decoder` by their numbers, then special ones."""
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, Any]) -> list[str]:
+    """Adds what tokenizer.json lacks: the tokens of `added_tokens_decoder` by their numbers, then special ones.
+
+    Returns their texts, and those of tokens that got other flags.
+    """
     named = [token for value in special.values() for token in (value if isinstance(value, list) else [value])]
     texts = {content(token) for token in named}
     declared = config.get("added_tokens_decoder") or {}
@@ -142,20 +143,21 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
         flags["special"] = flags.get("special", False) or flags["content"] in texts
         tokens.append(AddedToken(**flags))
     tokenizer.add_tokens(tokens)
+    return [token.content for token in tokens]
 
 
-def _check_written(tokenizer: tokenizers.Tokenizer, text: str, config: dict[str, Any], path: Path) -> None:
+def _check_written(tokenizer: tokenizers.Tokenizer, text: str, added: list[str], path: Path) -> None:
     """Refuses what cannot be written: a token whose flags contradict tokenizer.json is in memory a bit of both.
 
     Raises:
         ConfigError: the tokenizer in `text` gives other ids than the one in memory.
     """
     written = tokenizers.Tokenizer.from_str(text)
-    for token in (config.get("added_tokens_decoder") or {}).values():
-        probe = "a{0}a {0} a\n{0}\n".format(content(token))
+    for token in added:
+        probe = f"a{token}a {token} a\n{token}\n"
         if written.encode(probe).ids != tokenizer.encode(probe).ids:
             raise ConfigError(
-                f"{path}: its token {brief(content(token))} contradicts the one of tokenizer.json; make the two agree, or "
+                f"{path}: its token {brief(token)} contradicts the one of tokenizer.json; make the two agree, or "
                 f"take it out of added_tokens_decoder"
             )
 

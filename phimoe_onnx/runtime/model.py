@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import TASKS, Manifest, check_files, unchanged
+from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, check_files, unchanged
 from phimoe_onnx.errors import BundleError, GenerationError, brief
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
@@ -133,7 +133,9 @@ class PhiMoE:
         folder = Path(bundle)
         with unchanged(folder) as manifest:
             if manifest.task not in TASKS:
-                raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
+                raise BundleError(
+                    f"{folder / MANIFEST}: is of a bundle for {manifest.task[:80]}, expected one for {', '.join(TASKS)}"
+                )
             check_files(folder, manifest)
             decoding = manifest.decoding
             tokenizer = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)

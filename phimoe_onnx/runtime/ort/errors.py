@@ -56,7 +56,7 @@ def run_errors(what: str, needed: int) -> Iterator[None]:
         raise
     except Exception as error:
         raise BundleError(
-            f"{what}: ONNX Runtime {ort.__version__} cannot run the graph: {str(error)[:400]}; "
+            f"{what}: ONNX Runtime {ort.__version__} cannot run the bundle's graph: {str(error)[:400]}; "
             f"copy or export the bundle again"
         ) from error
 
