@@ -32,6 +32,7 @@ FP8_BLOCK = (128, 128)  # rows and columns, where config.json does not say it
 METHODS = {"gptq": "GPTQ", "awq": "AWQ"}  # others are called as they are spelt
 MIN_FLOAT, MAX_FLOAT = 1e-30, 3.4028234663852886e38  # what float32 can divide by, and its largest
 RANGE = f", {MIN_FLOAT:g} to {MAX_FLOAT:.3g}"
+DTYPES = ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")  # as PyTorch calls them
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -235,7 +236,7 @@ def read_token_ids(raw: dict[str, Any], key: str, vocab_size: int, where: str) -
 
 def _check_dtype(name: object, where: str) -> None:
     """The tensors say themselves what they are stored in; but other programs open a bundle's config.json."""
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"(torch\.)?b?float(8|16|32|64)\w*", name)):
+    if name is not None and not (isinstance(name, str) and name in DTYPES):
         raise ConfigError(f"{where} is {brief(name)}, expected float32, float16, bfloat16 or null")
 
 

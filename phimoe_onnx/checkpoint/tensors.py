@@ -92,9 +92,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
         weight_map = read_json(folder / INDEX).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(_is_name(file) for file in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensor names to files")
     return weight_map
+
+
+def _is_name(file: object) -> bool:
+    return isinstance(file, str) and len(file.encode("utf-8", "surrogatepass")) < 256
 
 
 def parameters(

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from phimoe_onnx.errors import ConfigError, brief
-from phimoe_onnx.files import read_text
+from phimoe_onnx.files import read_json, read_text
 from phimoe_onnx.text.special_tokens import (
     content,
     is_llama,
@@ -77,6 +77,7 @@ def read_tokenizer(folder: Path) -> str | None:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
         before = tokenizer.to_str()
+        _check_ids(tokenizer, path)
         tokenizer.decode(tokenizer.encode("a", add_special_tokens=False).ids)
     except ConfigError:
         raise
@@ -108,6 +109,21 @@ def read_tokenizer(folder: Path) -> str | None:
     return None if after == before else after
 
 
+def _check_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    """Refuses added tokens to which the library gives other ids than the file, which it does without a word.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for token in read_json(path)["added_tokens"]:
+        found = tokenizer.token_to_id(token["content"])
+        if found != token["id"] or tokenizer.id_to_token(found) != token["content"]:
+            raise ConfigError(
+                f"{path}: its added token {brief(token['content'])} has the id {brief(token['id'])}, but its "
+                f"vocabulary makes it {found}; download the checkpoint's file again"
+            )
+
+
 def all_hidden_tokens(folder: Path) -> dict[str, int]:
     """The special tokens of the checkpoint in `folder`, by the file and by the configuration: transformers skips both.
 
@@ -131,6 +147,8 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     texts = {content(token) for token in named}
     declared = config.get("added_tokens_decoder") or {}
     wanted = [declared[id] for id in sorted(declared, key=int)]
+    if not all(isinstance(token, dict) for token in wanted):
+        raise TypeError("added_tokens_decoder holds what is no object")
     known = {content(token) for token in wanted}
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     # one that is there keeps its flags, unless it is named with flags
@@ -140,7 +158,8 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     tokens = []
     for token in wanted:
         flags = {key: token[key] for key in _FLAGS if key in token} if isinstance(token, dict) else {"content": token}
-        flags["special"] = flags.get("special", False) or flags["content"] in texts
+        if flags.setdefault("special", False) is False:  # what is neither true nor false is refused by the library
+            flags["special"] = flags["content"] in texts
         tokens.append(AddedToken(**flags))
     tokenizer.add_tokens(tokens)
     return [token.content for token in tokens]
@@ -152,7 +171,13 @@ def _check_written(tokenizer: tokenizers.Tokenizer, text: str, added: list[str],
     Raises:
         ConfigError: the tokenizer in `text` gives other ids than the one in memory.
     """
-    written = tokenizers.Tokenizer.from_str(text)
+    try:
+        written = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        raise ConfigError(
+            f"{path.with_name('tokenizer.json')}: contradicts itself ({library_error(error)}); download the "
+            "checkpoint's file again"
+        ) from None
     for token in added:
         probe = f"a{token}a {token} a\n{token}\n"
         if written.encode(probe).ids != tokenizer.encode(probe).ids:

@@ -46,7 +46,7 @@ def is_llama(folder: Path, config: dict[str, Any]) -> bool:
     if name not in (*LLAMA, *PLAIN):
         raise ConfigError(
             f"{folder / file}: tokenizer_class is {brief(name)}, expected one of {', '.join((*LLAMA[1:], *PLAIN))}; "
-            f"open it in the package transformers, see that it gives the ids of its tokenizer.json, and name one of these"
+            f"see in the package transformers that it gives the ids of its tokenizer.json, and name one of these"
         )
     return name in LLAMA
 

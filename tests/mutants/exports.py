@@ -164,6 +164,7 @@ class Exports:
         return traced
 
     def build_graphs(self, *_: Any) -> list[str]:
+        """Stands for the pipeline's, of which only the files' names are wanted."""
         return ["model.onnx"]
 
     def _write_graphs(self, graphs: list[str], staging: Path, recipe: Any, *_: Any) -> int:

@@ -78,7 +78,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def bundles(folder: Path) -> Path:
-    """The folder of the bundles generate/ and embed/: one that was made before (MUTANTS_BUNDLES), or made in `folder`."""
+    """The folder of the bundles generate/ and embed/, made in `folder` unless MUTANTS_BUNDLES names one made before."""
     made = Path(os.environ.get("MUTANTS_BUNDLES", folder / "bundles"))
     if not made.exists():
         write_bundles(made)

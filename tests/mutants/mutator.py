@@ -20,21 +20,25 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 NUMBERS = (0, 1, 2, 7, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 PIECES = [
-    "{{", "}}", "{%", "%}", "{#", "-%}", "{%-", "{% if true %}", "{% endif %}", "{% for m in messages %}", "{% endfor %}",
-    "{{ bos_token }}", "{{ eos_token }}", "{{ pad_token }}", "{{ unk_token }}", "{{ tools }}", "{{ tools | tojson }}",
-    "{{ documents }}", "{{ messages }}", "{{ messages | tojson(indent=2) }}", "{{ messages[0] }}", "{{ messages[-1].content }}",
-    "{{ messages[0]['content'] | trim }}", "{{ messages | length }}", "{{ nothing }}", "{{ nothing.more }}", "{{ 1/0 }}",
-    "{{ 'a' * 10**10 }}", "{{ 10**10**10 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ raise_exception('no') }}",
-    "{% include 'x' %}", "{% extends 'x' %}", "{% import 'x' as x %}", "{{ ''.__class__ }}", "{{ messages.append(1) }}",
-    "{% set ns = namespace(a=1) %}", "{% set messages = messages[1:] %}", "{% set x = messages[0] %}{{ x.role }}",
-    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}", "{% generation %}", "{% endgeneration %}", "{% break %}",
-    "{% continue %}", "{{ loop.index }}", "{{ self }}", "{{ messages | map(attribute='role') | list }}", "{{ caller() }}",
-    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "{{ '%s' % messages }}", "{{ 'x'.join(['a']) }}",
-    "{{ messages | sort }}", "{{ messages[0].items() | list }}", "{{ {'a': 1}.items() | list }}", "{{ [1, 2, 3][::-1] }}",
-    "{{ 'ß' | upper }}", "{{ '<&>' | e }}", "{{ namespace }}", "{{ range(3) | list }}", "{{ dict(a=1) }}", "{{ cycler(1) }}",
-    "{{ true and none }}", "{{ not none }}", "{{ 1 if add_generation_prompt }}", "{% raw %}", "{% endraw %}", "{% else %}",
-    "{{ messages | tojson | safe }}", "{{ 7 // 2 }}", "{{ 2 ** 3 }}", "{{ '\\n' }}", "\n", "  ", "\t", "\r\n", "<|user|>",
-    "\x00", "\ufeff", "é", "\N{SLIGHTLY SMILING FACE}", "{{ strftime_now('%Y') }}", "{{ messages | string | length }}",
+    "{{", "}}", "{%", "%}", "{#", "-%}", "{%-", "{% if true %}", "{% endif %}", "{% for m in messages %}",
+    "{% endfor %}", "{{ bos_token }}", "{{ eos_token }}", "{{ pad_token }}", "{{ unk_token }}", "{{ tools }}",
+    "{{ tools | tojson }}", "{{ documents }}", "{{ messages }}", "{{ messages | tojson(indent=2) }}",
+    "{{ messages[0] }}", "{{ messages[-1].content }}", "{{ messages[0]['content'] | trim }}",
+    "{{ messages | length }}", "{{ nothing }}", "{{ nothing.more }}", "{{ 1/0 }}", "{{ 'a' * 10**10 }}",
+    "{{ 10**10**10 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ raise_exception('no') }}",
+    "{% include 'x' %}", "{% extends 'x' %}", "{% import 'x' as x %}", "{{ ''.__class__ }}",
+    "{{ messages.append(1) }}", "{% set ns = namespace(a=1) %}", "{% set messages = messages[1:] %}",
+    "{% set x = messages[0] %}{{ x.role }}", "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}", "{% generation %}",
+    "{% endgeneration %}", "{% break %}", "{% continue %}", "{{ loop.index }}", "{{ self }}",
+    "{{ messages | map(attribute='role') | list }}", "{{ caller() }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "{{ '%s' % messages }}",
+    "{{ 'x'.join(['a']) }}", "{{ messages | sort }}", "{{ messages[0].items() | list }}",
+    "{{ {'a': 1}.items() | list }}", "{{ [1, 2, 3][::-1] }}", "{{ 'ß' | upper }}", "{{ '<&>' | e }}",
+    "{{ namespace }}", "{{ range(3) | list }}", "{{ dict(a=1) }}", "{{ cycler(1) }}", "{{ true and none }}",
+    "{{ not none }}", "{{ 1 if add_generation_prompt }}", "{% raw %}", "{% endraw %}", "{% else %}",
+    "{{ messages | tojson | safe }}", "{{ 7 // 2 }}", "{{ 2 ** 3 }}", "{{ '\\n' }}", "\n", "  ", "\t", "\r\n",
+    "<|user|>", "\x00", "\ufeff", "é", "\N{SLIGHTLY SMILING FACE}", "{{ strftime_now('%Y') }}",
+    "{{ messages | string | length }}",
 ]  # fmt: skip
 
 
@@ -62,8 +66,9 @@ class Mutator:
         if way < 0.96:
             return self.raw(text.encode())
         strange = [
-            "", "null", "[]", "1", '"a"', "{", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "\ufeff" + text, text + "x",
-            text.replace("{", '{"vocab_size": ' + "9" * 5000 + ",", 1), "NaN", "version https://git-lfs.github.com/spec/v1\n",
+            "", "null", "[]", "1", '"a"', "{", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "\ufeff" + text,
+            text + "x", text.replace("{", '{"vocab_size": ' + "9" * 5000 + ",", 1), "NaN",
+            "version https://git-lfs.github.com/spec/v1\n",
             text.replace("{", '{"model_type": "phimoe", "model_type": 1,', 1), text.replace(",", ",,", 1), "\x00",
         ]  # fmt: skip
         number = self.pick.randrange(len(strange))
@@ -186,7 +191,7 @@ class Mutator:
         return self.pick.choice(VALUES)
 
     def _change_field(self, model: onnx.ModelProto) -> None:
-        message, field = self.pick.choice([each for each in fields(model)])
+        message, field = self.pick.choice(list(fields(model)))
         repeated, value = field.is_repeated, getattr(message, field.name)
         action = self.pick.choice(("clear", "change", "change", "repeat", "swap"))
         self.said.append(f"{action} {message.DESCRIPTOR.name}.{field.name} ({getattr(message, 'name', '')!r:.40})")

@@ -20,9 +20,9 @@ from tests.mutants.mutator import VALUES, Mutator
 DEPTHS = ("refused", "run")
 CONTEXT = 128
 STRANGE: list[Any] = [
-    *VALUES, *map(np.int64, (-1, 0, 3)), np.float32(0.5), np.float64("nan"), np.array(1), np.array([1, 2]), np.bool_(True),
-    b"a", bytearray(b"a"), 1j, object(), range(3), {1}, (), ("a",), ("a", ""), ("a", None), [b"a"], iter("ab"), "\udcff",
-    -(2**70), 2**70, 10**5000, 1e-46, 1 + 1e-16, np.uint8(7), 127, 124, 128, 10_000,
+    *VALUES, *map(np.int64, (-1, 0, 3)), np.float32(0.5), np.float64("nan"), np.array(1), np.array([1, 2]),
+    np.bool_(True), b"a", bytearray(b"a"), 1j, object(), range(3), {1}, (), ("a",), ("a", ""), ("a", None), [b"a"],
+    iter("ab"), "\udcff", -(2**70), 2**70, 10**5000, 1e-46, 1 + 1e-16, np.uint8(7), 127, 124, 128, 10_000,
 ]  # fmt: skip
 LIKELY: dict[str, list[Any]] = {
     "max_new_tokens": [None, 1, 2, 6, np.int64(4), 100, 124, 125],
@@ -41,13 +41,15 @@ PROMPTS: list[Any] = [
     ["a stop", "b"], [PROMPT, "a"], CONVERSATION, [CONVERSATION], tuple(CONVERSATION), "<|user|>\na<|end|>", "a" * 90,
 ]  # fmt: skip
 STRANGE_PROMPTS: list[Any] = [
-    "", [], (), [[]], [""], [True], [1.5], [-1], [301], [10**30], ["a", 5], [5, "a"], [None], [["a"]], [[["a"]]], {}, {"role": "user"},
-    [{"role": 1, "content": "a"}], [{"content": "a"}], [{"role": "user"}], [{"role": "user", "content": 5}],
-    [{"role": "user", "content": [{"type": "image"}]}], [{"role": "tool", "content": "a"}], [*CONVERSATION, 5],
-    [5, *CONVERSATION], [{"role": "user", "content": "\ud800"}], [{"role": "\ud800", "content": "a"}], "a" * 100_000, [5] * 128,
-    [5] * 127, np.array([1.0]), np.zeros((0,), int), np.zeros((2, 0), int), np.zeros((1, 1, 1), int), np.array(5), np.array("a"),
-    np.array(["a"]), np.array([None]), np.array([PROMPT], object), memoryview(b"ab"), Path("a"), [b"a"], [bytearray(b"a")], [{}],
-    [{"role": "user", "content": None}], [[5, 6], [5, None]], [set()], [np.array(5)], [np.int64(5), np.array(6)],
+    "", [], (), [[]], [""], [True], [1.5], [-1], [301], [10**30], ["a", 5], [5, "a"], [None], [["a"]], [[["a"]]], {},
+    {"role": "user"}, [{"role": 1, "content": "a"}], [{"content": "a"}], [{"role": "user"}],
+    [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image"}]}],
+    [{"role": "tool", "content": "a"}], [*CONVERSATION, 5], [5, *CONVERSATION],
+    [{"role": "user", "content": "\ud800"}], [{"role": "\ud800", "content": "a"}], "a" * 100_000, [5] * 128,
+    [5] * 127, np.array([1.0]), np.zeros((0,), int), np.zeros((2, 0), int), np.zeros((1, 1, 1), int), np.array(5),
+    np.array("a"), np.array(["a"]), np.array([None]), np.array([PROMPT], object), memoryview(b"ab"), Path("a"),
+    [b"a"], [bytearray(b"a")], [{}], [{"role": "user", "content": None}], [[5, 6], [5, None]], [set()],
+    [np.array(5)], [np.int64(5), np.array(6)],
 ]  # fmt: skip
 
 

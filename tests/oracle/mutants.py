@@ -1,4 +1,4 @@
-"""Accepted mutants of checkpoints against transformers 4.57: the same ids, prompts and logits, and the same refusals."""
+"""Accepted mutants of checkpoints against transformers 4.57: the same ids, prompts, logits and refusals."""
 
 from __future__ import annotations
 
