@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from phimoe_onnx import bundle_v1
-from phimoe_onnx.errors import BundleError, ConfigError
+from phimoe_onnx.errors import BundleError, ConfigError, brief
 from phimoe_onnx.files import read_json, sha256
 
 FORMAT_VERSION = 2
@@ -255,7 +255,7 @@ def read_manifest(bundle: Path) -> Manifest:
     version = raw.get("format_version")
     if version is True or version not in (1, FORMAT_VERSION):
         raise BundleError(
-            f"{path}: format_version is {version!r}, this release reads 1 to {FORMAT_VERSION}; upgrade phimoe-onnx"
+            f"{path}: format_version is {brief(version)}, this release reads 1 to {FORMAT_VERSION}; upgrade phimoe-onnx"
         )
     try:
         return msgspec.convert(raw if version == FORMAT_VERSION else bundle_v1.upgrade(raw), Manifest)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.errors import ConfigError, brief
 from phimoe_onnx.files import read_json
 
 FAMILIES = {"phimoe": "PhiMoE", "grinmoe": "GRIN-MoE"}  # by their names without case and hyphens
@@ -31,7 +30,9 @@ MAX_POSITIONS = 1 << 21  # LongRoPE, arXiv 2402.13753, extends to so many; a tab
 MAX_LABELS = 1 << 17
 FP8_BLOCK = (128, 128)  # rows and columns, where config.json does not say it
 METHODS = {"gptq": "GPTQ", "awq": "AWQ"}  # others are called as they are spelt
-MAX_FLOAT = 3.4028234663852886e38  # float32's largest
+MIN_FLOAT, MAX_FLOAT = 1e-30, 3.4028234663852886e38  # what float32 can divide by, and its largest
+RANGE = f", {MIN_FLOAT:g} to {MAX_FLOAT:.3g}"
+DTYPES = ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")  # as PyTorch calls them
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -124,6 +125,8 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
     family = family_of(raw.get("model_type"))
     if family is None:
         raise ConfigError(f"{where}: model_type is {brief(raw.get('model_type'))}, expected 'phimoe' or 'grinmoe'")
+    for key in ("torch_dtype", "dtype"):
+        _check_dtype(raw.get(key), f"{where}: {key}")
     task = _task(raw, where)
     fp8_block = _fp8_block(raw.get("quantization_config"), f"{where}: quantization_config")
     read = _Reader(raw, where)
@@ -143,7 +146,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> PhiMoEConfi
             f"{where}: hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads}) and no "
             f"head_dim is given"
         )
-    head_dim = read.count("head_dim", hidden_size // heads)
+    head_dim = hidden_size // heads if raw.get("head_dim") is None else read.count("head_dim")
     if head_dim % 2:
         raise ConfigError(f"{where}: head_dim is {head_dim}, rope needs an even number")
     experts = read.count("num_local_experts", 16, most=MAX_COUNT)
@@ -231,13 +234,10 @@ def read_token_ids(raw: dict[str, Any], key: str, vocab_size: int, where: str) -
     return tuple(ids)
 
 
-def brief(value: object) -> str:
-    """A value of a JSON file for a message, cut where it is long or deep."""
-    return _BRIEF.repr(value)
-
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 80
+def _check_dtype(name: object, where: str) -> None:
+    """The tensors say themselves what they are stored in; but other programs open a bundle's config.json."""
+    if name is not None and not (isinstance(name, str) and name in DTYPES):
+        raise ConfigError(f"{where} is {brief(name)}, expected float32, float16, bfloat16 or null")
 
 
 def _plain(name: str) -> str:
@@ -308,8 +308,8 @@ class _Reader:
         self.where = where
 
     def get(self, key: str, kind: Any, default: Any = None) -> Any:
-        value = self.raw.get(key)
-        if value is None:
+        value = self.raw.get(key, default)
+        if value is None and kind is bool:
             value = default
         if value is None:
             raise ConfigError(f"{self.where}: {key} is missing")
@@ -327,15 +327,16 @@ class _Reader:
 
     def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         value = self.get(key, (int, float), default)
-        if not (0 < value <= MAX_FLOAT or (zero and value == 0)):
-            raise ConfigError(f"{self.where}: {key} is {brief(value)}, expected a positive number")
+        if not (MIN_FLOAT <= value <= MAX_FLOAT or (zero and value == 0)):
+            raise ConfigError(f"{self.where}: {key} is {brief(value)}, expected a positive number{RANGE}")
         return float(value)
 
     def factors(self, key: str, length: int) -> tuple[float, ...]:
         values = self.get(key, list)
-        if len(values) != length or not all(type(v) in (int, float) and 0 < v <= MAX_FLOAT for v in values):
+        if len(values) != length or not all(type(v) in (int, float) and MIN_FLOAT <= v <= MAX_FLOAT for v in values):
             raise ConfigError(
-                f"{self.where}: {key} has {len(values)} entries, expected head_dim / 2 = {length} positive numbers"
+                f"{self.where}: {key} has {len(values)} entries, expected head_dim / 2 = {length} "
+                f"positive numbers{RANGE}"
             )
         return tuple(float(v) for v in values)
 

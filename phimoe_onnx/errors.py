@@ -1,5 +1,9 @@
 """The errors that phimoe-onnx raises on purpose; a message says what was found, what was expected and what to do."""
 
+from __future__ import annotations
+
+import reprlib
+
 
 class PhiMoEError(Exception):
     """Base of every error raised on purpose; a command line prints its text and exits with code 1."""
@@ -39,3 +43,15 @@ class GenerationError(PhiMoEError, ValueError):
 
 class EngineFullError(PhiMoEError):
     """Every slot is taken, and as many requests wait for one as may."""
+
+
+def brief(value: object) -> str:
+    """Whatever was found, for a message; cut where it is long or deep."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} of too many digits"
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80

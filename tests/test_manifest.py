@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
-import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +11,11 @@ import pytest
 
 from phimoe_onnx import PhiMoE, bundle_v1
 from phimoe_onnx.bundle import StoredWeights, read_manifest, record
-from phimoe_onnx.errors import BundleError, DeviceError, PhiMoEError
+from phimoe_onnx.errors import BundleError, DeviceError
 from phimoe_onnx.runtime.ort.external_data import check_external_data, locations
 
 BUNDLE = Path(__file__).parents[1] / "spec" / "bundle"
 MANIFEST = json.loads((BUNDLE / "manifest.json").read_text(encoding="utf-8"))
-MUTANTS = int(os.environ.get("PHIMOE_MUTANTS", "400"))
-PROMPT = {"prompt": [5, 6, 7], "max_new_tokens": 4}
-VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 1.5, 10**9, 2**31, 2**63, 10**400, 1e308, "", "1", "cpu", "../x", "a/b",
-    "\ud800", "x" * 300, [], [1], ["a"], [[]], {}, {"a": 1}, "9" * 5000, "1.29", "float16", "int8", "model.data",
-]  # fmt: skip
 
 
 def linked(folder: Path, manifest: Any) -> Path:
@@ -37,56 +26,6 @@ def linked(folder: Path, manifest: Any) -> Path:
             (folder / path.name).symlink_to(path)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value inside."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def mutant(seed: int) -> tuple[dict[str, Any], str]:
-    """A manifest with one to three changes: values put, removed, renamed, copied to another place."""
-    pick, manifest, said = random.Random(seed), copy.deepcopy(MANIFEST), []
-    for _ in range(pick.choice((1, 1, 1, 2, 3))):
-        *way, last = pick.choice(list(places(manifest)))
-        parent = manifest
-        for key in way:
-            parent = parent[key]
-        action = pick.choice(("put", "put", "put", "remove", "rename", "copy"))
-        said.append(f"{action} {way} {last}")
-        if action == "put":
-            parent[last] = pick.choice(VALUES)
-        elif action == "remove":
-            del parent[last]
-        elif action == "rename" and isinstance(parent, dict):
-            parent[f"{last}x"] = parent.pop(last)
-        else:
-            *other, place = pick.choice(list(places(manifest)))
-            target = manifest
-            for key in other:
-                target = target[key]
-            target[place] = copy.deepcopy(parent[last])
-    return manifest, ", ".join(said)
-
-
-def test_a_mutated_manifest_gives_the_same_tokens_or_one_of_our_errors(tmp_path: Path) -> None:
-    """Where a mutant is read its tokens are those of the bundle, but where it changed what ends or bounds a text."""
-    expected = PhiMoE.load(BUNDLE).generate(**PROMPT).token_ids
-    refused = 0
-    for seed in range(MUTANTS):
-        manifest, said = mutant(seed)
-        folder = linked(tmp_path / str(seed), manifest)
-        try:
-            found = PhiMoE.load(folder).generate(**PROMPT).token_ids
-        except PhiMoEError:
-            refused += 1
-        else:
-            assert found == expected[: len(found)], f"seed {seed}: {said}"
-        shutil.rmtree(folder)
-    assert MUTANTS // 3 < refused < MUTANTS
 
 
 @pytest.mark.parametrize(
@@ -202,16 +141,3 @@ def test_a_field_number_that_other_parsers_read_otherwise_is_refused(tmp_path: P
     path.write_bytes(b"\xba\x80\x80\x80\x10\x08location")
     with pytest.raises(BundleError, match=r"model\.onnx: is damaged"):
         check_external_data(path, {})
-
-
-def test_a_damaged_graph_is_one_of_our_errors(tmp_path: Path) -> None:
-    graph = (BUNDLE / "model.onnx").read_bytes()
-    pick = random.Random(0)
-    path = tmp_path / "model.onnx"
-    for _ in range(200):
-        damaged = bytearray(graph)
-        for _ in range(pick.randint(1, 20)):
-            damaged[pick.randrange(len(graph))] = pick.randrange(256)
-        path.write_bytes(damaged[: pick.choice((len(graph), pick.randrange(len(graph))))])
-        with contextlib.suppress(BundleError):
-            check_external_data(path, MANIFEST["files"])

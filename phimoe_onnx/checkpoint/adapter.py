@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimoe_onnx.checkpoint.headers import Stored, read_header
+from phimoe_onnx.checkpoint.headers import DTYPES, Stored, read_header
 from phimoe_onnx.checkpoint.rows import Rows
-from phimoe_onnx.config import brief
-from phimoe_onnx.errors import CheckpointError, ConfigError
+from phimoe_onnx.errors import CheckpointError, ConfigError, brief
 from phimoe_onnx.files import read_json
 
 if TYPE_CHECKING:
@@ -169,7 +168,11 @@ def read_adapter(folder: Path) -> Adapter:
     stored = read_header(folder / WEIGHTS)
     factors: dict[tuple[str, bool], dict[str, str]] = {}
     saved = {}
-    for name in stored:
+    for name, entry in stored.items():
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: {name} is stored as {brief(entry.dtype)}, expected one of {', '.join(DTYPES)}"
+            )
         path = _model_path(name)
         if match := LOW_RANK.fullmatch(path):
             factors.setdefault((match[1], match[2] is not None), {})[match[3]] = name

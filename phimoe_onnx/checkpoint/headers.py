@@ -50,12 +50,35 @@ def read_header(file: Path) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: is truncated or no safetensors file; download it again")
     header.pop("__metadata__", None)
-    return {name: _stored(file, name, entry, size - 8 - length) for name, entry in header.items()}
+    data_bytes = size - 8 - length
+    stored = {name: _stored(file, name, entry, data_bytes) for name, entry in header.items()}
+    _check_covered(file, [entry["data_offsets"] for entry in header.values()], data_bytes)
+    return stored
+
+
+def _check_covered(file: Path, spans: list[list[int]], data_bytes: int) -> None:
+    """Every byte is one tensor's, as safetensors has it."""
+    place = 0
+    for begin, end in sorted(spans):
+        if begin != place:
+            raise CheckpointError(
+                f"{file}: the header's tensors overlap or leave bytes between them, at byte {begin} of the numbers; "
+                f"download the shard again"
+            )
+        place = end
+    if place != data_bytes:
+        raise CheckpointError(
+            f"{file}: has {data_bytes - place} bytes behind its last tensor, expected none; download the shard again"
+        )
 
 
 def _stored(file: Path, name: str, entry: Any, data_bytes: int) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError
+        if not isinstance(dtype, str):
+            raise TypeError
         inside = 0 <= begin <= end <= data_bytes
         whole = end - begin == math.prod(shape) * BYTES[dtype] if dtype in BYTES else True
     except (TypeError, KeyError, ValueError):

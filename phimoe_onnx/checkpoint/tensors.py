@@ -17,7 +17,7 @@ from phimoe_onnx.checkpoint.headers import DTYPES, Stored, read_header
 from phimoe_onnx.checkpoint.names import spellings
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.errors import CheckpointError, ConfigError
+from phimoe_onnx.errors import CheckpointError, ConfigError, brief
 from phimoe_onnx.files import read_json
 
 if TYPE_CHECKING:
@@ -92,9 +92,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
         weight_map = read_json(folder / INDEX).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(_is_name(file) for file in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensor names to files")
     return weight_map
+
+
+def _is_name(file: object) -> bool:
+    return isinstance(file, str) and len(file.encode("utf-8", "surrogatepass")) < 256
 
 
 def parameters(
@@ -197,7 +201,7 @@ class _Names:
             return self._with_scales(spelling, tensor, where)
         if where.dtype not in DTYPES:
             raise CheckpointError(
-                f"{where.file}: {tensor} is stored as {where.dtype}, expected one of {', '.join(DTYPES)}"
+                f"{where.file}: {tensor} is stored as {brief(where.dtype)}, expected one of {', '.join(DTYPES)}"
             )
         return _Part(tensor, self._full(spelling))
 

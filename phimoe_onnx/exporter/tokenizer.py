@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from phimoe_onnx.errors import ConfigError
-from phimoe_onnx.files import read_text
+from phimoe_onnx.errors import ConfigError, brief
+from phimoe_onnx.files import read_json, read_text
 from phimoe_onnx.text.special_tokens import (
     content,
     is_llama,
@@ -19,8 +19,9 @@ from phimoe_onnx.text.special_tokens import (
     token_texts,
 )
 from phimoe_onnx.text.template import TOOL_USE, read_templates
-from phimoe_onnx.text.tokenizer import hidden_tokens
+from phimoe_onnx.text.tokenizer import hidden_tokens, library_error
 
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # the library prints what it ignores
 _MAKE = (
     "make it with the package transformers: "
     "AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
@@ -76,34 +77,51 @@ def read_tokenizer(folder: Path) -> str | None:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
         before = tokenizer.to_str()
+        _check_ids(tokenizer, path)
         tokenizer.decode(tokenizer.encode("a", add_special_tokens=False).ids)
     except ConfigError:
         raise
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except BaseException as error:
         raise ConfigError(
-            f"{path}: cannot be read as a tokenizer ({error}); download the checkpoint's file again"
+            f"{path}: cannot be read as a tokenizer ({library_error(error)}); download the checkpoint's file again"
         ) from None
     config = read_tokenizer_config(folder)
     if config.get("split_special_tokens"):
         raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: split_special_tokens is {config['split_special_tokens']!r}, which no "
-            "tokenizer.json can say, and with which no chat works; take it out"
+            f"{folder / 'tokenizer_config.json'}: split_special_tokens is {brief(config['split_special_tokens'])}, "
+            "which no tokenizer.json can say, and with which no chat works; take it out"
         )
     try:
-        _add_tokens(tokenizer, config, read_special_tokens(folder))
+        added = _add_tokens(tokenizer, config, read_special_tokens(folder))
         if is_llama(folder, config):
             _frame(tokenizer, folder, config)
         else:
             _set_prefix_space(tokenizer, config)
         after = tokenizer.to_str()
-    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+    except ConfigError:
+        raise
+    except BaseException as error:
         raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({error!r}); download the file again"
+            f"{folder / 'tokenizer_config.json'}: its tokens are damaged ({library_error(error)}); "
+            "download the file again"
         ) from None
-    if after == before:
-        return None
-    _check_written(tokenizer, after, config, folder / "tokenizer_config.json")
-    return after
+    _check_written(tokenizer, after, added, folder / "tokenizer_config.json")
+    return None if after == before else after
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    """Refuses added tokens to which the library gives other ids than the file, which it does without a word.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for token in read_json(path)["added_tokens"]:
+        found = tokenizer.token_to_id(token["content"])
+        if found != token["id"] or tokenizer.id_to_token(found) != token["content"]:
+            raise ConfigError(
+                f"{path}: its added token {brief(token['content'])} has the id {brief(token['id'])}, but its "
+                f"vocabulary makes it {found}; download the checkpoint's file again"
+            )
 
 
 def all_hidden_tokens(folder: Path) -> dict[str, int]:
@@ -120,12 +138,17 @@ def _has_slow(folder: Path) -> bool:
     return (folder / "tokenizer.model").exists()
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, Any]) -> None:
-    """Adds what tokenizer.json lacks: the tokens of `added_tokens_decoder` by their numbers, then special ones."""
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, Any]) -> list[str]:
+    """Adds what tokenizer.json lacks: the tokens of `added_tokens_decoder` by their numbers, then special ones.
+
+    Returns their texts, and those of tokens that got other flags.
+    """
     named = [token for value in special.values() for token in (value if isinstance(value, list) else [value])]
     texts = {content(token) for token in named}
     declared = config.get("added_tokens_decoder") or {}
     wanted = [declared[id] for id in sorted(declared, key=int)]
+    if not all(isinstance(token, dict) for token in wanted):
+        raise TypeError("added_tokens_decoder holds what is no object")
     known = {content(token) for token in wanted}
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     # one that is there keeps its flags, unless it is named with flags
@@ -134,25 +157,32 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     ]
     tokens = []
     for token in wanted:
-        flags = {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else {}
-        flags = {"content": token} if not isinstance(token, dict) else flags
-        flags["special"] = bool(flags.get("special")) or flags["content"] in texts
+        flags = {key: token[key] for key in _FLAGS if key in token} if isinstance(token, dict) else {"content": token}
+        if flags.setdefault("special", False) is False:  # what is neither true nor false is refused by the library
+            flags["special"] = flags["content"] in texts
         tokens.append(AddedToken(**flags))
     tokenizer.add_tokens(tokens)
+    return [token.content for token in tokens]
 
 
-def _check_written(tokenizer: tokenizers.Tokenizer, text: str, config: dict[str, Any], path: Path) -> None:
+def _check_written(tokenizer: tokenizers.Tokenizer, text: str, added: list[str], path: Path) -> None:
     """Refuses what cannot be written: a token whose flags contradict tokenizer.json is in memory a bit of both.
 
     Raises:
         ConfigError: the tokenizer in `text` gives other ids than the one in memory.
     """
-    written = tokenizers.Tokenizer.from_str(text)
-    for token in (config.get("added_tokens_decoder") or {}).values():
-        probe = "a{0}a {0} a\n{0}\n".format(content(token))
+    try:
+        written = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        raise ConfigError(
+            f"{path.with_name('tokenizer.json')}: contradicts itself ({library_error(error)}); download the "
+            "checkpoint's file again"
+        ) from None
+    for token in added:
+        probe = f"a{token}a {token} a\n{token}\n"
         if written.encode(probe).ids != tokenizer.encode(probe).ids:
             raise ConfigError(
-                f"{path}: its token {content(token)!r} contradicts the one of tokenizer.json; make the two agree, or "
+                f"{path}: its token {brief(token)} contradicts the one of tokenizer.json; make the two agree, or "
                 f"take it out of added_tokens_decoder"
             )
 

@@ -54,6 +54,8 @@ class Conversation:
                 has gone on since; nothing is lost then, and the message can be sent again.
 
         """
+        if not isinstance(content, str | list | tuple):
+            raise GenerationError(f"the message is of type {type(content).__name__}, expected a string")
         if not content:
             raise GenerationError("the message is empty; give at least one character")
         messages = [*self.messages, {"role": "user", "content": content}]

@@ -14,7 +14,7 @@ from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import Decoding
 from phimoe_onnx.errors import GenerationError, OutOfMemoryError
-from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.errors import memory_errors, run_errors
 from phimoe_onnx.runtime.ort.threads import Sessions
 from phimoe_onnx.runtime.sampling import Choice
 from phimoe_onnx.runtime.slots.base import Cache
@@ -113,7 +113,7 @@ class Decoder:
         failed: dict[int, Exception] = {}
         try:
             cached = sum(lengths.values())
-            with memory_errors(f"a step of {len(tokens)} rows, {cached} tokens cached", cached * self._bytes_per_token):
+            with run_errors(f"a step of {len(tokens)} rows, {cached} tokens cached", cached * self._bytes_per_token):
                 self._cache.run_step(tokens, lengths)
         except Exception as error:  # ONNX Runtime's exceptions have no common base below this
             failed = self._step_alone(tokens, lengths) if len(tokens) > 1 else dict.fromkeys(tokens, error)
@@ -169,7 +169,7 @@ class Decoder:
         """Runs one chunk; the logits float32 [keep or the chunk's length, V] where the cache gives them."""
         (ids, rope_length), held = self._plans[slot], self.tokens[slot]
         chunk = ids[len(held) : len(held) + self.chunk]
-        with memory_errors(f"{len(chunk)} of a prompt's {len(ids)} tokens", len(ids) * self._bytes_per_token):
+        with run_errors(f"{len(chunk)} of a prompt's {len(ids)} tokens", len(ids) * self._bytes_per_token):
             logits = self._cache.run_row(slot, chunk, len(held), keep, rope_length)
         held.extend(chunk)
         if len(held) == len(ids):
@@ -181,7 +181,7 @@ class Decoder:
         failed: dict[int, Exception] = {}
         for slot, token in tokens.items():
             try:
-                with memory_errors(f"a step, {lengths[slot]} tokens cached", lengths[slot] * self._bytes_per_token):
+                with run_errors(f"a step, {lengths[slot]} tokens cached", lengths[slot] * self._bytes_per_token):
                     self._cache.run_row(slot, [token], lengths[slot], 1, 0)
             except Exception as error:  # as in `step`
                 failed[slot] = error

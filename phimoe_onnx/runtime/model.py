@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import TASKS, Manifest, check_files, unchanged
-from phimoe_onnx.errors import BundleError, GenerationError
+from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, check_files, unchanged
+from phimoe_onnx.errors import BundleError, GenerationError, brief
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder, Decoders
@@ -20,7 +20,7 @@ from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import PieceStream, generate
 from phimoe_onnx.runtime.ort.session import open_sampling, open_sessions
 from phimoe_onnx.runtime.ort.threads import Sessions
-from phimoe_onnx.runtime.request import Options, Request, check_names, make_request
+from phimoe_onnx.runtime.request import Options, Request, check_names, integer, make_request
 from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.runtime.texts import run_texts
 from phimoe_onnx.text.template import ChatTemplate, Message, Tools
@@ -130,12 +130,14 @@ class PhiMoE:
 
         """
         for name, value, least in (("slots", slots, 1), ("queue", queue, 0), ("capacity", capacity, 1)):
-            if value is not None and value < least:
-                raise GenerationError(f"{name} is {value}, expected {least} or more")
+            if (name, value) != ("capacity", None) and integer(name, value) < least:
+                raise GenerationError(f"{name} is {brief(value)}, expected {least} or more")
         folder = Path(bundle)
         with unchanged(folder) as manifest:
             if manifest.task not in TASKS:
-                raise BundleError(f"{folder}: is a bundle for {manifest.task}, expected one for {', '.join(TASKS)}")
+                raise BundleError(
+                    f"{folder / MANIFEST}: is of a bundle for {manifest.task[:80]}, expected one for {', '.join(TASKS)}"
+                )
             check_files(folder, manifest)
             decoding = manifest.decoding
             tokenizer = Tokenizer(folder, decoding.hidden_tokens.values(), decoding.clean_up_tokenization_spaces)
@@ -310,7 +312,7 @@ class PhiMoE:
         """
         if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
             raise GenerationError(f"{name} is an array of the shape {list(prompt.shape)}, expected token ids [tokens]")
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, str | Sequence | np.ndarray):
+        if not isinstance(prompt, str) and not _is_list(prompt):
             kind = type(prompt).__name__
             raise GenerationError(f"{name} is of type {kind}, expected a string, or a list of messages or token ids")
         if not len(prompt):
@@ -338,7 +340,7 @@ class PhiMoE:
             whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
             if not whole or not 0 <= item < self.decoding.vocab_size:
                 raise GenerationError(
-                    f"{name} holds {item!r}, expected token ids from 0 to {self.decoding.vocab_size - 1}"
+                    f"{name} holds {brief(item)}, expected token ids from 0 to {self.decoding.vocab_size - 1}"
                 )
             ids.append(int(item))
         return ids
@@ -370,7 +372,7 @@ class PhiMoE:
 
     def _encode_texts(self, text: Prompt | Batch) -> tuple[list[list[int]], bool]:
         """The token ids of each text, and whether it was a batch."""
-        batch = _is_batch(text) or _length(text) == 0
+        batch = _is_batch(text) or (_is_list(text) and not len(text))
         ids = []
         for number, each in enumerate(cast("Sequence[Prompt]", text if batch else [text])):
             name = f"text {number}" if batch else "the text"
@@ -389,11 +391,11 @@ class PhiMoE:
 
 def _is_batch(prompt: Prompt | Batch) -> bool:
     """Whether this is several prompts: a list whose first item is itself a string or a list."""
-    return bool(_length(prompt)) and not isinstance(cast("Sequence[Any]", prompt)[0], Mapping | int | np.integer)
+    return _is_list(prompt) and len(prompt) > 0 and not isinstance(prompt[0], Mapping | int | np.integer)
 
 
-def _length(prompt: Any) -> int | None:
-    """The items of a list, a tuple or an array; None for what is none of these."""
-    if isinstance(prompt, np.ndarray):
-        return len(prompt) if prompt.ndim else None
-    return len(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray) else None
+def _is_list(value: object) -> bool:
+    """Whether there are items in this, or might be; a text has none, nor have bytes, nor a single number."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)

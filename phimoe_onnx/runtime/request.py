@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.errors import GenerationError, brief
 from phimoe_onnx.runtime.logprobs import MOST_LOGPROBS
 from phimoe_onnx.runtime.sampling import LogitsProcessor, Sampling
 from phimoe_onnx.text.template import Tools
@@ -96,25 +96,27 @@ def make_request(
         raise GenerationError(
             f"{name} has {len(prompt)} tokens, which leaves no room in the context of {context}; shorten it"
         )
-    max_new_tokens = None if max_new_tokens is None else _integer("max_new_tokens", max_new_tokens)
+    max_new_tokens = None if max_new_tokens is None else integer("max_new_tokens", max_new_tokens)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, context - len(prompt))
     if max_new_tokens < 1:
-        raise GenerationError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        raise GenerationError(f"max_new_tokens is {brief(max_new_tokens)}, expected 1 or more")
     if len(prompt) + max_new_tokens > context:
         raise GenerationError(
-            f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
-            f"of {context}; at most {context - len(prompt)} new tokens fit"
+            f"{name} has {len(prompt)} tokens and max_new_tokens is {brief(max_new_tokens)}, together more than the "
+            f"context of {context}; at most {context - len(prompt)} new tokens fit"
         )
     sampling = Sampling(
         0.0 if temperature is None else _number("temperature", temperature),
-        0 if top_k is None else _integer("top_k", top_k),
+        0 if top_k is None else integer("top_k", top_k),
         1.0 if top_p is None else _number("top_p", top_p),
         0.0 if min_p is None else _number("min_p", min_p),
         1.0 if repetition_penalty is None else _number("repetition_penalty", repetition_penalty),
-        secrets.randbits(64) if seed is None else _integer("seed", seed),
+        secrets.randbits(64) if seed is None else integer("seed", seed),
     )
-    logprobs = 0 if logprobs is None else _integer("logprobs", logprobs)
+    if logits_processor is not None and not callable(logits_processor):
+        raise GenerationError(f"logits_processor is {brief(logits_processor)}, expected a function")
+    logprobs = 0 if logprobs is None else integer("logprobs", logprobs)
     if not 0 <= logprobs <= MOST_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 (off) to {MOST_LOGPROBS}")
     return Request(prompt, max_new_tokens, sampling, _stops(stop), eos, logits_processor, logprobs)
@@ -135,18 +137,24 @@ def check_names(names: Iterable[str]) -> None:
             raise GenerationError(f"{name} is no option; {hint}")
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """The value of the option `name` as an int, of whatever type of integers it is.
+
+    Raises:
+        GenerationError: it is no integer.
+
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise GenerationError(f"{name} is {value!r}, expected an integer") from None
+        raise GenerationError(f"{name} is {brief(value)}, expected an integer") from None
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise GenerationError(f"{name} is {value!r}, expected a number")
+        raise GenerationError(f"{name} is {brief(value)}, expected a number")
     try:
         return float(value)
     except OverflowError:
@@ -155,12 +163,12 @@ def _number(name: str, value: Any) -> float:
 
 def _stops(stop: Any) -> tuple[str, ...]:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
-    if isinstance(stops, bytes) or not isinstance(stops, Iterable):
-        raise GenerationError(f"stop is {stop!r}, expected a string or several")
+    if isinstance(stops, bytes) or not isinstance(stops, Iterable) or getattr(stops, "ndim", 1) == 0:
+        raise GenerationError(f"stop is {brief(stop)}, expected a string or several")
     stops = tuple(stops)
     for each in stops:
         if not isinstance(each, str):
-            raise GenerationError(f"stop holds {each!r}, expected strings")
+            raise GenerationError(f"stop holds {brief(each)}, expected strings")
         if not each:
             raise GenerationError("stop holds an empty string, which would end the text before it began")
         check_characters(each, "stop")

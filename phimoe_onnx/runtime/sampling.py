@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.errors import GenerationError, brief
 
 COLDEST = 2.0**-126  # of temperatures that are no 0: below, a logit divided by it may be no number
 
@@ -52,7 +52,7 @@ class Sampling:
         }
         for name, (holds, expected) in checks.items():
             if not holds:
-                raise GenerationError(f"{name} is {getattr(self, name)}, expected {expected}")
+                raise GenerationError(f"{name} is {brief(getattr(self, name))}, expected {expected}")
         if self.temperature < COLDEST:
             object.__setattr__(self, "temperature", 0.0)
 

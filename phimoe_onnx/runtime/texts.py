@@ -10,6 +10,7 @@ from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS
 from phimoe_onnx.errors import GenerationError
+from phimoe_onnx.runtime.ort.errors import run_errors
 
 BATCH_TOKENS = 4096  # that run at once, padding included: enough to fill the matrix products, and bounds their memory
 
@@ -29,7 +30,8 @@ def run_texts(session: InferenceSession, texts: Sequence[Sequence[int]]) -> NDAr
         mask = (np.arange(lengths[-1]) < lengths[:, None]).astype(np.int64)
         tokens = np.zeros_like(mask)
         tokens[mask > 0] = np.concatenate([texts[number] for number in batch])
-        (values,) = session.run([output.name], {INPUT_IDS: tokens, ATTENTION_MASK: mask})
+        with run_errors(f"{len(batch)} texts of up to {lengths[-1]} tokens", tokens.size * output.shape[-1] * 4):
+            (values,) = session.run([output.name], {INPUT_IDS: tokens, ATTENTION_MASK: mask})
         results[batch] = values if values.ndim == 2 else values[np.arange(len(batch)), lengths - 1]
     if not np.isfinite(results).all():
         raise GenerationError(f"the graph's {output.name} are not finite; check the bundle with phimoe-verify")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.errors import ConfigError, brief
 from phimoe_onnx.files import read_json
 
 NAMES = (
@@ -18,6 +18,9 @@ NAMES = (
     "mask_token",
     "additional_special_tokens",
 )
+LLAMA = (None, "LlamaTokenizer", "LlamaTokenizerFast")  # as which transformers opens a PhiMoE's tokenizer by default
+# those that give tokenizer.json's ids, and no code of their own
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast")
 LLAMA_DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -32,15 +35,20 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def is_llama(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether transformers opens the tokenizer as a LlamaTokenizer, which is what it does with a PhiMoE by default.
+    """Whether transformers opens the tokenizer as a LlamaTokenizer, and not as one that gives tokenizer.json's ids.
 
     Raises:
-        ConfigError: config.json cannot be read.
+        ConfigError: config.json cannot be read, or the tokenizer is of a class with code of its own.
     """
-    name = config.get("tokenizer_class")
+    name, file = config.get("tokenizer_class"), "tokenizer_config.json"
     if name is None and (folder / "config.json").is_file():
-        name = read_json(folder / "config.json").get("tokenizer_class")
-    return name in (None, "LlamaTokenizer", "LlamaTokenizerFast")
+        name, file = read_json(folder / "config.json").get("tokenizer_class"), "config.json"
+    if name not in (*LLAMA, *PLAIN):
+        raise ConfigError(
+            f"{folder / file}: tokenizer_class is {brief(name)}, expected one of {', '.join((*LLAMA[1:], *PLAIN))}; "
+            f"see in the package transformers that it gives the ids of its tokenizer.json, and name one of these"
+        )
+    return name in LLAMA
 
 
 def read_special_tokens(folder: Path) -> dict[str, Any]:
@@ -67,11 +75,16 @@ def read_special_tokens(folder: Path) -> dict[str, Any]:
                 tokens[name] = [*known, *(token for token in value if token not in known)]
             elif name in names:
                 tokens[name] = value
+    several = tokens.get("additional_special_tokens")
+    if not isinstance(several, list | None):
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: additional_special_tokens is {brief(several)}, expected a list"
+        )
     for name, value in tokens.items():
         for token in value if name == "additional_special_tokens" and isinstance(value, list) else [value]:
             if value is not None and content(token) is None:
                 raise ConfigError(
-                    f"{folder / 'tokenizer_config.json'}: {name} holds {token!r}, expected a token's text"
+                    f"{folder / 'tokenizer_config.json'}: {name} holds {brief(token)}, expected a token's text"
                 )
     return {name: value for name, value in tokens.items() if value}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateError
 
-from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
+from phimoe_onnx.errors import BundleError, ConfigError, GenerationError, brief
 from phimoe_onnx.files import read_text
 from phimoe_onnx.text.sandbox import BUDGET, Budget, ChatEnvironment
 from phimoe_onnx.text.special_tokens import read_tokenizer_config, token_texts
@@ -55,9 +55,11 @@ class ChatTemplate:
             raise GenerationError("the bundle has no chat template; give the prompt as a string")
         for message in messages:
             _check_message(message)
+        if not isinstance(tools, list | tuple | None):
+            raise GenerationError(f"tools is {brief(tools)}, expected a list of JSON schemas")
         for tool in tools or ():
             if not isinstance(tool, Mapping):
-                raise GenerationError(f"tools holds {tool!r}, expected a JSON schema as a dict")
+                raise GenerationError(f"tools holds {brief(tool)}, expected a JSON schema as a dict")
         template = self._template(name)
         try:
             return render(template, messages, self._tokens, tools=tools)
@@ -165,10 +167,10 @@ def _foreign(error: Exception) -> TemplateError:
 
 def _check_message(message: Any) -> None:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise GenerationError(f'message {message!r}: expected {{"role": "...", "content": "..."}}')
+        raise GenerationError(f'message {brief(message)}: expected {{"role": "...", "content": "..."}}')
     content = message.get("content")
     if not isinstance(content, str | list | tuple | None):
-        raise GenerationError(f"message {message!r}: its content is a {type(content).__name__}, expected a string")
+        raise GenerationError(f"message {brief(message)}: its content is a {type(content).__name__}, expected a string")
     for part in content if isinstance(content, list | tuple) else ():
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise GenerationError(f'message part {part!r}: expected {{"type": "text", "text": "..."}}')
+            raise GenerationError(f'message part {brief(part)}: expected {{"type": "text", "text": "..."}}')

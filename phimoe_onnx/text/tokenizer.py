@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-from phimoe_onnx.errors import BundleError, ConfigError, GenerationError
-from phimoe_onnx.files import read_json
+from phimoe_onnx.errors import BundleError, ConfigError, GenerationError, brief
+from phimoe_onnx.files import read_json, read_text
 from phimoe_onnx.text.clean_up import CleanUp, clean_up
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -29,18 +29,20 @@ class Tokenizer:
 
     def __init__(self, folder: Path, hidden: Iterable[int], clean_up: bool = False) -> None:
         path = folder / "tokenizer.json"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise BundleError(
-                f"{path}: cannot be read as a tokenizer ({error}); copy or export the bundle again"
-            ) from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self.hidden = frozenset(hidden)
         self.clean_up = clean_up
-        self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
-        self._anchor_length = len(self._decode(self._anchor))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
+            self._anchor_length = len(self._decode(self._anchor))
+        except ConfigError as error:
+            raise BundleError(str(error)) from None
+        except BaseException as error:
+            raise BundleError(
+                f"{path}: cannot be read as a tokenizer ({library_error(error)}); copy or export the bundle again"
+            ) from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The text's token ids; `special` adds those that tokenizer.json puts around a text, such as the first <s>.
@@ -117,6 +119,16 @@ class TextStream:
     def finish(self) -> str:
         """The text that waits for what may follow it, now that nothing does; half a character is left out."""
         return self._clean_up.finish() if self._clean_up else ""
+
+
+def library_error(error: BaseException) -> str:
+    """What the library tokenizers says of a file; an interrupt goes on.
+
+    It raises bare Exceptions, and panics, which are no Exceptions and for whose type it has no name.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return brief(str(error))
 
 
 def check_characters(text: str, name: str) -> None:

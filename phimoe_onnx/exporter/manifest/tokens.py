@@ -7,9 +7,10 @@ from pathlib import Path
 import tokenizers
 
 from phimoe_onnx.config import PhiMoEConfig, read_token_id, read_token_ids
-from phimoe_onnx.errors import ConfigError
+from phimoe_onnx.errors import ConfigError, brief
 from phimoe_onnx.exporter.tokenizer import read_tokenizer
 from phimoe_onnx.files import read_json, read_text
+from phimoe_onnx.text.tokenizer import library_error
 
 SHOWN = 3  # names of tokens in an error
 
@@ -32,13 +33,13 @@ def check_tokens(config: PhiMoEConfig, folder: Path) -> None:
     text = read_tokenizer(folder) or read_text(path)  # as the bundle will have it
     try:
         tokens = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except BaseException as error:
         raise ConfigError(
-            f"{path}: cannot be read as a tokenizer ({error}); download the checkpoint's file again"
+            f"{path}: cannot be read as a tokenizer ({library_error(error)}); download the checkpoint's file again"
         ) from None
     beyond = sorted((id, token) for token, id in tokens.items() if id >= config.vocab_size)
     if beyond:
-        named = ", ".join(f"{token!r} ({id})" for id, token in beyond[:SHOWN])
+        named = ", ".join(f"{brief(token)} ({id})" for id, token in beyond[:SHOWN])
         more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
         raise ConfigError(
             f"{path}: {named}{more} have no row in the model, whose vocab_size is {config.vocab_size}; resize its "

@@ -1,4 +1,4 @@
-"""Out of memory, in words: ONNX Runtime says it in the text of its general errors only."""
+"""ONNX Runtime's errors in our words: out of memory, which only their texts say, and graphs that cannot be run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from phimoe_onnx.errors import OutOfMemoryError
+import onnxruntime as ort
+
+from phimoe_onnx.errors import BundleError, OutOfMemoryError, PhiMoEError
 
 _TEXTS = re.compile(
     r"(?:Failed to allocate memory for requested buffer of size|smaller than requested bytes of) (?P<size>\d+)"
@@ -37,6 +39,26 @@ def memory_errors(what: str, needed: int) -> Iterator[None]:
             else ""
         )
         raise OutOfMemoryError(f"{what}: out of memory; it needs {gigabytes(needed)}{last}; {REMEDY}") from error
+
+
+@contextmanager
+def run_errors(what: str, needed: int) -> Iterator[None]:
+    """As `memory_errors`, and whatever else ONNX Runtime says of a run becomes an error about the graph.
+
+    Raises:
+        OutOfMemoryError: see `memory_errors`.
+        BundleError: the graph cannot be run.
+    """
+    try:
+        with memory_errors(what, needed):
+            yield
+    except PhiMoEError:
+        raise
+    except Exception as error:
+        raise BundleError(
+            f"{what}: ONNX Runtime {ort.__version__} cannot run the bundle's graph: {str(error)[:400]}; "
+            f"copy or export the bundle again"
+        ) from error
 
 
 REMEDY = "free some, take a smaller batch or a shorter context, or export with int4 weights or an int8 cache"

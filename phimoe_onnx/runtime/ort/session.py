@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from phimoe_onnx.bundle import Graph, Manifest
-from phimoe_onnx.errors import DeviceError, OutOfMemoryError
+from phimoe_onnx.errors import DeviceError, OutOfMemoryError, brief
 from phimoe_onnx.runtime.ort.agreement import check_graph
 from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
@@ -20,7 +20,7 @@ from phimoe_onnx.runtime.ort.threads import SPIN_DURATION, Sessions, check_threa
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
 PROVIDED: frozenset[str] = frozenset()  # what a graph may require and this release brings
-_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+_QUIET = 4  # ONNX Runtime's log severity for what is fatal: an error is an exception with the same text
 
 
 def open_sessions(
@@ -52,7 +52,8 @@ def open_sessions(
     check_device(device)
     graph = choose_graph(manifest, device, ort.__version__)
     check_threads(threads)
-    for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": cuda_graphs}.items():
+    off = cuda_graphs is None or cuda_graphs is False
+    for name, given in {"memory_limit": memory_limit is not None, "cuda_graphs": not off}.items():
         if given and device != "cuda":
             raise DeviceError(f"{name} is for device='cuda', the device is {device!r}")
     path = bundle / graph.file
@@ -79,7 +80,7 @@ def _open(
     path: Path, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _QUIET
     # by any name: external_data.py knows this one
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.intra_op_num_threads = int(threads or 0)
@@ -120,8 +121,8 @@ def _open(
 
 def check_device(device: str) -> None:
     """Raises DeviceError unless `device` is known and the installed ONNX Runtime has its provider."""
-    if device not in PROVIDERS:
-        raise DeviceError(f"device is {device!r}, expected one of {', '.join(PROVIDERS)}")
+    if not isinstance(device, str) or device not in PROVIDERS:
+        raise DeviceError(f"device is {brief(device)}, expected one of {', '.join(PROVIDERS)}")
     if PROVIDERS[device] not in ort.get_available_providers():
         raise DeviceError(
             f"device is {device!r}, but the installed ONNX Runtime {ort.__version__} has no {PROVIDERS[device]}; "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phimoe_onnx.errors import DeviceError
+from phimoe_onnx.errors import DeviceError, brief
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -49,4 +49,4 @@ def check_threads(threads: Any) -> None:
     """Raises DeviceError unless `threads` is a number of threads, or None."""
     whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
     if threads is not None and not (whole and 1 <= threads <= MOST_THREADS):
-        raise DeviceError(f"threads is {threads!r}, expected 1 to {MOST_THREADS}, or None for the default")
+        raise DeviceError(f"threads is {brief(threads)}, expected 1 to {MOST_THREADS}, or None for the default")
