@@ -23,6 +23,8 @@ import phimoe.Manifest.Graph;
 /** A bundle's graph in ONNX Runtime, and the memory of an ended generation's cache, which the next one takes over. */
 final class Session implements AutoCloseable {
     private static final OrtEnvironment ENVIRONMENT = OrtEnvironment.getEnvironment();
+    // ONNX Runtime starts whatever is asked for, and a million threads would never all be running
+    private static final int MOST_THREADS = Math.max(256, Runtime.getRuntime().availableProcessors());
     private static final String DEVICE = "cpu";
     private static final Comparator<String> RELEASES = Comparator.comparing(Session::numbers, Arrays::compare);
 
@@ -42,8 +44,8 @@ final class Session implements AutoCloseable {
             throw new DeviceException("the bundle's cache cannot be one buffer (decoding.cache.shared is false), which Java "
                     + "needs; export it with --target cpu");
         }
-        if (threads != null && threads < 1) {
-            throw new DeviceException("threads is " + threads + ", expected 1 or more");
+        if (threads != null && (threads < 1 || threads > MOST_THREADS)) {
+            throw new DeviceException("threads is " + threads + ", expected 1 to " + MOST_THREADS + ", or none given for the default");
         }
         ExternalData.check(path, manifest.files().keySet());
         session = open(path, manifest.decoding(), threads);
