@@ -41,8 +41,13 @@ try
     for (int i = 0; i < args.Length; i++)
     {
         string Value() => ++i < args.Length ? args[i] : throw new FormatException($"{args[i - 1]} needs a value");
-        int Integer() => int.Parse(Value(), CultureInfo.InvariantCulture);
-        double Number() => double.Parse(Value(), CultureInfo.InvariantCulture);
+        T Parse<T>(string expected)
+            where T : IParsable<T> =>
+            T.TryParse(Value(), CultureInfo.InvariantCulture, out T? value)
+                ? value
+                : throw new FormatException($"{args[i - 1]} is {args[i]}, expected {expected}");
+        int Integer() => Parse<int>("a whole number");
+        double Number() => Parse<double>("a number");
         switch (args[i])
         {
             case "--chat": chat = true; break;
@@ -53,7 +58,7 @@ try
             case "--top-p": options = options with { TopP = Number() }; break;
             case "--min-p": options = options with { MinP = Number() }; break;
             case "--repetition-penalty": options = options with { RepetitionPenalty = Number() }; break;
-            case "--seed": options = options with { Seed = long.Parse(Value(), CultureInfo.InvariantCulture) }; break;
+            case "--seed": options = options with { Seed = Parse<long>("a whole number of 64 bits") }; break;
             case "--stop": stop.Add(Value()); break;
             case "--threads": threads = Integer(); break;
             case string option when option.StartsWith("--", StringComparison.Ordinal):
@@ -64,6 +69,10 @@ try
     if (plain.Count != 2)
     {
         throw new FormatException("expected a bundle and a prompt");
+    }
+    if (args.Any(argument => argument.Contains('\uFFFD'))) // what .NET makes of bytes that are no UTF-8
+    {
+        throw new FormatException("an argument is no text; give UTF-8");
     }
     Prompt prompt = plain[1];
     if (chat || messages.Count > 0)

@@ -24,7 +24,7 @@ internal sealed class Decoder : IDisposable
     /// operators.
     /// </summary>
     public Decoder(
-        InferenceSession session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
+        Session session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
     {
         _decoding = decoding;
         _held = Enumerable.Range(0, rows).Select(row => new List<int>()).ToList();

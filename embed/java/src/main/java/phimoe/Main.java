@@ -24,7 +24,7 @@ final class Main {
               --repetition-penalty X   divide the logits of seen tokens; 1, the default, is off
               --seed N                 the same seed gives the same random numbers (default: a fresh one)
               --stop TEXT              end the text before TEXT; may be repeated
-              --threads N              threads for one operator (default: ONNX Runtime's choice)
+              --threads N              threads for one operator (default: one a physical core)
               --help                   print this""";
 
     private final List<String> plain = new ArrayList<>();

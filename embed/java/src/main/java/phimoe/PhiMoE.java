@@ -46,7 +46,7 @@ public final class PhiMoE implements AutoCloseable {
      *
      * @param bundle its folder
      * @param threads how many threads one operator may use, from 1 to 256 or the number of processors, whichever is more;
-     *     null for ONNX Runtime's own choice
+     *     null for one a physical core, and one alone for passes that are short
      * @throws BundleException the folder is no bundle, a file of it is missing or changed, its manifest does not describe
      *     its graph, or another bundle took its place meanwhile
      * @throws DeviceException the installed ONNX Runtime cannot run the bundle, or threads is out of range

@@ -30,6 +30,7 @@ final class Tokenizer implements AutoCloseable {
      * @throws BundleException it cannot be read
      */
     Tokenizer(Path path, Collection<Integer> hidden, boolean cleanUp) {
+        TokenizerFile.check(Json.read(path));
         try (InputStream file = Files.newInputStream(path)) {
             tokenizer = HuggingFaceTokenizer.newInstance(file, Map.of("truncation", "false", "padding", "false"));
         } catch (Exception error) { // the native library throws RuntimeExceptions
