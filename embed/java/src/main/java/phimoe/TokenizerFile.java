@@ -1,23 +1,30 @@
 package phimoe;
 
+import java.util.Collection;
+import java.util.HashSet;
 import java.util.List;
 import java.util.stream.Stream;
 
 /**
- * Whether a tokenizer.json is one that the native library survives. What is refused here makes the library's tokenizers
- * 0.21 panic, which ends the whole process.
+ * Whether a tokenizer.json is one that the native library reads the same each time and survives: where its tokenizers 0.21
+ * panics, the whole process ends.
  */
 final class TokenizerFile {
     private TokenizerFile() {}
 
     /**
-     * Holds the parts of a file against what is known to panic.
+     * Holds the parts of a file against what is known to panic, and its ids against having two texts.
      *
-     * @throws BundleException one of them would
+     * @throws BundleException there is such a part or id
      */
     static void check(Json file) {
         Json model = file.get("model");
         model.find("continuing_subword_prefix").flatMap(Json::unlessNull).ifPresent(TokenizerFile::checkEmpty);
+        Json vocabulary = model.get("vocab");
+        Collection<Integer> ids = vocabulary.map(id -> id.number(0)).values();
+        if (new HashSet<>(ids).size() < ids.size()) {
+            throw vocabulary.unlike("another id for each token");
+        }
         parts(file, "normalizer").forEach(part -> {
             if (part.get("type").text().equals("Precompiled")) {
                 throw part.get("type").unlike("another normalizer");
