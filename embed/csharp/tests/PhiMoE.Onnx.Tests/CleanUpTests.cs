@@ -65,6 +65,26 @@ public sealed class CleanUpTests
         Assert.True(changed > 5, $"{changed} texts lost spaces");
     }
 
+    [Theory]
+    [InlineData("1")]
+    [InlineData("null")]
+    [InlineData("\"true\"")]
+    [InlineData("[]")]
+    public void TheManifestSaysTrueOrFalse(string value)
+    {
+        string bundle = Conformance.CopyBundle();
+        try
+        {
+            Changes.Set(bundle, "/decoding/clean_up_tokenization_spaces", JsonNode.Parse(value));
+            BundleException error = Assert.Throws<BundleException>(() => PhiMoE.Load(bundle));
+            Assert.Contains("decoding.clean_up_tokenization_spaces", error.Message);
+        }
+        finally
+        {
+            Directory.Delete(bundle, recursive: true);
+        }
+    }
+
     [Fact]
     public void AStopStringIsFoundInTheTextAsItIsGiven()
     {

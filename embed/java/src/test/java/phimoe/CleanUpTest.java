@@ -1,6 +1,7 @@
 package phimoe;
 
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import com.google.gson.JsonParser;
@@ -10,6 +11,7 @@ import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
+import org.junit.jupiter.params.provider.ValueSource;
 
 /** Spaces before punctuation, where a manifest asks for it. */
 class CleanUpTest {
@@ -79,6 +81,15 @@ class CleanUpTest {
             }
             assertTrue(changed > 5, changed + " texts lost spaces");
         }
+    }
+
+    @ParameterizedTest
+    @ValueSource(strings = {"1", "null", "'true'", "[]"})
+    void theManifestSaysTrueOrFalse(String value, @TempDir Path folder) {
+        String change = "[['set', '/decoding/clean_up_tokenization_spaces', " + value + "]]";
+        Path bundle = Changes.copy(folder, JsonParser.parseString(change));
+        BundleException error = assertThrows(BundleException.class, () -> PhiMoE.load(bundle));
+        assertTrue(error.getMessage().contains("decoding.clean_up_tokenization_spaces"), error.getMessage());
     }
 
     @Test
