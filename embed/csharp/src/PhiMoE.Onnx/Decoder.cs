@@ -93,5 +93,9 @@ internal sealed class Decoder : IDisposable
         {
             throw new OperationCanceledException(_cancellation);
         }
+        catch (OnnxRuntimeException error)
+        {
+            throw new GenerationException($"ONNX Runtime failed: {error.Message}", error);
+        }
     }
 }
