@@ -98,10 +98,10 @@ def rust(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def java(session: nox.Session) -> None:
-    """embed/java, over Maven Central's ONNX Runtime."""
+    """embed/java, over Maven Central's ONNX Runtime, and its documentation."""
     if not shutil.which("mvn"):
         session.skip("there is no Maven here")
-    session.run("mvn", "-q", "-B", "-f", "embed/java/pom.xml", "test", external=True)
+    session.run("mvn", "-q", "-B", "-f", "embed/java/pom.xml", "test", "javadoc:jar", external=True)
 
 
 @nox.session(venv_backend="none")

@@ -4,9 +4,26 @@ using System.Globalization;
 using System.Text;
 using PhiMoEOnnx;
 
-const string Usage = "usage: Generate BUNDLE PROMPT [--chat] [--system TEXT] [--max-new-tokens N] [--temperature T] "
-    + "[--top-k K] [--top-p P] [--min-p P] [--repetition-penalty X] [--seed N] [--stop TEXT]... [--threads N]\n"
-    + "       Generate benchmark BUNDLE THREADS PROMPT_TOKENS NEW_TOKENS\n       Generate soak BUNDLE COUNT";
+const string Usage = """
+    usage: Generate BUNDLE PROMPT [OPTION]...
+           Generate benchmark BUNDLE THREADS PROMPT_TOKENS NEW_TOKENS
+           Generate soak BUNDLE COUNT
+
+      BUNDLE                   a folder that phimoe-export wrote
+      PROMPT                   the text to continue
+      --chat                   give the prompt as a user's message
+      --system TEXT            the same, after a system message
+      --max-new-tokens N       end after N tokens (default: 1024, or where the context ends)
+      --temperature T          0, the default, takes the most likely token
+      --top-k K                draw from the K most likely tokens; 0, the default, is off
+      --top-p P                draw from the most likely tokens that reach P; 1, the default, is off
+      --min-p P                draw from tokens at least P times as likely as the first; 0, the default, is off
+      --repetition-penalty X   divide the logits of seen tokens; 1, the default, is off
+      --seed N                 the same seed gives the same random numbers (default: a fresh one)
+      --stop TEXT              end the text before TEXT; may be repeated
+      --threads N              threads for one operator (default: one a physical core)
+      --help                   print this
+    """;
 
 Console.OutputEncoding = new UTF8Encoding(false);
 using CancellationTokenSource interrupt = new CancellationTokenSource();
@@ -41,8 +58,13 @@ try
     for (int i = 0; i < args.Length; i++)
     {
         string Value() => ++i < args.Length ? args[i] : throw new FormatException($"{args[i - 1]} needs a value");
-        int Integer() => int.Parse(Value(), CultureInfo.InvariantCulture);
-        double Number() => double.Parse(Value(), CultureInfo.InvariantCulture);
+        T Parse<T>(string expected)
+            where T : IParsable<T> =>
+            T.TryParse(Value(), CultureInfo.InvariantCulture, out T? value)
+                ? value
+                : throw new FormatException($"{args[i - 1]} is {args[i]}, expected {expected}");
+        int Integer() => Parse<int>("a whole number");
+        double Number() => Parse<double>("a number");
         switch (args[i])
         {
             case "--chat": chat = true; break;
@@ -53,7 +75,7 @@ try
             case "--top-p": options = options with { TopP = Number() }; break;
             case "--min-p": options = options with { MinP = Number() }; break;
             case "--repetition-penalty": options = options with { RepetitionPenalty = Number() }; break;
-            case "--seed": options = options with { Seed = long.Parse(Value(), CultureInfo.InvariantCulture) }; break;
+            case "--seed": options = options with { Seed = Parse<long>("a whole number of 64 bits") }; break;
             case "--stop": stop.Add(Value()); break;
             case "--threads": threads = Integer(); break;
             case string option when option.StartsWith("--", StringComparison.Ordinal):
@@ -64,6 +86,10 @@ try
     if (plain.Count != 2)
     {
         throw new FormatException("expected a bundle and a prompt");
+    }
+    if (args.Any(argument => argument.Contains('\uFFFD'))) // what .NET makes of bytes that are no UTF-8
+    {
+        throw new FormatException("an argument is no text; give UTF-8");
     }
     Prompt prompt = plain[1];
     if (chat || messages.Count > 0)
@@ -93,7 +119,7 @@ catch (PhiMoEException error)
 }
 catch (Exception error) when (error is FormatException || error is OverflowException)
 {
-    Console.Error.WriteLine($"error: {error.Message}\n{Usage}");
+    Console.Error.WriteLine($"error: {error.Message}; see --help");
     return 2;
 }
 catch (OperationCanceledException)

@@ -161,7 +161,8 @@ internal static class Bundle
                 cache["num_key_value_heads"].Integer(1),
                 cache["head_dim"].Integer(1),
                 dtype,
-                cache["shared"].Boolean()));
+                cache["shared"].Boolean()),
+            json.Find("clean_up_tokenization_spaces")?.Boolean() ?? false);
     }
 
     private static ChatFormat ReadChat(Json json) => new ChatFormat(

@@ -38,7 +38,7 @@ internal interface ICache : IDisposable
 /// </remarks>
 internal sealed class SharedCache : ICache
 {
-    private readonly InferenceSession _session;
+    private readonly Session _session;
     private readonly RunOptions _run;
     private readonly TensorElementType _dtype;
     private readonly CacheShape _shape;
@@ -49,9 +49,9 @@ internal sealed class SharedCache : ICache
     private readonly float[] _logits;
     private int _rows;
     private OrtIoBinding? _binding;
-    private (int First, int Rows) _bound;
+    private (InferenceSession? Session, int First, int Rows) _bound;
 
-    public SharedCache(InferenceSession session, RunOptions run, Decoding decoding, int rows, int capacity)
+    public SharedCache(Session session, RunOptions run, Decoding decoding, int rows, int capacity)
     {
         _session = session;
         _run = run;
@@ -79,7 +79,8 @@ internal sealed class SharedCache : ICache
 
     public void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
     {
-        Bind(first, totals.Count);
+        InferenceSession session = _session.For(ids.Count);
+        Bind(session, first, totals.Count);
         Dictionary<string, OrtValue> inputs = Tensors.Inputs(ids, totals, ropeLength);
         try
         {
@@ -87,7 +88,7 @@ internal sealed class SharedCache : ICache
             {
                 _binding!.BindInput(input.Key, input.Value);
             }
-            _session.RunWithBinding(_run, _binding);
+            session.RunWithBinding(_run, _binding!);
         }
         finally
         {
@@ -109,15 +110,15 @@ internal sealed class SharedCache : ICache
     public void Dispose() => _binding?.Dispose();
 
     /// <summary>Rows first .. first + rows of every buffer as past and as present, and of the logits.</summary>
-    private void Bind(int first, int rows)
+    private void Bind(InferenceSession session, int first, int rows)
     {
-        if (_bound == (first, rows))
+        if (_bound == (session, first, rows))
         {
             return;
         }
         _binding?.Dispose();
-        _binding = _session.CreateIoBinding();
-        _bound = (first, rows);
+        _binding = session.CreateIoBinding();
+        _bound = (session, first, rows);
         long[] shape = { rows, _shape.NumKeyValueHeads, _capacity, _shape.HeadDim };
         for (int i = 0; i < _buffers.Length; i++)
         {
@@ -146,7 +147,7 @@ internal sealed class SharedCache : ICache
 /// </summary>
 internal sealed class GrowingCache : ICache
 {
-    private readonly InferenceSession _session;
+    private readonly Session _session;
     private readonly RunOptions _run;
     private readonly int _vocabSize;
     private readonly string[] _outputs;
@@ -154,7 +155,7 @@ internal sealed class GrowingCache : ICache
     private readonly List<IDisposableReadOnlyCollection<OrtValue>?> _rows; // the outputs of each row's last pass
     private readonly float[] _logits;
 
-    public GrowingCache(InferenceSession session, RunOptions run, Decoding decoding, int rows)
+    public GrowingCache(Session session, RunOptions run, Decoding decoding, int rows)
     {
         CacheShape shape = decoding.Cache;
         _session = session;
@@ -204,7 +205,8 @@ internal sealed class GrowingCache : ICache
             {
                 inputs[Tensors.Past(i)] = total == ids.Count ? _nothing : _rows[row]![i];
             }
-            IDisposableReadOnlyCollection<OrtValue> outputs = _session.Run(_run, inputs, _outputs);
+            IDisposableReadOnlyCollection<OrtValue> outputs =
+                _session.For(ids.Count).Run(_run, inputs, _outputs);
             _rows[row]?.Dispose();
             _rows[row] = outputs;
             outputs[_outputs.Length - 1].GetTensorDataAsSpan<float>().CopyTo(Logits(row));

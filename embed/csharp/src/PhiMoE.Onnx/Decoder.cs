@@ -24,7 +24,7 @@ internal sealed class Decoder : IDisposable
     /// operators.
     /// </summary>
     public Decoder(
-        InferenceSession session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
+        Session session, Decoding decoding, int rows, int capacity, CancellationToken cancellationToken)
     {
         _decoding = decoding;
         _held = Enumerable.Range(0, rows).Select(row => new List<int>()).ToList();
@@ -92,6 +92,10 @@ internal sealed class Decoder : IDisposable
         catch (OnnxRuntimeException) when (_cancellation.IsCancellationRequested)
         {
             throw new OperationCanceledException(_cancellation);
+        }
+        catch (OnnxRuntimeException error)
+        {
+            throw new GenerationException($"ONNX Runtime failed: {error.Message}", error);
         }
     }
 }

@@ -1,17 +1,15 @@
-using Microsoft.ML.OnnxRuntime;
-
 namespace PhiMoEOnnx;
 
 /// <summary>Carries requests to their end over a session, which it closes only between two passes.</summary>
 internal sealed class Engine : IDisposable
 {
-    private readonly InferenceSession _session;
+    private readonly Session _session;
     private readonly Decoding _decoding;
     private readonly Tokenizer _tokenizer;
     private readonly ReaderWriterLockSlim _lock = new ReaderWriterLockSlim(); // read: in use; write: closing
     private bool _closed;
 
-    public Engine(InferenceSession session, Decoding decoding, Tokenizer tokenizer)
+    public Engine(Session session, Decoding decoding, Tokenizer tokenizer)
     {
         _session = session;
         _decoding = decoding;

@@ -29,11 +29,13 @@ public sealed class DeviceException : PhiMoEException
     }
 }
 
-/// <summary>A prompt or an option is out of range, or the graph's logits are not finite.</summary>
+/// <summary>
+/// A prompt or an option is out of range, ONNX Runtime cannot run the graph, or its logits are not finite.
+/// </summary>
 public sealed class GenerationException : PhiMoEException
 {
-    internal GenerationException(string message)
-        : base(message)
+    internal GenerationException(string message, Exception? inner = null)
+        : base(message, inner)
     {
     }
 }

@@ -8,7 +8,9 @@ public sealed record GenerationOptions
     /// <summary>Where to end at the latest; null, the default, is 1024 or what the context leaves.</summary>
     public int? MaxNewTokens { get; init; }
 
-    /// <summary>Divides the logits; 0, the default, takes the most likely token.</summary>
+    /// <summary>
+    /// Divides the logits; 0, the default, and what is less than 2^-126 take the most likely token.
+    /// </summary>
     public double Temperature { get; init; }
 
     /// <summary>Keeps the k most likely tokens; 0, the default, keeps all.</summary>
@@ -24,17 +26,18 @@ public sealed record GenerationOptions
     public double MinP { get; init; }
 
     /// <summary>
-    /// Divides the positive logits of seen tokens and multiplies the others; 1, the default, changes nothing.
+    /// Divides the positive logits of seen tokens and multiplies the others; 1, the default, changes nothing. From
+    /// 1e-30 to 1e30.
     /// </summary>
     public double RepetitionPenalty { get; init; } = 1;
 
     /// <summary>
-    /// The same seed gives the same tokens, in every language; null, the default, is a fresh one for each row.
+    /// The same seed draws the same random numbers, in every language; null, the default, is a fresh one for each row.
     /// </summary>
     public long? Seed { get; init; }
 
-    /// <summary>Strings at which the text ends, themselves left out.</summary>
-    public IReadOnlyList<string> Stop { get; init; } = Array.Empty<string>();
+    /// <summary>Strings at which the text ends, themselves left out; null is none.</summary>
+    public IReadOnlyList<string>? Stop { get; init; } = Array.Empty<string>();
 
     /// <exception cref="GenerationException">A value is out of its range.</exception>
     internal void Check()
@@ -45,16 +48,18 @@ public sealed record GenerationOptions
         Expect(nameof(TopK), TopK, TopK >= 0, "0 (off) or more");
         Expect(nameof(TopP), TopP, TopP > 0 && TopP <= 1, "more than 0 and at most 1 (off)");
         Expect(nameof(MinP), MinP, MinP >= 0 && MinP <= 1, "between 0 (off) and 1");
-        float penalty = (float)RepetitionPenalty; // which is what the logits are divided by
-        bool isPenalty = penalty > 0 && float.IsFinite(penalty);
-        Expect(nameof(RepetitionPenalty), RepetitionPenalty, isPenalty, "a float32 of more than 0; 1 is off");
-        if (Stop == null || Stop.Contains(null))
+        bool isPenalty = RepetitionPenalty is >= 1e-30 and <= 1e30;
+        Expect(nameof(RepetitionPenalty), RepetitionPenalty, isPenalty, "1e-30 to 1e30; 1 is off");
+        foreach (string? stop in Stop ?? Array.Empty<string>())
         {
-            throw new GenerationException("Stop is null or holds null; give a list of strings, an empty one for none");
-        }
-        if (Stop.Contains(""))
-        {
-            throw new GenerationException("Stop holds an empty string, which would end the text before it began");
+            if (string.IsNullOrEmpty(stop))
+            {
+                throw new GenerationException(
+                    stop == null
+                        ? "Stop holds null, expected strings"
+                        : "Stop holds an empty string, which would end the text before it began");
+            }
+            Tokenizer.CheckCharacters(nameof(Stop), stop);
         }
     }
 

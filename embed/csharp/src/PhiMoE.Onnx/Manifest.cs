@@ -49,6 +49,7 @@ public sealed record CacheShape(int NumHiddenLayers, int NumKeyValueHeads, int H
 /// <param name="EosTokenIds">The tokens that end a text.</param>
 /// <param name="HiddenTokens">The special tokens that are no text, by their own.</param>
 /// <param name="Cache">The cache's shape.</param>
+/// <param name="CleanUpTokenizationSpaces">Whether decoded text loses spaces before punctuation.</param>
 public sealed record Decoding(
     int VocabSize,
     int Context,
@@ -56,7 +57,8 @@ public sealed record Decoding(
     int PrefillChunk,
     IReadOnlySet<int> EosTokenIds,
     IReadOnlyDictionary<string, int> HiddenTokens,
-    CacheShape Cache);
+    CacheShape Cache,
+    bool CleanUpTokenizationSpaces = false);
 
 /// <summary>What the manifest says of a file.</summary>
 /// <param name="Size">Bytes.</param>

@@ -1,5 +1,4 @@
 using System.Runtime.CompilerServices;
-using Microsoft.ML.OnnxRuntime;
 
 namespace PhiMoEOnnx;
 
@@ -9,7 +8,7 @@ public sealed class PhiMoE : IDisposable
 {
     private readonly Engine _engine;
 
-    private PhiMoE(InferenceSession session, Manifest manifest, Tokenizer tokenizer)
+    private PhiMoE(Session session, Manifest manifest, Tokenizer tokenizer)
     {
         _engine = new Engine(session, manifest.Decoding, tokenizer);
         Manifest = manifest;
@@ -25,8 +24,8 @@ public sealed class PhiMoE : IDisposable
     /// <summary>Loads a bundle that phimoe-export wrote.</summary>
     /// <param name="bundle">Its folder.</param>
     /// <param name="threads">
-    /// Threads for one operator, from 1 to 256 or the number of processors, whichever is more; null leaves it to
-    /// ONNX Runtime, which takes one a physical core.
+    /// Threads for one operator, from 1 to 256 or the number of processors, whichever is more; null takes one a
+    /// physical core, and one alone for passes that are short.
     /// </param>
     /// <exception cref="BundleException">
     /// The folder is no bundle, a file of it is missing or changed, or another one took its place meanwhile.
@@ -142,7 +141,8 @@ public sealed class PhiMoE : IDisposable
     {
         Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
         Bundle.CheckFiles(bundle, manifest);
-        Tokenizer tokenizer = new Tokenizer(bundle, manifest.Decoding.HiddenTokens.Values);
+        Tokenizer tokenizer = new Tokenizer(
+            bundle, manifest.Decoding.HiddenTokens.Values, manifest.Decoding.CleanUpTokenizationSpaces);
         return new PhiMoE(Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
     }
 
@@ -177,6 +177,7 @@ public sealed class PhiMoE : IDisposable
             return prompt.TokenIds.ToArray();
         }
         string text = prompt.Text ?? Chat.Render(Manifest.Chat, prompt.Messages!);
+        Tokenizer.CheckCharacters(name, text);
         int least = Tokenizer.LeastTokens(text);
         if (least >= Manifest.Decoding.Context)
         {

@@ -11,6 +11,8 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
     /// <exception cref="GenerationException">They are not, or a token is none of the vocabulary.</exception>
     public static Request Make(string name, IReadOnlyList<int> prompt, Decoding decoding, GenerationOptions options)
     {
+        // the caller's may change
+        options = options with { Stop = options.Stop?.ToArray() ?? Array.Empty<string>() };
         options.Check();
         foreach (int id in prompt)
         {
@@ -34,6 +36,6 @@ internal sealed record Request(IReadOnlyList<int> Prompt, int MaxNewTokens, Gene
                 $"{name} has {prompt.Count} tokens and MaxNewTokens is {most}, together more than the "
                 + $"context of {context}; at most {room} new tokens fit");
         }
-        return new Request(prompt, most, options with { Stop = options.Stop.ToArray() }); // the caller's may change
+        return new Request(prompt, most, options);
     }
 }

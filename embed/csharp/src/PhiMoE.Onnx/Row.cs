@@ -30,8 +30,9 @@ internal sealed class Row
         _eos = decoding.EosTokenIds;
         _seen = request.Prompt.ToHashSet();
         _characters = new TextStream(tokenizer, request.Prompt);
-        _strings = new StopStrings(_options.Stop);
-        foreach (string stop in _options.Stop)
+        IReadOnlyList<string> stops = _options.Stop ?? Array.Empty<string>();
+        _strings = new StopStrings(stops);
+        foreach (string stop in stops)
         {
             if (decoding.HiddenTokens.TryGetValue(stop, out int id))
             {
@@ -58,7 +59,12 @@ internal sealed class Row
             : _tokenIds.Count == _request.MaxNewTokens ? FinishReason.Length
             : null;
         Finished = reason != null;
-        text += Finished ? _strings.Finish() : "";
+        if (Finished && !stopped)
+        {
+            (string last, bool met) = _strings.Add(_characters.Finish()); // what waited for what might follow it
+            text += last + _strings.Finish();
+            reason = met ? FinishReason.Stop : reason;
+        }
         _text.Append(text);
         Generation? result = reason is FinishReason why
             ? new Generation(_text.ToString(), _tokenIds, why, _request.Prompt.Count, _first, now)

@@ -8,6 +8,8 @@ namespace PhiMoEOnnx;
 /// <remarks>spec/sampling.md says the same without code. Ties go to the lower token id throughout.</remarks>
 internal static class Sampler
 {
+    private static readonly double Coldest = Math.Pow(2, -126); // of temperatures that are no 0
+
     /// <summary>The next token.</summary>
     /// <param name="logits">float32 [vocab_size]; the repetition penalty changes them.</param>
     /// <param name="options">How to choose.</param>
@@ -35,7 +37,7 @@ internal static class Sampler
         {
             Penalize(logits, seen, (float)options.RepetitionPenalty);
         }
-        return options.Temperature == 0 ? Largest(logits) : Draw(logits, options, Uniform(seed, step));
+        return options.Temperature < Coldest ? Largest(logits) : Draw(logits, options, Uniform(seed, step));
     }
 
     /// <summary>
@@ -84,10 +86,6 @@ internal static class Sampler
             SortFalling(logits, order);
             int count = options.TopK == 0 ? logits.Length : Math.Min(options.TopK, logits.Length);
             double first = logits[Id(order[0])] / options.Temperature;
-            if (!double.IsFinite(first))
-            {
-                return Id(order[0]); // so cold that all but the most likely one are gone
-            }
             double sum = 0;
             int likely = 0; // those that min-p keeps
             for (int i = 0; i < count; i++)

@@ -3,14 +3,27 @@ using Microsoft.ML.OnnxRuntime;
 
 namespace PhiMoEOnnx;
 
-/// <summary>Chooses a bundle's graph and opens it in ONNX Runtime, on the CPU.</summary>
-internal static class Session
+/// <summary>A bundle's graph in ONNX Runtime, on the CPU.</summary>
+internal sealed class Session : IDisposable
 {
     private const string Device = "cpu";
     // of what a graph may require: nothing yet
     private static readonly IReadOnlySet<string> Provided = new HashSet<string>();
     // ONNX Runtime starts whatever is asked for, and a million threads would never all be running
     private static readonly int MostThreads = Math.Max(256, Environment.ProcessorCount);
+    // a pass below so many bytes of weights times tokens is too short to be worth waking another thread
+    private const long Short = 8_000_000;
+
+    private readonly InferenceSession _all;
+    private readonly InferenceSession? _single; // the same graph with one thread, for short passes
+    private readonly long _weights; // bytes
+
+    private Session(InferenceSession all, InferenceSession? single, long weights)
+    {
+        _all = all;
+        _single = single;
+        _weights = weights;
+    }
 
     /// <summary>The manifest's first graph that runs here, on ONNX Runtime <c>installed</c> ("1.32.0").</summary>
     /// <exception cref="DeviceException">
@@ -51,26 +64,37 @@ internal static class Session
     /// </summary>
     /// <exception cref="BundleException">They are not.</exception>
     /// <exception cref="DeviceException">ONNX Runtime refuses the graph, or <c>threads</c> is out of range.</exception>
-    public static InferenceSession Open(string folder, Manifest manifest, Graph graph, int? threads)
+    public static Session Open(string folder, Manifest manifest, Graph graph, int? threads)
     {
         if (threads < 1 || threads > MostThreads)
         {
-            throw new DeviceException(
-                $"threads is {threads}, expected 1 to {MostThreads}, or null for ONNX Runtime's own choice");
+            throw new DeviceException($"threads is {threads}, expected 1 to {MostThreads}, or null");
         }
         string path = Path.Combine(folder, graph.File);
         ExternalData.Check(path, manifest.Files);
-        InferenceSession session = Open(path, threads);
+        InferenceSession all = Open(path, threads ?? 0);
         try
         {
-            Agreement.Check(folder, graph, session, manifest.Decoding);
-            return session;
+            Agreement.Check(folder, graph, all, manifest.Decoding);
+            long weights = manifest.Files.Where(file => file.Key.EndsWith(".data", StringComparison.Ordinal))
+                .Sum(file => file.Value.Size);
+            return new Session(all, threads == null && weights <= Short ? Open(path, 1) : null, weights);
         }
         catch
         {
-            session.Dispose();
+            all.Dispose();
             throw;
         }
+    }
+
+    /// <summary>Where a pass over so many new tokens, those of all rows together, runs.</summary>
+    public InferenceSession For(int tokens) => _single != null && tokens * _weights <= Short ? _single : _all;
+
+    /// <summary>Frees the memory.</summary>
+    public void Dispose()
+    {
+        _all.Dispose();
+        _single?.Dispose();
     }
 
     /// <summary>The release of the installed ONNX Runtime.</summary>
@@ -89,13 +113,15 @@ internal static class Session
         }
     }
 
-    private static InferenceSession Open(string path, int? threads)
+    private static InferenceSession Open(string path, int threads)
     {
         using SessionOptions options = new SessionOptions
         {
             LogSeverityLevel = OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR,
-            IntraOpNumThreads = threads ?? 0,
+            IntraOpNumThreads = threads,
         };
+        // longer, and threads that wait take a busy machine's time
+        options.AddSessionConfigEntry("session.intra_op.spin_duration_us", "50");
         options.AddSessionConfigEntry("session.load_model_format", "ONNX"); // the one that ExternalData has looked at
         try
         {

@@ -33,7 +33,6 @@ public sealed class GenerationTests : IClassFixture<Conformance>
                 ("a message is null", model => model.Generate(new Message[] { null! })),
                 ("a message's role is null", model => model.Generate(roleless)),
                 ("content is null", model => model.Generate(empty)),
-                ("Stop", model => model.Generate("It was", Short with { Stop = null! })),
                 ("Stop", model => model.Generate("It was", Short with { Stop = new[] { "a", null! } })),
                 ("text is null", model => model.Tokenizer.Encode(null!)),
                 ("tokenIds is null", model => model.Tokenizer.Decode(null!)),
@@ -119,6 +118,55 @@ public sealed class GenerationTests : IClassFixture<Conformance>
     public void RefusesNull(string names, Action<PhiMoE> call)
     {
         Assert.Contains(names, Assert.Throws<GenerationException>(() => call(_model)).Message);
+    }
+
+    [Fact]
+    public void RefusesHalfACharacter()
+    {
+        foreach (string text in new[] { "\ud800", "It was \udc00.", "\ud83d\ud83d\ude00" })
+        {
+            (string Name, Action Call)[] calls =
+            {
+                ("the prompt", () => _model.Generate(text)),
+                ("the prompt", () => _model.Generate(new[] { new Message("user", text) })),
+                ("prompt 1", () => _model.Generate(new[] { "It was", text })),
+                ("Stop", () => _model.Generate("It was", Short with { Stop = new[] { text } })),
+                ("the text", () => _model.Tokenizer.Encode(text)),
+            };
+            foreach ((string name, Action call) in calls)
+            {
+                string message = Assert.Throws<GenerationException>(call).Message;
+                Assert.StartsWith($"{name} holds \\ud", message, StringComparison.Ordinal);
+                Assert.Contains("half a character", message);
+            }
+        }
+    }
+
+    [Fact]
+    public void NullIsNoStopString()
+    {
+        Generation expected = _model.Generate("It was", Short);
+        Assert.Equal(expected.TokenIds, _model.Generate("It was", Short with { Stop = null }).TokenIds);
+    }
+
+    [Theory]
+    [InlineData(null)]
+    [InlineData(2)]
+    public void ThreadsChangeNoToken(int? threads)
+    {
+        string bundle = Conformance.CopyBundle();
+        try
+        {
+            using PhiMoE model = PhiMoE.Load(bundle, threads); // by default short passes have a session of their own
+            Prompt[] prompts = { "It was", "And the LORD said unto Moses,", new string('x', 300) };
+            IReadOnlyList<Generation> expected = _model.Generate(prompts, Short);
+            IReadOnlyList<Generation> found = model.Generate(prompts, Short);
+            Assert.Equal(expected.Select(each => each.TokenIds), found.Select(each => each.TokenIds));
+        }
+        finally
+        {
+            Directory.Delete(bundle, recursive: true);
+        }
     }
 
     [Theory]

@@ -11,7 +11,7 @@ public sealed class OptionsMutationTests : IClassFixture<Conformance>
 
     private static readonly double[] Numbers =
     {
-        0, -0.0, 1, 0.5, 0.999, 2, 100, 1e-9, 1e-45, 1e-46, 1e-300, 1e-308, double.Epsilon, 3e38, 4e38, 1e308,
+        0, -0.0, 1, 0.5, 0.999, 2, 100, 1e-9, 1e-30, 9e-31, 1e30, 1.1e30, 1e-45, 1e-46, 1e-300, 1e-308, double.Epsilon, 3e38, 4e38, 1e308,
         double.MaxValue, -1, -1e-300, double.NaN, double.PositiveInfinity, double.NegativeInfinity,
     };
 
@@ -19,7 +19,8 @@ public sealed class OptionsMutationTests : IClassFixture<Conformance>
 
     private static readonly string[] Stops =
     {
-        "very", ".", " ", "\n", "<|end|>", "\ud800", "\0", "e\u0301", new string('x', 10_000), "", null!,
+        "very", ".", " ", "\n", "<|end|>", "\0", "e\u0301", "\ud83d\ude00", new string('x', 10_000), "\ud800",
+        "a\udc00", "", null!,
     };
 
     private readonly PhiMoE _model;
@@ -62,6 +63,7 @@ public sealed class OptionsMutationTests : IClassFixture<Conformance>
     [InlineData(1e-308)]
     [InlineData(double.Epsilon)]
     [InlineData(1e-300)]
+    [InlineData(1.1754943e-38)]
     public void ATemperatureNearNothingIsTheGreedyChoice(double temperature)
     {
         GenerationOptions cold = new GenerationOptions { MaxNewTokens = 20, Temperature = temperature, Seed = 3 };
@@ -106,7 +108,7 @@ public sealed class OptionsMutationTests : IClassFixture<Conformance>
     /// <summary>The names of the options that are out of their range.</summary>
     private static HashSet<string> Wrong(GenerationOptions options)
     {
-        float penalty = (float)options.RepetitionPenalty;
+        string[] bad = { "", null!, "\ud800", "a\udc00" };
         (string Name, bool Right)[] ranges =
         {
             ("MaxNewTokens", options.MaxNewTokens >= 1),
@@ -114,8 +116,8 @@ public sealed class OptionsMutationTests : IClassFixture<Conformance>
             ("TopK", options.TopK >= 0),
             ("TopP", options.TopP is > 0 and <= 1),
             ("MinP", options.MinP is >= 0 and <= 1),
-            ("RepetitionPenalty", penalty is > 0 and <= float.MaxValue),
-            ("Stop", options.Stop != null && options.Stop.All(each => !string.IsNullOrEmpty(each))),
+            ("RepetitionPenalty", options.RepetitionPenalty is >= 1e-30 and <= 1e30),
+            ("Stop", options.Stop == null || !options.Stop.Intersect(bad).Any()),
         };
         return ranges.Where(each => !each.Right).Select(each => each.Name).ToHashSet();
     }
@@ -124,5 +126,5 @@ public sealed class OptionsMutationTests : IClassFixture<Conformance>
         found.TokenIds.Count >= 1 && found.TokenIds.Count <= options.MaxNewTokens
         && found.TokenIds.All(id => id >= 0 && id < _model.Manifest.Decoding.VocabSize)
         && (found.FinishReason != FinishReason.Length || found.TokenIds.Count == options.MaxNewTokens)
-        && !options.Stop.Any(found.Text.Contains);
+        && !(options.Stop ?? Array.Empty<string>()).Any(found.Text.Contains);
 }

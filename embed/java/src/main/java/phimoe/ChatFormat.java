@@ -29,6 +29,10 @@ record ChatFormat(Map<String, List<String>> turns, String generation, List<Strin
     String render(String name, List<Message> messages) {
         StringBuilder text = new StringBuilder();
         for (Message message : messages) {
+            if (message == null || message.role() == null || message.content() == null) {
+                String what = message == null ? "a message" : message.role() == null ? "a message's role" : "a message's content";
+                throw new GenerationException(name + ": " + what + " is null; give each message a role and a content");
+            }
             List<String> turn = turns.get(message.role());
             if (turn == null) {
                 throw new GenerationException(

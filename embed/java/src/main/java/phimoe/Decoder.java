@@ -131,7 +131,7 @@ final class Decoder implements AutoCloseable {
                 OnnxTensor real = Session.tensor(mask, 0, OnnxJavaType.INT64, rows, total)) {
             inputs.put("input_ids", tokens);
             inputs.put("attention_mask", real);
-            session.run(inputs, outputs, options);
+            session.run(rows * sequence, inputs, outputs, options);
         }
     }
 

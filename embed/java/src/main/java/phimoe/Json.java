@@ -35,6 +35,10 @@ record Json(Path file, String place, JsonElement value) {
 
     /** The object that a file holds; throws BundleException where it holds none. */
     static Json read(Path file) {
+        if (!Files.isRegularFile(file)) { // a pipe would be waited for, a device has no end
+            String what = Files.exists(file) ? " is no regular file" : " is missing";
+            throw new BundleException("not a bundle of phimoe-export: " + file + what);
+        }
         try (JsonReader reader = new JsonReader(Files.newBufferedReader(file))) {
             reader.setStrictness(Strictness.STRICT);
             JsonElement value = JsonParser.parseReader(reader);

@@ -55,7 +55,12 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
         }
     }
 
-    /** What the generation loop must know; `ropeBoundary` is null where there is none. */
+    /**
+     * What the generation loop must know.
+     *
+     * @param ropeBoundary null where there is none
+     * @param cleanUpTokenizationSpaces whether text loses spaces before punctuation
+     */
     record Decoding(
             int vocabSize,
             int context,
@@ -63,7 +68,8 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
             int prefillChunk,
             Set<Integer> eosTokenIds,
             Map<String, Integer> hiddenTokens,
-            CacheShape cache) {
+            CacheShape cache,
+            boolean cleanUpTokenizationSpaces) {
         private static Decoding of(Json decoding) {
             return new Decoding(
                     decoding.get("vocab_size").number(1),
@@ -72,7 +78,8 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
                     decoding.get("prefill_chunk").number(1),
                     Set.copyOf(decoding.get("eos_token_ids").list(id -> id.number(0))),
                     decoding.get("hidden_tokens").map(id -> id.number(0)),
-                    CacheShape.of(decoding.get("cache")));
+                    CacheShape.of(decoding.get("cache")),
+                    decoding.find("clean_up_tokenization_spaces").map(Json::flag).orElse(false));
         }
     }
 

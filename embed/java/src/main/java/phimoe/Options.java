@@ -1,13 +1,18 @@
 package phimoe;
 
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.Collections;
 import java.util.List;
 
 /**
  * How a text is continued, for example {@code Options.GREEDY.maxNewTokens(60).stop("\n")}. Sampling is specified to the bit in
- * spec/sampling.md: the same seed gives the same tokens in every language.
+ * spec/sampling.md: the same seed draws the same random numbers in every language.
+ *
+ * <p>Each method gives these options with another value; null gives the default back.
  *
  * @param maxNewTokens where to end at the latest; null for 1024, or what the context leaves
- * @param temperature divides the logits; 0 takes the most likely token
+ * @param temperature divides the logits; 0, and what is less than 2^-126, takes the most likely token
  * @param topK keeps the k most likely tokens; 0 keeps all
  * @param topP keeps the fewest most likely tokens whose probabilities reach topP; 1 keeps all
  * @param minP keeps tokens at least minP times as likely as the most likely one; 0 keeps all
@@ -33,55 +38,69 @@ public record Options(
      * @throws GenerationException one is out of range
      */
     public Options {
-        stop = List.copyOf(stop);
         check("maxNewTokens", maxNewTokens, maxNewTokens == null || maxNewTokens >= 1, "1 or more");
         check("temperature", temperature, temperature >= 0 && temperature < Double.POSITIVE_INFINITY, "0 (greedy) or more");
         check("topK", topK, topK >= 0, "0 (off) or more");
         check("topP", topP, topP > 0 && topP <= 1, "more than 0 and at most 1 (off)");
         check("minP", minP, minP >= 0 && minP <= 1, "between 0 (off) and 1");
-        boolean holds = repetitionPenalty > 0 && repetitionPenalty < Double.POSITIVE_INFINITY;
-        check("repetitionPenalty", repetitionPenalty, holds, "more than 0; 1 is off");
-        check("stop", stop, !stop.contains(""), "no empty string, which would end the text before it began");
+        boolean holds = repetitionPenalty >= 1e-30 && repetitionPenalty <= 1e30;
+        check("repetitionPenalty", repetitionPenalty, holds, "1e-30 to 1e30; 1 is off");
+        stop = stop == null ? List.of() : Collections.unmodifiableList(new ArrayList<>(stop)); // the caller's may change
+        for (String each : stop) {
+            check("stop", stop, each != null, "no null among the strings");
+            check("stop", stop, !each.isEmpty(), "no empty string, which would end the text before it began");
+            Tokenizer.checkCharacters("stop", each);
+        }
     }
 
-    /** These options with another {@link #maxNewTokens()}. */
-    public Options maxNewTokens(int value) {
+    /** Another {@link #maxNewTokens()}. */
+    public Options maxNewTokens(Integer value) {
         return new Options(value, temperature, topK, topP, minP, repetitionPenalty, seed, stop);
     }
 
-    /** These options with another {@link #temperature()}. */
-    public Options temperature(double value) {
-        return new Options(maxNewTokens, value, topK, topP, minP, repetitionPenalty, seed, stop);
+    /** Another {@link #temperature()}. */
+    public Options temperature(Number value) {
+        return new Options(maxNewTokens, or(value, 0), topK, topP, minP, repetitionPenalty, seed, stop);
     }
 
-    /** These options with another {@link #topK()}. */
-    public Options topK(int value) {
-        return new Options(maxNewTokens, temperature, value, topP, minP, repetitionPenalty, seed, stop);
+    /** Another {@link #topK()}. */
+    public Options topK(Integer value) {
+        return new Options(maxNewTokens, temperature, value == null ? 0 : value, topP, minP, repetitionPenalty, seed, stop);
     }
 
-    /** These options with another {@link #topP()}. */
-    public Options topP(double value) {
-        return new Options(maxNewTokens, temperature, topK, value, minP, repetitionPenalty, seed, stop);
+    /** Another {@link #topP()}. */
+    public Options topP(Number value) {
+        return new Options(maxNewTokens, temperature, topK, or(value, 1), minP, repetitionPenalty, seed, stop);
     }
 
-    /** These options with another {@link #minP()}. */
-    public Options minP(double value) {
-        return new Options(maxNewTokens, temperature, topK, topP, value, repetitionPenalty, seed, stop);
+    /** Another {@link #minP()}. */
+    public Options minP(Number value) {
+        return new Options(maxNewTokens, temperature, topK, topP, or(value, 0), repetitionPenalty, seed, stop);
     }
 
-    /** These options with another {@link #repetitionPenalty()}. */
-    public Options repetitionPenalty(double value) {
-        return new Options(maxNewTokens, temperature, topK, topP, minP, value, seed, stop);
+    /** Another {@link #repetitionPenalty()}. */
+    public Options repetitionPenalty(Number value) {
+        return new Options(maxNewTokens, temperature, topK, topP, minP, or(value, 1), seed, stop);
     }
 
-    /** These options with another {@link #seed()}. */
+    /** Another {@link #seed()}. */
     public Options seed(long value) {
+        return seed(Long.valueOf(value));
+    }
+
+    /** Another {@link #seed()}, or a fresh one for each row. */
+    public Options seed(Long value) {
         return new Options(maxNewTokens, temperature, topK, topP, minP, repetitionPenalty, value, stop);
     }
 
-    /** These options with other {@link #stop()} strings. */
+    /** Other {@link #stop()} strings. */
     public Options stop(String... values) {
-        return new Options(maxNewTokens, temperature, topK, topP, minP, repetitionPenalty, seed, List.of(values));
+        List<String> strings = values == null ? null : Arrays.asList(values);
+        return new Options(maxNewTokens, temperature, topK, topP, minP, repetitionPenalty, seed, strings);
+    }
+
+    private static double or(Number value, double otherwise) {
+        return value == null ? otherwise : value.doubleValue();
     }
 
     private static void check(String name, Object value, boolean holds, String expected) {

@@ -22,10 +22,12 @@ public final class PhiMoE implements AutoCloseable {
     private final ReadWriteLock lock = new ReentrantReadWriteLock(); // read: in use; write: closing
     private boolean closed;
 
-    private PhiMoE(Path bundle, Integer threads) {
-        manifest = Manifest.read(bundle);
+    private PhiMoE(Path bundle, Manifest manifest, Integer threads) {
+        this.manifest = manifest;
+        Manifest.Decoding decoding = manifest.decoding();
         BundleFiles.check(bundle, manifest.files());
-        tokenizer = new Tokenizer(bundle.resolve("tokenizer.json"), manifest.decoding().hiddenTokens().values());
+        tokenizer = new Tokenizer(
+                bundle.resolve("tokenizer.json"), decoding.hiddenTokens().values(), decoding.cleanUpTokenizationSpaces());
         try {
             session = new Session(bundle, manifest, threads);
         } catch (RuntimeException error) {
@@ -34,25 +36,43 @@ public final class PhiMoE implements AutoCloseable {
         }
     }
 
-    /**
-     * Loads a bundle; ONNX Runtime chooses the number of threads.
-     *
-     * @param bundle its folder
-     * @throws BundleException the folder is no bundle, a file of it is missing or changed, or its manifest does not
-     *     describe its graph
-     * @throws DeviceException the installed ONNX Runtime cannot run the bundle
-     */
+    /** Loads a bundle with the default number of threads; see {@link #load(Path, Integer)}. */
     public static PhiMoE load(Path bundle) {
-        return new PhiMoE(bundle, null);
+        return load(bundle, null);
     }
 
     /**
-     * As {@link #load(Path)}.
+     * Loads a bundle.
      *
-     * @param threads how many threads one operator may use, 1 or more
+     * @param bundle its folder
+     * @param threads how many threads one operator may use, from 1 to 256 or the number of processors, whichever is more;
+     *     null for one a physical core, and one alone for passes that are short
+     * @throws BundleException the folder is no bundle, a file of it is missing or changed, its manifest does not describe
+     *     its graph, or another bundle took its place meanwhile
+     * @throws DeviceException the installed ONNX Runtime cannot run the bundle, or threads is out of range
      */
-    public static PhiMoE load(Path bundle, int threads) {
-        return new PhiMoE(bundle, threads);
+    public static PhiMoE load(Path bundle, Integer threads) {
+        if (bundle == null) {
+            throw new BundleException("the bundle is null, expected the path of a folder");
+        }
+        Libraries.prepare();
+        Manifest manifest = Manifest.read(bundle);
+        Snapshot snapshot = new Snapshot(bundle, manifest);
+        PhiMoEException refused = null;
+        try {
+            PhiMoE model = new PhiMoE(bundle, manifest, threads);
+            if (snapshot.isCurrent()) {
+                return model;
+            }
+            model.close();
+        } catch (PhiMoEException error) {
+            if (snapshot.isCurrent()) {
+                throw error;
+            }
+            refused = error;
+        }
+        // what was opened may be some of one bundle and some of another
+        throw new BundleException(bundle + ": was changed while it was read; load it again", refused);
     }
 
     /** Continues a text; see {@link #stream(List, Options)}. */
@@ -87,11 +107,14 @@ public final class PhiMoE implements AutoCloseable {
     /**
      * Continues every prompt of a batch exactly as if it were alone, token by token.
      *
-     * @throws GenerationException a prompt is empty or does not fit the context, or is a chat that the bundle's format cannot say
+     * @param options for every prompt; null for {@link Options#GREEDY}
+     * @throws GenerationException a prompt is empty, holds null or half a character, does not fit the context, or is a chat
+     *     that the bundle's format cannot say
      */
     public Pieces stream(List<Prompt> batch, Options options) {
-        if (batch.isEmpty()) {
-            throw new GenerationException("the batch is empty; give at least one prompt");
+        if (batch == null || batch.isEmpty()) {
+            String what = batch == null ? "null" : "empty";
+            throw new GenerationException("the batch is " + what + "; give at least one prompt");
         }
         return whileOpen(() -> {
             List<Request> requests = new ArrayList<>();
@@ -138,29 +161,53 @@ public final class PhiMoE implements AutoCloseable {
     }
 
     private Request request(String name, Prompt prompt, Options options) {
-        return Request.of(name, encode(name, prompt), options, manifest.decoding().context());
+        return Request.of(
+                name, encode(name, prompt), options == null ? Options.GREEDY : options, manifest.decoding().context());
     }
 
     /** The token ids of a prompt; `name` is its name in errors. */
     List<Integer> encode(String name, Prompt prompt) {
-        List<Integer> ids;
-        if (prompt instanceof Prompt.Tokens tokens) {
-            ids = List.copyOf(tokens.tokenIds());
-        } else if (prompt instanceof Prompt.Chat chat && !chat.messages().isEmpty()) {
-            ids = tokenizer.encode(render(name, chat.messages()), false);
-        } else {
-            ids = prompt instanceof Prompt.Text text && !text.text().isEmpty() ? tokenizer.encode(text.text(), true) : List.of();
+        if (prompt instanceof Prompt.Text text) {
+            expect(name, text.text(), "");
+            return checkIds(name, encode(name, text.text(), true));
         }
-        if (ids.isEmpty()) {
-            throw new GenerationException(name + " is empty; give at least one character, message or token");
+        if (prompt instanceof Prompt.Chat chat) {
+            expect(name, chat.messages(), List.of());
+            return checkIds(name, encode(name, render(name, chat.messages()), false));
         }
+        return checkIds(name, prompt instanceof Prompt.Tokens tokens ? tokens.tokenIds() : null);
+    }
+
+    /** A text of far more tokens than the context holds is refused by its beginning: all of it might take a minute. */
+    private List<Integer> encode(String name, String text, boolean special) {
+        Tokenizer.checkCharacters(name, text);
+        int context = manifest.decoding().context();
+        if (text.length() > 8L * context) {
+            int end = 8 * context - (Character.isHighSurrogate(text.charAt(8 * context - 1)) ? 1 : 0);
+            if (tokenizer.encode(text.substring(0, end), false).size() > context) {
+                throw new GenerationException(name + " has " + text.length() + " characters, of which the first " + end
+                        + " are more tokens than the context of " + context + "; shorten it");
+            }
+        }
+        return tokenizer.encode(text, special);
+    }
+
+    private List<Integer> checkIds(String name, List<Integer> ids) {
+        expect(name, ids, List.of());
         int last = manifest.decoding().vocabSize() - 1;
-        for (int id : ids) {
-            if (id < 0 || id > last) {
+        for (Integer id : ids) {
+            if (id == null || id < 0 || id > last) {
                 throw new GenerationException(name + " holds " + id + ", expected token ids from 0 to " + last);
             }
         }
-        return ids;
+        return List.copyOf(ids);
+    }
+
+    private static void expect(String name, Object content, Object empty) {
+        if (content == null || content.equals(empty)) {
+            String what = content == null ? "null" : "empty";
+            throw new GenerationException(name + " is " + what + "; give at least one character, message or token");
+        }
     }
 
     private String render(String name, List<Message> messages) {

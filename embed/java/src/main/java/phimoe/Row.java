@@ -48,7 +48,6 @@ final class Row {
         tokenIds.add(token);
         seen.add(token);
         StopStrings.Certain certain = stops.add(eos.contains(token) ? "" : characters.add(token));
-        text.append(certain.text());
         FinishReason reason = null;
         if (eos.contains(token)) {
             reason = FinishReason.EOS;
@@ -57,11 +56,17 @@ final class Row {
         } else if (tokenIds.size() == request.maxNewTokens()) {
             reason = FinishReason.LENGTH;
         }
+        text.append(certain.text());
         if (reason == null) {
             return new Piece(number, token, certain.text(), Optional.empty());
         }
         finished = true;
-        String last = stops.finish();
+        String last = "";
+        if (!certain.stopped()) { // what waited for what might follow it
+            StopStrings.Certain end = stops.add(characters.finish());
+            last = end.text() + stops.finish();
+            reason = end.stopped() ? FinishReason.STOP : reason;
+        }
         Generation result = new Generation(
                 text.append(last).toString(),
                 List.copyOf(tokenIds),

@@ -5,26 +5,34 @@ import java.util.Set;
 
 /** From logits to the next token, as spec/sampling.md says it. */
 final class Sampler {
+    private static final double COLDEST = 0x1p-126; // of temperatures that are no 0
+
     private Sampler() {}
 
     /** The next token; `logits` [vocab_size] may be changed, `step` is the number of tokens generated before. */
     static int sample(float[] logits, Options options, long seed, int step, Set<Integer> seen) {
+        boolean finite = true;
+        for (float logit : logits) {
+            finite &= logit < Float.POSITIVE_INFINITY; // false for NaN, too
+        }
+        if (!finite || logits[largest(logits)] == Float.NEGATIVE_INFINITY) {
+            throw new GenerationException("the graph's logits are not finite; check the bundle with phimoe-verify");
+        }
         float penalty = (float) options.repetitionPenalty();
         if (penalty != 1) {
             for (int id : seen) {
                 logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
             }
         }
-        int best = 0;
-        boolean finite = true;
-        for (int id = 0; id < logits.length; id++) {
-            finite &= logits[id] < Float.POSITIVE_INFINITY; // false for NaN, too
-            best = logits[id] > logits[best] ? id : best;
+        return options.temperature() < COLDEST ? largest(logits) : draw(logits, options, uniform(seed, step));
+    }
+
+    private static int largest(float[] logits) {
+        int largest = 0;
+        for (int id = 1; id < logits.length; id++) {
+            largest = logits[id] > logits[largest] ? id : largest;
         }
-        if (!finite || logits[best] == Float.NEGATIVE_INFINITY) {
-            throw new GenerationException("the graph's logits are not finite; check the bundle with phimoe-verify");
-        }
-        return options.temperature() == 0 ? best : draw(logits, options, uniform(seed, step));
+        return largest;
     }
 
     private static int draw(float[] logits, Options options, double u) {

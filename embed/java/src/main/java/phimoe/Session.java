@@ -23,16 +23,23 @@ import phimoe.Manifest.Graph;
 /** A bundle's graph in ONNX Runtime, and the memory of an ended generation's cache, which the next one takes over. */
 final class Session implements AutoCloseable {
     private static final OrtEnvironment ENVIRONMENT = OrtEnvironment.getEnvironment();
+    // ONNX Runtime starts whatever is asked for, and a million threads would never all be running
+    private static final int MOST_THREADS = Math.max(256, Runtime.getRuntime().availableProcessors());
     private static final String DEVICE = "cpu";
     private static final Comparator<String> RELEASES = Comparator.comparing(Session::numbers, Arrays::compare);
 
+    // a pass below so many bytes of weights times tokens is too short to be worth waking another thread
+    private static final long SHORT = 8_000_000;
+
     private final OrtSession session;
+    private final OrtSession single; // the same graph with one thread, for short passes; null where there are none
+    private final long weights; // bytes
     private final AtomicReference<ByteBuffer[]> spare = new AtomicReference<>();
 
     /**
      * Opens the first graph of the manifest that this ONNX Runtime loads from Java.
      *
-     * @param threads null for ONNX Runtime's own choice
+     * @param threads null for one a physical core, and one thread alone for short passes
      * @throws DeviceException there is no such graph, ONNX Runtime refuses it, or threads is out of range
      * @throws BundleException the graph reads files that are not listed, or is not the one that the manifest describes
      */
@@ -42,17 +49,26 @@ final class Session implements AutoCloseable {
             throw new DeviceException("the bundle's cache cannot be one buffer (decoding.cache.shared is false), which Java "
                     + "needs; export it with --target cpu");
         }
-        if (threads != null && threads < 1) {
-            throw new DeviceException("threads is " + threads + ", expected 1 or more");
+        if (threads != null && (threads < 1 || threads > MOST_THREADS)) {
+            throw new DeviceException("threads is " + threads + ", expected 1 to " + MOST_THREADS + ", or null");
         }
         ExternalData.check(path, manifest.files().keySet());
-        session = open(path, manifest.decoding(), threads);
+        weights = manifest.files().entrySet().stream().filter(file -> file.getKey().endsWith(".data"))
+                .mapToLong(file -> file.getValue().size()).sum();
+        session = open(path, manifest.decoding(), threads == null ? 0 : threads);
+        try {
+            single = threads == null && weights <= SHORT ? open(path, manifest.decoding(), 1) : null;
+        } catch (RuntimeException error) {
+            close(session);
+            throw error;
+        }
     }
 
-    private static OrtSession open(Path path, Manifest.Decoding decoding, Integer threads) {
+    private static OrtSession open(Path path, Manifest.Decoding decoding, int threads) {
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
             options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR);
-            options.setIntraOpNumThreads(threads == null ? 0 : threads);
+            options.setIntraOpNumThreads(threads);
+            options.addConfigEntry("session.intra_op.spin_duration_us", "50"); // longer, and threads take a busy machine's time
             options.addConfigEntry("session.load_model_format", "ONNX"); // by any name: ExternalData knows this format
             OrtSession session = ENVIRONMENT.createSession(path.toString(), options);
             try {
@@ -104,10 +120,11 @@ final class Session implements AutoCloseable {
         return Stream.of(release.split("[^0-9.]")[0].split("\\.")).mapToInt(Integer::parseInt).toArray();
     }
 
-    /** Runs the graph into outputs that are there already. */
-    void run(Map<String, OnnxTensor> inputs, Map<String, OnnxTensor> outputs, OrtSession.RunOptions options)
+    /** Runs the graph over so many new tokens, those of all rows together, into outputs that are there already. */
+    void run(int tokens, Map<String, OnnxTensor> inputs, Map<String, OnnxTensor> outputs, OrtSession.RunOptions options)
             throws OrtException {
-        session.run(inputs, Set.of(), outputs, options).close();
+        OrtSession chosen = single != null && tokens * weights <= SHORT ? single : session;
+        chosen.run(inputs, Set.of(), outputs, options).close();
     }
 
     /** So many buffers for tensors of a shape, or larger ones. */
@@ -152,6 +169,13 @@ final class Session implements AutoCloseable {
 
     @Override
     public void close() {
+        close(session);
+        if (single != null) {
+            close(single);
+        }
+    }
+
+    private static void close(OrtSession session) {
         try {
             session.close();
         } catch (OrtException error) {

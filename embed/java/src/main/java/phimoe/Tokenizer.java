@@ -18,19 +18,26 @@ final class Tokenizer implements AutoCloseable {
 
     private final HuggingFaceTokenizer tokenizer;
     private final Set<Integer> hidden;
+    private final boolean cleanUp;
     private final List<Integer> anchor;
     private final int anchorLength;
 
-    Tokenizer(Path path, Collection<Integer> hidden) {
-        if (System.getProperty("OPT_OUT_TRACKING") == null) {
-            System.setProperty("OPT_OUT_TRACKING", "true"); // the library would report its use where it runs in Amazon's cloud
-        }
+    /**
+     * Reads a tokenizer.json.
+     *
+     * @param hidden the special tokens that are no text
+     * @param cleanUp whether streams lose spaces before punctuation
+     * @throws BundleException it cannot be read
+     */
+    Tokenizer(Path path, Collection<Integer> hidden, boolean cleanUp) {
+        TokenizerFile.check(Json.read(path));
         try (InputStream file = Files.newInputStream(path)) {
             tokenizer = HuggingFaceTokenizer.newInstance(file, Map.of("truncation", "false", "padding", "false"));
         } catch (Exception error) { // the native library throws RuntimeExceptions
             throw new BundleException(path + ": cannot be read as a tokenizer (" + error + "); copy or export the bundle again", error);
         }
         this.hidden = Set.copyOf(hidden);
+        this.cleanUp = cleanUp;
         anchor = encode("a", false);
         anchorLength = decode(anchor).length();
     }
@@ -43,6 +50,21 @@ final class Tokenizer implements AutoCloseable {
     /** The text of the ids, without the hidden tokens. */
     String decode(List<Integer> ids) {
         return tokenizer.decode(ids.stream().filter(id -> !hidden.contains(id)).mapToLong(id -> id).toArray(), false);
+    }
+
+    /**
+     * Refuses half characters, which no encoding has: surrogates without their other one.
+     *
+     * @throws GenerationException `name` holds one
+     */
+    static void checkCharacters(String name, String text) {
+        for (int place = 0; place < text.length(); place += Character.charCount(text.codePointAt(place))) {
+            char character = text.charAt(place);
+            if (Character.isSurrogate(character) && Character.charCount(text.codePointAt(place)) == 1) {
+                throw new GenerationException(String.format(
+                        "%s holds \\u%04x at place %d, which is half a character; expected Unicode", name, (int) character, place));
+            }
+        }
     }
 
     /** The text that continues `prompt`. */
@@ -58,6 +80,7 @@ final class Tokenizer implements AutoCloseable {
     /** Token ids in, text out: each character once, and only when it is whole. */
     final class TextStream {
         private final List<Integer> waiting = new ArrayList<>(); // the bytes of an incomplete character
+        private final CleanUp spaces = cleanUp ? new CleanUp() : null;
         private boolean follows; // a decoder strips the space before a text's first word only
 
         private TextStream(List<Integer> prompt) {
@@ -83,7 +106,12 @@ final class Tokenizer implements AutoCloseable {
             }
             waiting.clear();
             follows = true;
-            return text;
+            return spaces == null ? text : spaces.add(text);
+        }
+
+        /** The text that waits for what may follow it, now that nothing does; half a character is left out. */
+        String finish() {
+            return spaces == null ? "" : spaces.finish();
         }
     }
 }

@@ -29,18 +29,22 @@ final class Changes {
     static Path copy(Path parent, JsonElement changes) {
         try {
             Path bundle = Files.createTempDirectory(parent, "bundle");
-            Changes copy = new Changes(bundle);
             try (Stream<Path> files = Files.list(Conformance.BUNDLE)) {
                 for (Path file : files.toList()) {
                     Files.copy(file, bundle.resolve(file.getFileName()));
                 }
             }
-            for (JsonElement change : changes.getAsJsonArray()) {
-                copy.apply(change.getAsJsonArray());
-            }
+            apply(bundle, changes);
             return bundle;
         } catch (IOException error) {
             throw new UncheckedIOException(error);
+        }
+    }
+
+    /** Does changes one after the other. */
+    static void apply(Path bundle, JsonElement changes) throws IOException {
+        for (JsonElement change : changes.getAsJsonArray()) {
+            new Changes(bundle).apply(change.getAsJsonArray());
         }
     }
 

@@ -32,7 +32,8 @@ class ConformanceTest {
     static void load() {
         model = PhiMoE.load(Conformance.BUNDLE);
         Manifest manifest = Manifest.read(Conformance.BUNDLE);
-        tokenizer = new Tokenizer(Conformance.BUNDLE.resolve("tokenizer.json"), manifest.decoding().hiddenTokens().values());
+        tokenizer = new Tokenizer(
+                Conformance.BUNDLE.resolve("tokenizer.json"), manifest.decoding().hiddenTokens().values(), false);
     }
 
     @AfterAll
