@@ -4,7 +4,7 @@ import { setImmediate } from "node:timers/promises";
 import { checkGraph } from "./core/agreement.js";
 import type { Manifest } from "./core/bundle.js";
 import { DeviceError } from "./core/errors.js";
-import { checkThreads, chooseGraph, type Session } from "./core/session.js";
+import { chooseGraph, type Session } from "./core/session.js";
 import { checkFiles, readGraph } from "./files.js";
 import { type Handle, OnnxRuntime } from "./ort.js";
 
@@ -27,9 +27,8 @@ export interface NativeSession extends Session {
 export async function openSession(
   folder: string,
   manifest: Manifest,
-  threads: number | undefined,
+  threads: number | null | undefined,
 ): Promise<NativeSession> {
-  checkThreads(threads);
   const ort = loadLibrary();
   const graph = chooseGraph(manifest, ort.version, true);
   await checkFiles(folder, manifest);
@@ -38,12 +37,14 @@ export async function openSession(
   return open(ort, path, threads);
 }
 
-function open(ort: OnnxRuntime, path: string, threads: number | undefined): NativeSession {
+function open(ort: OnnxRuntime, path: string, threads: number | null | undefined): NativeSession {
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");
   let session: Handle;
   try {
     ort.call("SetSessionLogSeverityLevel", options, ERRORS_ONLY);
+    // by any name: onnx.ts knows this one
+    ort.call("AddSessionConfigEntry", options, "session.load_model_format", "ONNX");
     ort.call("SetIntraOpNumThreads", options, threads ?? 0);
     session = ort.create("CreateSession", env, path, options);
   } catch (error) {
