@@ -15,6 +15,8 @@ import { Tokenizer } from "./core/tokenizer.js";
  */
 export async function readManifest(folder: string): Promise<Manifest> {
   const path = join(folder, "manifest.json");
+  const found = await stat(path).catch(unreadable(path));
+  if (!found.isFile()) throw new BundleError(`not a bundle of phimoe-export: ${path}: is no file`); // a pipe never ends
   return parseManifest(await readFile(path, "utf-8").catch(unreadable(path)), path);
 }
 

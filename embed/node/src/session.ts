@@ -5,7 +5,7 @@ import { checkGraph } from "./core/agreement.js";
 import type { Manifest } from "./core/bundle.js";
 import { DeviceError } from "./core/errors.js";
 import { chooseGraph, type Session } from "./core/session.js";
-import { checkFiles, readGraph } from "./files.js";
+import { readGraph } from "./files.js";
 import { type Handle, OnnxRuntime } from "./ort.js";
 
 const ERRORS_ONLY = 3; // ONNX Runtime's log severity
@@ -20,7 +20,7 @@ export interface NativeSession extends Session {
 }
 
 /**
- * Checks a bundle's files and opens the first graph of the manifest that the installed ONNX Runtime can load.
+ * Opens the first graph of the manifest that the installed ONNX Runtime can load.
  *
  * @param folder - the bundle's.
  * @param threads - for one operator; by default small passes of small models run in one, others in as many as ONNX
@@ -35,7 +35,6 @@ export async function openSession(
 ): Promise<NativeSession> {
   const ort = loadLibrary();
   const graph = chooseGraph(manifest, ort.version, true);
-  await checkFiles(folder, manifest);
   const path = join(folder, graph.file);
   checkGraph(graph, await readGraph(path), manifest, join(folder, "manifest.json"));
   const weights = Object.entries(manifest.files)
