@@ -5,9 +5,9 @@ const VARIABLE = "ORT_DISABLE_TELEMETRY";
 /**
  * Keeps ONNX Runtime from writing about this machine; a variable that is set already stays as it is.
  *
- * From 1.29 on its library, once it is loaded, writes a device's id and a queue of events under the user's home on Linux
- * and macOS. It looks at one variable of the process's own environment as it is loaded, and at nothing later. A worker's
- * process.env is a copy, so this asks the system.
+ * From 1.29 on its library, once it is loaded, writes a device's id and a queue of events under the user's home on
+ * Linux and macOS. It looks at one variable of the process's own environment as it is loaded, and at nothing later. A
+ * worker's process.env is a copy, so this asks the system.
  */
 export function turnTelemetryOff(): void {
   if (process.platform === "win32") {

@@ -145,10 +145,13 @@ describe("what is refused", () => {
 
 test("a conversation refuses what generate does, and goes on", async () => {
   const conversation = model.chat(null);
-  await assert.rejects(conversation.send("\ud800"), { name: "GenerationError", message: /^the conversation holds U\+D800/ });
+  await assert.rejects(conversation.send("\ud800"), {
+    name: "GenerationError",
+    message: /^the conversation holds U\+D800/,
+  });
   await assert.rejects(conversation.send(null as any), { name: "GenerationError", message: /empty/ });
   await assert.rejects(conversation.send(3 as any), { name: "GenerationError", message: /its content is 3/ });
-  await assert.rejects(conversation.send("a", { top_q: 1 } as any), { message: /did you mean top_p|did you mean top_k/ });
+  await assert.rejects(conversation.send("a", { top_q: 1 } as any), { message: /did you mean top_[pk]/ });
   assert.deepEqual(conversation.messages, []);
   assert.ok((await conversation.send("Who is Emma?", { max_new_tokens: 3 })).token_ids.length > 0);
 });

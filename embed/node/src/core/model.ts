@@ -151,10 +151,11 @@ export class Model {
   }
 }
 
-/** Throws DeviceError where an option of loading is not one of `known`, or its value is no data. */
+/** Throws DeviceError where an option of loading is not one of `known`. */
 export function checkLoadOptions(options: object | null | undefined, known: readonly string[]): void {
   for (const name of Object.keys(options ?? {})) {
-    if (!known.includes(name)) throw new DeviceError(`${name} is no option of load; known ones are ${known.join(", ")}`);
+    if (!known.includes(name))
+      throw new DeviceError(`${name} is no option of load; known ones are ${known.join(", ")}`);
   }
 }
 

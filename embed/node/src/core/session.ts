@@ -71,6 +71,6 @@ const MOST_THREADS = 256; // or the number of processors, where that is more; a 
 export function checkThreads(threads: number | null | undefined, processors: number): void {
   const most = Math.max(MOST_THREADS, processors);
   if (threads != null && !(Number.isInteger(threads) && threads >= 1 && threads <= most)) {
-    throw new DeviceError(`threads is ${shown(threads)}, expected an integer from 1 to ${most}, or none for the default`);
+    throw new DeviceError(`threads is ${shown(threads)}, expected an integer from 1 to ${most}, or none`);
   }
 }

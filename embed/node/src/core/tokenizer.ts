@@ -108,8 +108,8 @@ class ByteDecoder extends TextDecoder {
  * Token ids in, text out: each character once, and only when it is whole.
  *
  * A character may be spread over several byte tokens, so ids wait until they decode without a replacement character.
- * Only those that wait are decoded, so a token costs the same however long the text is. Where spaces are cleaned up, text
- * waits, too, while the next may still change it; `finish` gives what waits at the end.
+ * Only those that wait are decoded, so a token costs the same however long the text is. Where spaces are cleaned up,
+ * text waits, too, while the next may still change it; `finish` gives what waits at the end.
  */
 export class TextStream {
   private waiting: number[] = [];
