@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -38,8 +39,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return export(MODEL, tmp_path_factory.mktemp("rust") / "bundle", **BUNDLES[request.param])
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"ORT_DYLIB_PATH": str(LIBRARY)}
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ORT_DYLIB_PATH": str(LIBRARY)} | environment
     return subprocess.run([PROGRAM, *map(str, arguments)], env=environment, capture_output=True, text=True)
 
 
@@ -130,6 +131,185 @@ def test_bad_prompts_and_options(arguments: tuple[str, object], words: tuple[str
     check_error(run(*form, BUNDLE, *arguments), "GenerationError", *words)
 
 
-def test_usage() -> None:
-    done = run(BUNDLE, "a")
-    assert (done.returncode, done.stderr[:7]) == (2, "usage: ")
+def test_help() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: phimoe-generate")
+    assert all(f"  {option} " in done.stdout for option in ("--chat", "--json", "--threads", "--help"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([BUNDLE, "a"], "2 arguments, expected BUNDLE, PROMPT and MAX_NEW_TOKENS"),
+        ([BUNDLE, "a", 3, "more"], "4 arguments, expected"),
+        (["--threads"], "--threads has no value"),
+        (["--thread", 2, BUNDLE, "a", 3], "--thread is no option; known ones are --chat, --json, --threads, --help"),
+        ([BUNDLE, os.fsdecode(b"caf\xe9"), 3], 'PROMPT is "caf\\xE9", which is no Unicode'),
+    ],
+)
+def test_usage(arguments: list[object], words: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(words)
+    assert "\nusage: phimoe-generate" in done.stderr
+
+
+def test_words_behind_two_dashes_are_no_options() -> None:
+    assert run("--threads", 1, "--", BUNDLE, "--chat", 3).returncode == 0
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5", "10000", "9" * 30])
+def test_bad_threads(threads: str) -> None:
+    check_error(run("--threads", threads, BUNDLE, "a", 3), "DeviceError", "threads", threads, "1 to")
+
+
+def test_threads_leave_the_tokens_as_they_are(bundle: Path) -> None:
+    """Small passes run in a session of one thread, but for a given number."""
+    prompt = "It was a fine morning, and Elizabeth " * 10
+    assert {run(*words, bundle, prompt, 20).stderr for words in ([], ["--threads", 1], ["--threads", 2])} == {
+        run(bundle, prompt, 20).stderr
+    }
+
+
+def test_output_that_cannot_be_written() -> None:
+    environment = os.environ | {"ORT_DYLIB_PATH": str(LIBRARY)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [PROGRAM, BUNDLE, "a", "3"], stdout=full, stderr=subprocess.PIPE, env=environment, text=True
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("standard output cannot be written")
+
+
+@pytest.mark.parametrize(("setting", "leaves"), [(None, []), ("0", [".cache"])])
+def test_telemetry_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, leaves: list[str]
+) -> None:
+    """0 is the user's own wish, and shows that something would be left."""
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    extra = {} if setting is None else {"ORT_DISABLE_TELEMETRY": setting}
+    assert run(BUNDLE, "a", 3, HOME=str(tmp_path), **extra).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == leaves
+
+
+@pytest.mark.parametrize("space", [" ,", " ' ", " n't", "  's", " .  ' m"])
+def test_spaces_before_punctuation(tmp_path: Path, space: str) -> None:
+    """As Python cleans them up, in text where each space stands beside punctuation."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    replace = tokenizer["decoder"]["decoders"][0]
+    assert replace["content"] == " "
+    replace["content"] = space
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    change(folder, "list", "tokenizer.json")
+    change(folder, "set", "/decoding/clean_up_tokenization_spaces", True)
+    expected = PhiMoE.load(folder, threads=1).generate("It was", max_new_tokens=30)
+    done = run(folder, "It was", 30)
+    assert (json.loads(done.stderr), done.stdout) == (expected.token_ids, f"{expected.text}\n")
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_bundle_that_changes_while_it_is_read(tmp_path: Path, changes: bool) -> None:
+    """The library that is to be loaded is a pipe, at which the program waits while the bundle changes."""
+    folder, pipe = tmp_path / "bundle", tmp_path / "library"
+    shutil.copytree(BUNDLE, folder)
+    os.mkfifo(pipe)
+    environment = os.environ | {"ORT_DYLIB_PATH": str(pipe)}
+    with subprocess.Popen(
+        [PROGRAM, folder, "a", "3"], stderr=subprocess.PIPE, env=environment, text=True, encoding="utf-8"
+    ) as process:
+        with open(pipe, "wb"):  # waits until the program is there
+            if changes:
+                (folder / "other").write_bytes((folder / "config.json").read_bytes())
+                (folder / "other").replace(folder / "config.json")
+        assert process.stderr
+        said = process.stderr.read()
+    assert process.returncode == 1
+    kind, words = ("BundleError", "was changed while it was read") if changes else ("DeviceError", "no library")
+    assert said.startswith(f"{kind}: ")
+    assert words in said
+
+
+def test_a_bundle_of_links(tmp_path: Path) -> None:
+    """As a hub's cache has it."""
+    for path in BUNDLE.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    assert run(tmp_path, "Emma", 5).stderr == run(BUNDLE, "Emma", 5).stderr
+
+
+MUTANTS = 100
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.5,
+    1e9,
+    2**31 - 1,
+    2**31,
+    2**63,
+    10**400,
+    1e308,
+    "",
+    "1",
+    "cpu",
+    "cuda",
+    "int8",
+]
+VALUES += ["cuda", "int8"]
+VALUES += ["bfloat16", "1.0", "99.9", "\0", "x" * 10_000, "0" * 64, "..", "../model.data", "/etc/passwd", "config.json"]
+VALUES += [[], {}, [[]], [None], ["x"], [0, 1, 2], {"x": 1}, [[[[[[]]]]]]]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each object or list inside a value with each of its keys or places."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+def mutated(text: str, choose: random.Random) -> str:
+    """A manifest with a value changed, gone or of another place, or with characters changed."""
+    if choose.random() < 0.2:
+        start = choose.randrange(len(text))
+        word = choose.choice(["", "{", "]", '"', "9" * 5000, "[" * 100_000, "NaN", "1e999", "\ufffd"])
+        return text[:start] + word + text[start + choose.choice([0, 1, 20]) :]
+    manifest = json.loads(text)
+    parent, key = choose.choice(list(places(manifest)))
+    if choose.random() < 0.2:
+        del parent[key]
+    elif choose.random() < 0.3:
+        other, place = choose.choice(list(places(json.loads(text))))
+        parent[key] = other[place]
+    else:
+        parent[key] = choose.choice(VALUES)
+    return json.dumps(manifest)
+
+
+def test_mutated_manifests(tmp_path: Path) -> None:
+    """Whatever stands in the manifest, a bundle gives its own tokens or one of our errors."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder)
+    text = (BUNDLE / "manifest.json").read_text(encoding="utf-8")
+    expected = run("--json", BUNDLE, "[5, 600, 700]", 5)
+    found = {"tokens": 0, "BundleError": 0, "DeviceError": 0, "GenerationError": 0}
+    for seed in range(MUTANTS):
+        mutant = mutated(text, random.Random(seed))
+        (folder / "manifest.json").write_text(mutant, encoding="utf-8")
+        done = run("--json", "--threads", 1, folder, "[5, 600, 700]", 5)
+        what = f"mutant {seed}: {mutant[:2000]}\n{done}"
+        if done.returncode == 0:
+            found["tokens"] += 1
+            assert done.stderr == expected.stderr, what
+        else:
+            kind = done.stderr.partition(":")[0]
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), what
+            assert kind in found, what
+            found[kind] += 1
+    assert found["tokens"] > MUTANTS // 10, found
+    assert found["BundleError"] > MUTANTS // 4, found

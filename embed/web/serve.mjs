@@ -17,19 +17,41 @@ const TYPES = {
 const HEADERS = {
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
-  "Cache-Control": "no-cache",
+  "Cache-Control": "no-cache", // ask each time whether a file has changed
 };
+// what the build writes beside a file, the smallest first
+const ENCODINGS = { br: ".br", gzip: ".gz" };
 
 /** A server of the page, with the bundle in the folder `bundle` under /bundle/. */
 export function pageServer(bundle) {
   return createServer(async (request, response) => {
     const file = fileOf(request.url, bundle);
-    const found = await stat(file).catch(() => undefined);
-    if (request.method !== "GET" || !found?.isFile()) return response.writeHead(404, HEADERS).end("not found\n");
-    const type = TYPES[extname(file)] ?? "application/octet-stream";
-    response.writeHead(200, { ...HEADERS, "Content-Type": type, "Content-Length": found.size });
-    createReadStream(file).pipe(response);
+    const whole = await lookAt(file);
+    if (request.method !== "GET" || !whole) return response.writeHead(404, HEADERS).end("not found\n");
+    const { encoding, path, size, mtimeMs } = await smallest(file, whole, request.headers["accept-encoding"] ?? "");
+    const headers = { ...HEADERS, Vary: "Accept-Encoding", ETag: `"${size}-${mtimeMs}"` };
+    if (request.headers["if-none-match"] === headers.ETag) return response.writeHead(304, headers).end();
+    headers["Content-Type"] = TYPES[extname(file)] ?? "application/octet-stream";
+    headers["Content-Length"] = size;
+    if (encoding) headers["Content-Encoding"] = encoding;
+    response.writeHead(200, headers);
+    createReadStream(path).pipe(response);
   });
+}
+
+async function lookAt(file) {
+  const found = await stat(file).catch(() => undefined);
+  return found?.isFile() ? found : undefined;
+}
+
+/** The file, or the smallest of its compressed forms that the browser takes. */
+async function smallest(file, whole, accepted) {
+  const takes = accepted.split(",").map((each) => each.split(";")[0].trim());
+  for (const [encoding, ending] of Object.entries(ENCODINGS)) {
+    const found = takes.includes(encoding) && file.startsWith(DIST) && (await lookAt(file + ending));
+    if (found) return { encoding, path: file + ending, size: found.size, mtimeMs: found.mtimeMs };
+  }
+  return { path: file, size: whole.size, mtimeMs: whole.mtimeMs };
 }
 
 function fileOf(url, bundle) {

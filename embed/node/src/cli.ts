@@ -2,61 +2,136 @@
 /** Continues a text, or answers a question, on the command line; prints the pieces as they come. */
 import { parseArgs } from "node:util";
 
+import { nearest } from "./core/nearest.js";
+import { checkOptions } from "./core/request.js";
 import { type Options, PhiMoE, PhiMoEError } from "./index.js";
 
-const NUMBERS = ["max-new-tokens", "temperature", "top-k", "top-p", "min-p", "repetition-penalty"];
-const FLAGS = ["[--chat] [--threads N] [--seed N] [--stop TEXT]...", ...NUMBERS.map((name) => `[--${name} N]`)];
-const USAGE = `usage: phimoe-generate BUNDLE PROMPT ${FLAGS.join(" ")}`;
+type Flag = { value?: string; help: string; multiple?: boolean };
+
+const FLAGS: Record<string, Flag> = {
+  chat: { help: "give the prompt as a user's message" },
+  system: { value: "TEXT", help: "a system message before it; with it the prompt is a message, too" },
+  "max-new-tokens": { value: "N", help: "end after so many tokens; 1024 or the end of the context by default" },
+  temperature: { value: "N", help: "0, the default, takes the most likely token; more draws one" },
+  "top-k": { value: "N", help: "draw from the N most likely tokens; 0, the default, is off" },
+  "top-p": { value: "N", help: "draw from the fewest tokens whose probabilities reach N; 1, the default, is off" },
+  "min-p": { value: "N", help: "draw from tokens N times as likely as the most likely one; 0, the default, is off" },
+  "repetition-penalty": { value: "N", help: "divide the positive logits of seen tokens by N; 1, the default, is off" },
+  seed: { value: "N", help: "the same seed gives the same text; a fresh one by default" },
+  stop: { value: "TEXT", help: "end before this text; may be given several times", multiple: true },
+  threads: { value: "N", help: "threads of the processor; by default as many as serve" },
+  help: { help: "print this" },
+};
+const USAGE = "usage: phimoe-generate BUNDLE PROMPT [OPTIONS]";
+const HELP = `${USAGE}
+
+Continues a text with a bundle of phimoe-export, or answers it as a message.
+
+  BUNDLE                    a folder that phimoe-export wrote
+  PROMPT                    the text to continue
+
+${Object.entries(FLAGS)
+  .map(([name, { value, help }]) => `  ${`--${name}${value ? ` ${value}` : ""}`.padEnd(25)} ${help}`)
+  .join("\n")}
+
+  phimoe-generate austen-int4 "It was a fine morning" --max-new-tokens 60
+  phimoe-generate austen-int4 "Who is Emma?" --chat --temperature 0.8 --seed 1
+
+ORT_DISABLE_TELEMETRY=0 in the environment turns ONNX Runtime's telemetry on; it is off otherwise.
+`;
 
 class UsageError extends Error {}
 
-function parse(): { bundle: string; prompt: string; chat: boolean; threads: number | undefined; options: Options } {
+interface Arguments {
+  bundle: string;
+  prompt: string;
+  chat: boolean;
+  system?: string;
+  threads?: number;
+  options: Options;
+}
+
+/** What is asked for, or undefined for --help. */
+function parse(): Arguments | undefined {
+  const { values, positionals } = parseWords();
+  if (values.help) return undefined;
+  if (positionals.length !== 2)
+    throw new UsageError(`${positionals.length} arguments, expected two: a bundle and a prompt`);
+  const [bundle, prompt] = positionals;
+  const number = (name: string) => readNumber(name, values[name] as string | undefined);
+  return {
+    bundle,
+    prompt,
+    chat: values.chat === true,
+    system: values.system as string | undefined,
+    threads: number("threads"),
+    options: {
+      max_new_tokens: number("max-new-tokens"),
+      temperature: number("temperature"),
+      top_k: number("top-k"),
+      top_p: number("top-p"),
+      min_p: number("min-p"),
+      repetition_penalty: number("repetition-penalty"),
+      seed: readSeed(values.seed as string | undefined),
+      stop: values.stop as string[] | undefined,
+    },
+  };
+}
+
+function parseWords() {
+  const options = Object.fromEntries(
+    Object.entries(FLAGS).map(([name, { value, multiple = false }]) => [
+      name,
+      { type: value ? ("string" as const) : ("boolean" as const), multiple },
+    ]),
+  );
   try {
-    const string = { type: "string" } as const;
-    const numbers = Object.fromEntries(NUMBERS.map((name) => [name, string]));
-    const { values, positionals } = parseArgs({
-      options: {
-        ...numbers,
-        seed: string,
-        threads: string,
-        stop: { ...string, multiple: true },
-        chat: { type: "boolean" },
-      },
-      allowPositionals: true,
-    });
-    if (positionals.length !== 2) throw new Error(`${positionals.length} arguments, expected a bundle and a prompt`);
-    const given = values as Record<string, string | undefined>;
-    const options = Object.fromEntries(NUMBERS.map((name) => [name.replaceAll("-", "_"), number(name, given[name])]));
-    const seed = given.seed === undefined ? undefined : BigInt(given.seed);
-    const [bundle, prompt] = positionals;
-    return {
-      bundle,
-      prompt,
-      chat: values.chat ?? false,
-      threads: number("threads", given.threads),
-      options: { ...options, seed, stop: values.stop },
-    };
+    return parseArgs({ options, allowPositionals: true });
   } catch (error) {
-    throw new UsageError(`${(error as Error).message}\n${USAGE}`);
+    const { code, message } = error as { code: string; message: string };
+    const [, unknown] = /^Unknown option '-*([^']*)'/.exec(message) ?? [];
+    const likely = code === "ERR_PARSE_ARGS_UNKNOWN_OPTION" && nearest(unknown, Object.keys(FLAGS));
+    throw new UsageError(likely ? `unknown option --${unknown}; did you mean --${likely}?` : message);
   }
 }
 
-function number(name: string, text: string | undefined): number | undefined {
+function readNumber(name: string, text: string | undefined): number | undefined {
   if (text === undefined) return undefined;
   if (text.trim() === "" || Number.isNaN(Number(text)))
-    throw new Error(`--${name} is ${JSON.stringify(text)}, expected a number`);
+    throw new UsageError(`--${name} is ${JSON.stringify(text)}, expected a number`);
   return Number(text);
 }
 
-try {
-  const { bundle, prompt, chat, threads, options } = parse();
+function readSeed(text: string | undefined): bigint | undefined {
+  if (text === undefined) return undefined;
+  if (!/^[+-]?\d{1,20}$/.test(text))
+    throw new UsageError(`--seed is ${JSON.stringify(text.slice(0, 80))}, expected an integer of 64 bits`);
+  return BigInt(text.replace("+", ""));
+}
+
+async function main(): Promise<void> {
+  const given = parse();
+  if (!given) return void process.stdout.write(HELP);
+  const { bundle, prompt, chat, system, threads, options } = given;
+  checkOptions(options);
   const model = await PhiMoE.load(bundle, { threads });
-  for await (const { text } of model.stream(chat ? [{ role: "user", content: prompt }] : prompt, options))
+  const message = chat || system !== undefined;
+  for await (const { text } of message ? model.chat(system).stream(prompt, options) : model.stream(prompt, options))
     process.stdout.write(text);
   process.stdout.write("\n");
   await model.close();
+}
+
+// whoever reads may stop, as `head` does, and a disk may be full
+process.stdout.on("error", ({ code, message }: NodeJS.ErrnoException) => {
+  if (code !== "EPIPE") process.stderr.write(`phimoe-generate: standard output cannot be written (${message})\n`);
+  process.exit(1);
+});
+try {
+  await main();
 } catch (error) {
   if (!(error instanceof PhiMoEError || error instanceof UsageError)) throw error;
   process.stderr.write(`phimoe-generate: ${error.message}\n`);
+  if (error instanceof UsageError) process.stderr.write(`${USAGE}\n`);
   process.exitCode = error instanceof UsageError ? 2 : 1;
 }

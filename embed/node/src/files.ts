@@ -2,6 +2,7 @@ import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
+import { isDeepStrictEqual } from "node:util";
 
 import { HASH_LIMIT, type Manifest, parseManifest } from "./core/bundle.js";
 import { BundleError } from "./core/errors.js";
@@ -14,7 +15,48 @@ import { Tokenizer } from "./core/tokenizer.js";
  */
 export async function readManifest(folder: string): Promise<Manifest> {
   const path = join(folder, "manifest.json");
+  const found = await stat(path).catch(unreadable(path));
+  if (!found.isFile()) throw new BundleError(`not a bundle of phimoe-export: ${path}: is no file`); // a pipe never ends
   return parseManifest(await readFile(path, "utf-8").catch(unreadable(path)), path);
+}
+
+/**
+ * The manifest, for a function that opens the bundle's files by their names: they are all of one bundle then.
+ *
+ * @throws BundleError: as `readManifest`; or by the end of `open` other files have these names, and whatever it threw
+ *   may come of that.
+ */
+export async function unchanged<T extends { release(): void }>(
+  folder: string,
+  open: (manifest: Manifest) => Promise<T>,
+): Promise<T> {
+  const manifest = await readManifest(folder);
+  const before = await identities(folder, manifest);
+  const check = async () => {
+    const now = await readManifest(folder).catch(() => undefined);
+    const same = isDeepStrictEqual(now?.files, manifest.files); // other keys may have changed meanwhile
+    if (!same || !isDeepStrictEqual(await identities(folder, manifest), before))
+      throw new BundleError(`${folder}: was changed while it was read; load it again`);
+  };
+  const opened = await open(manifest).catch(async (error) => {
+    await check();
+    throw error;
+  });
+  await check().catch((error) => {
+    opened.release();
+    throw error;
+  });
+  return opened;
+}
+
+/** What tells each of the manifest's files from another of the same name; null for none. */
+async function identities(folder: string, { files }: Manifest): Promise<(bigint[] | null)[]> {
+  const found = [];
+  for (const name of Object.keys(files)) {
+    const status = await stat(join(folder, name), { bigint: true }).catch(() => null);
+    found.push(status && [status.dev, status.ino, status.size, status.mtimeNs]);
+  }
+  return found;
 }
 
 /**
@@ -44,11 +86,7 @@ export async function checkFiles(folder: string, { files }: Manifest): Promise<v
 /** Reads `folder`/tokenizer.json; throws BundleError where it is none. */
 export async function readTokenizer(folder: string, { decoding }: Manifest): Promise<Tokenizer> {
   const path = join(folder, "tokenizer.json");
-  return new Tokenizer(
-    await readFile(path, "utf-8").catch(unreadable(path)),
-    path,
-    Object.values(decoding.hidden_tokens),
-  );
+  return new Tokenizer(await readFile(path, "utf-8").catch(unreadable(path)), path, decoding);
 }
 
 /** Reads a graph's file; throws BundleError where it cannot be read. */
@@ -64,6 +102,10 @@ function unreadable(path: string) {
 
 async function sha256(path: string): Promise<string> {
   const digest = createHash("sha256");
-  for await (const block of createReadStream(path, { highWaterMark: 2 ** 20 })) digest.update(block);
+  try {
+    for await (const block of createReadStream(path, { highWaterMark: 2 ** 20 })) digest.update(block);
+  } catch (error) {
+    return unreadable(path)(error as NodeJS.ErrnoException);
+  }
   return digest.digest("hex");
 }

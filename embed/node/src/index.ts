@@ -1,9 +1,12 @@
+import { availableParallelism } from "node:os";
 import { resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 
-import { receivedError } from "./core/errors.js";
-import { Model } from "./core/model.js";
+import { BundleError, receivedError } from "./core/errors.js";
+import { checkLoadOptions, Model } from "./core/model.js";
 import type { FromWorker } from "./core/protocol.js";
+import { shown } from "./core/schema.js";
+import { checkThreads } from "./core/session.js";
 
 export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/errors.js";
 export type { Manifest } from "./core/bundle.js";
@@ -14,8 +17,8 @@ export type { CallOptions, Options, Prompt } from "./core/request.js";
 
 /** How a bundle is loaded. */
 export interface LoadOptions {
-  /** Threads for one operator; if not given, ONNX Runtime takes one a physical core. */
-  threads?: number;
+  /** Threads for one operator, from 1 to 256, or to the number of processors where that is more. */
+  threads?: number | null;
 }
 
 /** A bundle loaded for generation, with a thread of its own; `PhiMoE.load` makes one. */
@@ -27,8 +30,11 @@ export class PhiMoE extends Model {
    * @throws BundleError: the folder is no bundle, or a file of it is missing or changed.
    * @throws DeviceError: the installed ONNX Runtime cannot run the bundle, or `threads` is no number of threads.
    */
-  static load(bundle: string, { threads }: LoadOptions = {}): Promise<PhiMoE> {
-    const workerData = { folder: resolve(bundle), threads };
+  static async load(bundle: string, options?: LoadOptions | null): Promise<PhiMoE> {
+    if (typeof bundle !== "string") throw new BundleError(`the bundle is ${shown(bundle)}, expected its folder's path`);
+    checkLoadOptions(options, ["threads"]);
+    checkThreads(options?.threads, availableParallelism());
+    const workerData = { folder: resolve(bundle), threads: options?.threads };
     // without the program's own flags of Node, of which some fail in a worker
     const worker = new Worker(new URL("./worker.js", import.meta.url), { workerData, execArgv: [] });
     return new Promise((loaded, failed) => {

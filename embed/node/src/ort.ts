@@ -4,6 +4,7 @@ import { dirname, join } from "node:path";
 import koffi from "koffi";
 
 import { ELEMENT_TYPES, type Value } from "./core/session.js";
+import { turnTelemetryOff } from "./telemetry.js";
 
 /** A pointer to one of ONNX Runtime's objects. */
 export type Handle = bigint;
@@ -27,6 +28,7 @@ const FUNCTIONS = {
   SetIntraOpNumThreads: [24, "void *", "int"],
   CreateTensorWithDataAsOrtValue: [49, "void *", "void *", "size_t", "int64_t *", "size_t", "int", OUT],
   CreateCpuMemoryInfo: [69, "int", "int", OUT],
+  AddSessionConfigEntry: [130, "void *", "str", "str"],
 } as const;
 const RELEASES = { Env: 92, Status: 93, MemoryInfo: 94, Session: 95, Value: 96, SessionOptions: 100 };
 const GET_ERROR_MESSAGE = 2;
@@ -44,6 +46,7 @@ export class OnnxRuntime {
 
   /** Loads the library; throws where there is none for this platform. */
   constructor() {
+    turnTelemetryOff();
     const folder = dirname(createRequire(import.meta.url).resolve("onnxruntime-node/package.json"));
     const library = koffi.load(
       join(folder, "bin/napi-v6", process.platform, process.arch, LIBRARIES[process.platform] ?? "none"),

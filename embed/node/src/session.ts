@@ -4,11 +4,14 @@ import { setImmediate } from "node:timers/promises";
 import { checkGraph } from "./core/agreement.js";
 import type { Manifest } from "./core/bundle.js";
 import { DeviceError } from "./core/errors.js";
-import { checkThreads, chooseGraph, type Session } from "./core/session.js";
-import { checkFiles, readGraph } from "./files.js";
+import { chooseGraph, type Session } from "./core/session.js";
+import { readGraph } from "./files.js";
 import { type Handle, OnnxRuntime } from "./ort.js";
 
 const ERRORS_ONLY = 3; // ONNX Runtime's log severity
+// in microseconds: threads that wait longer take the processor from each other on a busy machine
+const SPIN = "50";
+const SMALL_PASS = 8_000_000; // bytes of weights times tokens; too short to be worth waking other threads
 const [DEVICE_ALLOCATOR, DEFAULT_MEMORY] = [0, 0];
 
 /** A session, and how to free it. */
@@ -17,34 +20,57 @@ export interface NativeSession extends Session {
 }
 
 /**
- * Checks a bundle's files and opens the first graph of the manifest that the installed ONNX Runtime can load.
+ * Opens the first graph of the manifest that the installed ONNX Runtime can load.
  *
  * @param folder - the bundle's.
- * @param threads - for one operator; undefined leaves it to ONNX Runtime, which takes one a physical core.
+ * @param threads - for one operator; by default small passes of small models run in one, others in as many as ONNX
+ *   Runtime chooses, one a physical core.
  * @throws DeviceError: the bundle is for another device, or ONNX Runtime is too old for it or refuses its graph.
  * @throws BundleError: a file is missing or changed, or the manifest does not describe the graph.
  */
 export async function openSession(
   folder: string,
   manifest: Manifest,
-  threads: number | undefined,
+  threads: number | null | undefined,
 ): Promise<NativeSession> {
-  checkThreads(threads);
   const ort = loadLibrary();
   const graph = chooseGraph(manifest, ort.version, true);
-  await checkFiles(folder, manifest);
   const path = join(folder, graph.file);
   checkGraph(graph, await readGraph(path), manifest, join(folder, "manifest.json"));
-  return open(ort, path, threads);
+  const weights = Object.entries(manifest.files)
+    .filter(([name]) => name.endsWith(".data"))
+    .reduce((sum, [, { size }]) => sum + size, 0);
+  const session = open(ort, path, threads ?? 0);
+  if (threads != null || weights > SMALL_PASS) return session;
+  return eachByItsSize(session, open(ort, path, 1), weights);
 }
 
-function open(ort: OnnxRuntime, path: string, threads: number | undefined): NativeSession {
+/** Runs small passes in a session of one thread; a cache is no session's own, and the numbers are the same. */
+function eachByItsSize(large: NativeSession, small: NativeSession, weights: number): NativeSession {
+  return {
+    inPlace: true,
+    run(inputs, outputs) {
+      const { length } = inputs.input_ids.data;
+      return (length * weights <= SMALL_PASS ? small : large).run(inputs, outputs);
+    },
+    release() {
+      large.release();
+      small.release();
+    },
+  };
+}
+
+/** A session with so many threads; 0 is ONNX Runtime's own choice. */
+function open(ort: OnnxRuntime, path: string, threads: number): NativeSession {
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");
   let session: Handle;
   try {
     ort.call("SetSessionLogSeverityLevel", options, ERRORS_ONLY);
-    ort.call("SetIntraOpNumThreads", options, threads ?? 0);
+    // by any name: onnx.ts knows this one
+    ort.call("AddSessionConfigEntry", options, "session.load_model_format", "ONNX");
+    ort.call("AddSessionConfigEntry", options, "session.intra_op.spin_duration_us", SPIN);
+    ort.call("SetIntraOpNumThreads", options, threads);
     session = ort.create("CreateSession", env, path, options);
   } catch (error) {
     ort.release("Env", env);

@@ -4,17 +4,15 @@ import { parentPort, workerData } from "node:worker_threads";
 import { Engine } from "./core/engine.js";
 import { sentError } from "./core/errors.js";
 import type { FromWorker, ToWorker } from "./core/protocol.js";
-import { readManifest, readTokenizer } from "./files.js";
-import { openSession } from "./session.js";
+import { loadBundle } from "./load.js";
 
 const port = parentPort!;
 const post = (message: FromWorker) => port.postMessage(message);
 
 try {
   const { folder, threads } = workerData;
-  const manifest = await readManifest(folder);
-  const session = await openSession(folder, manifest, threads);
-  const engine = new Engine(session, manifest, await readTokenizer(folder, manifest), post);
+  const { manifest, session, tokenizer } = await loadBundle(folder, threads);
+  const engine = new Engine(session, manifest, tokenizer, post);
   port.on("message", async (message: ToWorker) => {
     await engine.receive(message);
     if (!("close" in message)) return;

@@ -42,6 +42,22 @@ function editBytes(path, old, text, method) {
   );
 }
 
+/**
+ * A copy of a JSON value with these changes, done one after the other.
+ *
+ * @param {any} value
+ * @param {readonly any[][]} steps - ["set", path, value] or ["remove", path], a path being keys and places.
+ */
+export function changedValue(value, steps) {
+  const changed = structuredClone(value);
+  for (const [step, path, ...values] of steps) {
+    const parent = path.slice(0, -1).reduce((inner, key) => inner[key], changed);
+    if (step === "set") put(parent, path[path.length - 1], structuredClone(values[0]));
+    else remove(parent, path[path.length - 1]);
+  }
+  return changed;
+}
+
 /** `change` is given what holds the place that a JSON pointer (RFC 6901) names, and the place's key there. */
 function editManifest(folder, pointer, change) {
   const path = join(folder, "manifest.json");

@@ -155,10 +155,10 @@ test("logits that are not finite are an error", async () => {
 
 for (const [name, prompt, options, message] of [
   ["an unknown option", "a", { maxNewTokens: 1 }, /maxNewTokens.*max_new_tokens/],
-  ["an option that is no number", "a", { temperature: "0.8" }, /temperature is 0.8/],
+  ["an option that is no number", "a", { temperature: "0.8" }, /temperature is "0.8"/],
   ["a stop that is no string", "a", { stop: [3] }, /stop/],
   ["a seed that a number does not hold", "a", { seed: 2 ** 60 }, /seed.*bigint/],
-  ["no prompt", undefined, {}, /the prompt is undefined/],
+  ["no prompt", undefined, {}, /the prompt is missing/],
   ["a role that the format does not know", [{ role: "tool", content: "x" }], {}, /"tool".*system, user, assistant/],
   ["a message without content", [{ role: "user" }], {}, /user.*content/],
 ] as const) {

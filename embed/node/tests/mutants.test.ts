@@ -10,8 +10,7 @@ import { after, test } from "node:test";
 import { Engine } from "../src/core/engine.js";
 import type { FromWorker } from "../src/core/protocol.js";
 import { uniform } from "../src/core/sampler.js";
-import { readManifest, readTokenizer } from "../src/files.js";
-import { openSession } from "../src/session.js";
+import { loadBundle } from "../src/load.js";
 import { BUNDLE } from "./bundle.js";
 import { changedBundle } from "./changes.mjs";
 
@@ -44,9 +43,7 @@ after(() => rmSync(folder, { recursive: true }));
 async function outcome(): Promise<number[] | string> {
   const tokens: number[] = [];
   try {
-    const manifest = await readManifest(folder);
-    const session = await openSession(folder, manifest, 1);
-    const tokenizer = await readTokenizer(folder, manifest);
+    const { manifest, session, tokenizer } = await loadBundle(folder, 1);
     const last = await new Promise<FromWorker>((end) => {
       const engine = new Engine(session, manifest, tokenizer, (message) =>
         "piece" in message ? tokens.push(message.piece.token_id) : end(message),

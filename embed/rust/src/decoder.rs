@@ -1,16 +1,15 @@
 //! One row's cache, and how it goes on. The letters of the shapes are spec/embedding.md's.
 
 use ort::memory::{Allocator, MemoryInfo};
-use ort::session::Session;
 use ort::value::{DynTensor, DynValue, Tensor};
 
 use crate::errors::{Error, Result};
 use crate::manifest::Decoding;
-use crate::session::{cache_names, element_type};
+use crate::session::{Sessions, cache_names, element_type};
 
 /// The graph, and the tokens that the row holds in its cache.
 pub struct Decoder<'a> {
-    session: Session,
+    sessions: Sessions,
     decoding: &'a Decoding,
     capacity: usize,
     cache: Vec<(String, DynValue)>,
@@ -19,8 +18,8 @@ pub struct Decoder<'a> {
 
 impl<'a> Decoder<'a> {
     /// Holds nothing yet; `capacity` is the most tokens that it will.
-    pub fn new(session: Session, decoding: &'a Decoding, capacity: usize) -> Self {
-        Decoder { session, decoding, capacity, cache: Vec::new(), tokens: Vec::new() }
+    pub fn new(sessions: Sessions, decoding: &'a Decoding, capacity: usize) -> Self {
+        Decoder { sessions, decoding, capacity, cache: Vec::new(), tokens: Vec::new() }
     }
 
     /// Holds `ids` and nothing else; returns the logits [V] after the last one. `rope_length` chooses the rope factors.
@@ -49,7 +48,8 @@ impl<'a> Decoder<'a> {
     fn run(&mut self, ids: &[u32], rope_length: usize) -> Result<Vec<f32>> {
         let total = self.tokens.len() + ids.len();
         let new: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
-        let mut binding = self.session.create_binding()?;
+        let session = self.sessions.for_pass(ids.len());
+        let mut binding = session.create_binding()?;
         binding.bind_input("input_ids", &Tensor::from_array(([1, ids.len()], new))?)?;
         binding.bind_input("attention_mask", &Tensor::from_array(([1, total], vec![1_i64; total]))?)?;
         binding.bind_input("logits_to_keep", &Tensor::from_array(([1], vec![1_i64]))?)?;
@@ -63,7 +63,7 @@ impl<'a> Decoder<'a> {
                 binding.bind_output_to_device(format!("present.{name}"), &MemoryInfo::default())?;
             }
         }
-        let mut outputs = self.session.run_binding(&binding)?;
+        let mut outputs = session.run_binding(&binding)?;
         if !self.decoding.cache.shared {
             for (name, value) in &mut self.cache {
                 let present = outputs.remove(format!("present.{name}"));

@@ -1,11 +1,7 @@
 //! Continues a prompt with a bundle of phimoe-export, greedily: ONNX Runtime, a tokenizer and a JSON parser, as
-//! spec/embedding.md says.
-//!
-//!     phimoe-generate [--chat | --json] BUNDLE PROMPT MAX_NEW_TOKENS
-//!
-//! PROMPT is a text, with --chat a user's message, with --json a text, token ids or messages in JSON. The text goes to
-//! stdout; its token ids go to stderr, or what is wrong.
+//! spec/embedding.md says. `HELP` below says how it is used.
 
+mod arguments;
 mod decoder;
 mod errors;
 mod external_data;
@@ -14,47 +10,58 @@ mod manifest;
 mod session;
 mod tokenizer;
 
+use std::io::{self, Write};
 use std::{env, path::Path, process};
 
+use arguments::{Arguments, Form, HELP, USAGE};
 use decoder::Decoder;
 use errors::{Error, Result};
 use tokenizer::{Message, Prompt, Tokenizer};
 
-const USAGE: &str = "usage: phimoe-generate [--chat | --json] BUNDLE PROMPT MAX_NEW_TOKENS";
-
 fn main() {
-    let arguments: Vec<String> = env::args().skip(1).collect();
-    let (form, rest) = match arguments.split_first() {
-        Some((first, rest)) if first.starts_with("--") => (first.as_str(), rest),
-        _ => ("", &arguments[..]),
+    session::turn_telemetry_off();
+    let arguments = match arguments::parse(env::args_os().skip(1)) {
+        Ok(Some(arguments)) => arguments,
+        Ok(None) => finish(HELP, ""),
+        Err(what) => fail(2, &format!("{what}\n{USAGE}")),
     };
-    let ([bundle, text, limit], "" | "--chat" | "--json") = (rest, form) else {
-        eprintln!("{USAGE}");
-        process::exit(2);
-    };
-    match generate(Path::new(bundle), form, text, limit) {
-        Ok((text, ids)) => {
-            println!("{text}");
-            eprintln!("{ids:?}");
-        }
-        Err(error) => {
-            eprintln!("{error}");
-            process::exit(1);
-        }
+    match generate(&arguments) {
+        Ok((text, ids)) => finish(&format!("{text}\n"), &format!("{ids:?}\n")),
+        Err(error) => fail(1, &error.to_string()),
     }
 }
 
+/// Writes what is asked for; whoever reads may be gone, and a disk may be full.
+fn finish(output: &str, details: &str) -> ! {
+    let written = io::stdout().write_all(output.as_bytes()).and_then(|()| io::stdout().flush());
+    match written {
+        Ok(()) => {
+            let _ = io::stderr().write_all(details.as_bytes());
+            process::exit(0)
+        }
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(1),
+        Err(error) => fail(1, &format!("standard output cannot be written ({error})")),
+    }
+}
+
+fn fail(code: i32, what: &str) -> ! {
+    let _ = writeln!(io::stderr(), "{what}");
+    process::exit(code)
+}
+
 /// The text that follows a prompt, and its token ids with the one that ended it.
-fn generate(folder: &Path, form: &str, text: &str, limit: &str) -> Result<(String, Vec<u32>)> {
-    let manifest = manifest::read_manifest(folder)?;
-    files::check_files(folder, &manifest)?;
-    let tokenizer = Tokenizer::load(folder)?;
-    let session = session::open_session(folder, &manifest)?;
-    let prompt = tokenizer.encode(&read_prompt(form, text)?, &manifest)?;
-    let max_new_tokens = check_room(prompt.len(), limit, manifest.decoding.context)?;
+fn generate(arguments: &Arguments) -> Result<(String, Vec<u32>)> {
+    let folder = Path::new(&arguments.bundle);
+    let threads = arguments.threads.as_deref().map(session::check_threads).transpose()?;
+    let (manifest, (tokenizer, sessions)) = files::unchanged(folder, |manifest| {
+        files::check_files(folder, manifest)?;
+        Ok((Tokenizer::load(folder)?, session::open_sessions(folder, manifest, threads)?))
+    })?;
+    let prompt = tokenizer.encode(&read_prompt(arguments)?, &manifest)?;
+    let max_new_tokens = check_room(prompt.len(), &arguments.max_new_tokens, manifest.decoding.context)?;
 
     let eos = &manifest.decoding.eos_token_ids;
-    let mut decoder = Decoder::new(session, &manifest.decoding, prompt.len() + max_new_tokens);
+    let mut decoder = Decoder::new(sessions, &manifest.decoding, prompt.len() + max_new_tokens);
     let mut logits = decoder.prefill(&prompt, prompt.len())?;
     let mut new = Vec::new();
     loop {
@@ -69,13 +76,13 @@ fn generate(folder: &Path, form: &str, text: &str, limit: &str) -> Result<(Strin
     }
 }
 
-fn read_prompt(form: &str, text: &str) -> Result<Prompt> {
+fn read_prompt(Arguments { form, prompt, .. }: &Arguments) -> Result<Prompt> {
     match form {
-        "--chat" => Ok(Prompt::Messages(vec![Message { role: "user".into(), content: text.into() }])),
-        "--json" => serde_json::from_str(text).map_err(|error| {
+        Form::Text => Ok(Prompt::Text(prompt.clone())),
+        Form::Chat => Ok(Prompt::Messages(vec![Message { role: "user".into(), content: prompt.clone() }])),
+        Form::Json => serde_json::from_str(prompt).map_err(|error| {
             Error::Generation(format!("the prompt is none ({error}), expected a text, token ids or messages in JSON"))
         }),
-        _ => Ok(Prompt::Text(text.into())),
     }
 }
 

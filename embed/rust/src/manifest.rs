@@ -31,7 +31,7 @@ pub struct Graph {
     pub requires: Vec<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, PartialEq)]
 pub struct File {
     pub size: u64,
     #[serde(deserialize_with = "digest")]
@@ -51,6 +51,8 @@ pub struct Decoding {
     pub eos_token_ids: Vec<TokenId>,
     pub hidden_tokens: HashMap<String, TokenId>,
     pub sampling_graph: Option<FileName>,
+    #[serde(default)]
+    pub clean_up_tokenization_spaces: bool,
     pub cache: CacheShape,
 }
 
@@ -155,6 +157,9 @@ impl TryFrom<String> for CacheDtype {
 pub fn read_manifest(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST);
     let say = |what: String| Error::Bundle(format!("{}: {what}", path.display()));
+    if !path.is_file() {
+        return Err(say("no bundle of phimoe-export (it is missing or no file)".into())); // a pipe would never end
+    }
     let text = fs::read_to_string(&path).map_err(|error| say(format!("no bundle of phimoe-export ({error})")))?;
     let mut raw: Value = serde_json::from_str(&text).map_err(|error| say(format!("is no JSON ({error})")))?;
     match raw["format_version"].as_u64() {

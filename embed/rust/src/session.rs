@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::env;
 use std::ffi::CStr;
 use std::path::Path;
+use std::thread;
 
+use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::value::{TensorElementType, ValueType};
@@ -14,14 +16,37 @@ use crate::external_data::check_external_data;
 use crate::manifest::{CacheDtype, Decoding, Graph, MANIFEST, Manifest, Release};
 
 const DEVICE: &str = "cpu";
+const TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
 const PROVIDED: [&str; 0] = []; // what a graph may require and this program brings
+
+const SPIN: &str = "50"; // microseconds: threads that wait longer take the processor from each other on a busy machine
+const SMALL_PASS: u64 = 8_000_000; // bytes of weights times tokens; too short to be worth waking other threads
+const MOST_THREADS: usize = 256; // or the number of processors, where that is more; a million would hang the machine
 
 type Shape = Vec<Option<i64>>; // None is any
 type Tensors = BTreeMap<String, (TensorElementType, Shape)>;
 
-/// Opens the graph over the library that ORT_DYLIB_PATH names. A `DeviceError` where no graph runs here, a `BundleError`
-/// where the graph is not the one that the manifest describes.
-pub fn open_session(folder: &Path, manifest: &Manifest) -> Result<Session> {
+/// The bundle's graph, open once or twice: a cache is no session's own, and the numbers are the same in both.
+pub struct Sessions {
+    large: Session,
+    small: Option<Session>, // of one thread
+    weights: u64,
+}
+
+impl Sessions {
+    /// The session for a pass over so many new tokens.
+    pub fn for_pass(&mut self, tokens: usize) -> &mut Session {
+        match &mut self.small {
+            Some(small) if (tokens as u64).saturating_mul(self.weights) <= SMALL_PASS => small,
+            _ => &mut self.large,
+        }
+    }
+}
+
+/// Opens the graph over the library that ORT_DYLIB_PATH names, with so many threads for an operator; without a number
+/// small passes run in one, others in as many as ONNX Runtime chooses. A `DeviceError` where no graph runs here, a
+/// `BundleError` where the graph is not the one that the manifest describes.
+pub fn open_sessions(folder: &Path, manifest: &Manifest, threads: Option<usize>) -> Result<Sessions> {
     let library = env::var("ORT_DYLIB_PATH").map_err(|_| {
         Error::Device(
             "ORT_DYLIB_PATH is not set, expected the path of ONNX Runtime's library, libonnxruntime.so".into(),
@@ -33,11 +58,42 @@ pub fn open_session(folder: &Path, manifest: &Manifest) -> Result<Session> {
     let environment =
         ort::init_from(&library).map_err(|error| Error::Device(format!("{library}: {error}")))?.build()?;
     environment.set_log_level(LogLevel::Error); // a warning says that the optional inputs are optional
-    let session = Session::builder(&environment)?.commit_from_file(&path).map_err(|error| {
+    let data = manifest.files.iter().filter(|(name, _)| name.0.ends_with(".data"));
+    let weights = data.fold(0, |sum: u64, (_, file)| sum.saturating_add(file.size));
+    let large = open(&environment, &path, threads.unwrap_or(0))?;
+    check_agreement(&large, graph, &manifest.decoding)?;
+    let twice = threads.is_none() && weights <= SMALL_PASS;
+    let small = if twice { Some(open(&environment, &path, 1)?) } else { None };
+    Ok(Sessions { large, small, weights })
+}
+
+/// 0 threads are ONNX Runtime's own choice.
+fn open(environment: &Environment, path: &Path, threads: usize) -> Result<Session> {
+    let mut builder = Session::builder(environment)?
+        .with_config_entry("session.load_model_format", "ONNX")? // by any name: external_data.rs knows this one
+        .with_config_entry("session.intra_op.spin_duration_us", SPIN)?
+        .with_intra_threads(threads)?;
+    builder.commit_from_file(path).map_err(|error| {
         Error::Device(format!("{}: ONNX Runtime refuses it ({error}); export the bundle again", path.display()))
-    })?;
-    check_agreement(&session, graph, &manifest.decoding)?;
-    Ok(session)
+    })
+}
+
+/// A number of threads that this machine bears.
+pub fn check_threads(text: &str) -> Result<usize> {
+    let most = MOST_THREADS.max(thread::available_parallelism().map_or(1, Into::into));
+    match text.parse() {
+        Ok(threads) if (1..=most).contains(&threads) => Ok(threads),
+        _ => Err(Error::Device(format!("threads is {text}, expected an integer from 1 to {most}"))),
+    }
+}
+
+/// Keeps ONNX Runtime from writing about this machine, unless the variable is set already. To be called while the
+/// process has one thread, and before the library is loaded: it looks at the environment once.
+pub fn turn_telemetry_off() {
+    if env::var_os(TELEMETRY).is_none() {
+        // SAFETY: there is no other thread.
+        unsafe { env::set_var(TELEMETRY, "1") };
+    }
 }
 
 /// The release of ONNX Runtime's library, which it says before a session is made.

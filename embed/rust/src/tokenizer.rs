@@ -1,5 +1,6 @@
 //! Prompts to token ids, and token ids to text.
 
+use std::panic;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -33,18 +34,35 @@ impl Tokenizer {
     /// Reads tokenizer.json; a `BundleError` where it cannot be read.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join(TOKENIZER);
-        let library = Library::from_file(&path)
-            .map_err(|error| Error::Bundle(format!("{}: is no tokenizer ({error})", path.display())))?;
+        let say = |what: String| Error::Bundle(format!("{}: is no tokenizer ({what})", path.display()));
+        // the library panics over some damaged files, where they are used at the latest
+        let read = || {
+            let mut library = Library::from_file(&path).map_err(|error| error.to_string())?;
+            library.with_truncation(None).map_err(|error| error.to_string())?.with_padding(None);
+            library.encode("a", true).map_err(|error| error.to_string())?;
+            Ok::<_, String>(library)
+        };
+        let hook = panic::take_hook();
+        panic::set_hook(Box::new(|_| {})); // it says itself what is wrong
+        let library = panic::catch_unwind(read);
+        panic::set_hook(hook);
+        let library = library.map_err(|_| say("it is damaged".into()))?.map_err(say)?;
         Ok(Tokenizer { library })
     }
 
     /// The token ids of a prompt; a `GenerationError` where it is empty or not one of the bundle.
     pub fn encode(&self, prompt: &Prompt, manifest: &Manifest) -> Result<Vec<u32>> {
         match prompt {
-            Prompt::Text(text) => self.ids(text, true),
-            Prompt::Messages(messages) => self.ids(&render(messages, manifest.chat.as_ref())?, false),
+            Prompt::Text(text) => self.known_ids(text, true, manifest),
+            Prompt::Messages(messages) => self.known_ids(&render(messages, manifest.chat.as_ref())?, false, manifest),
             Prompt::Tokens(ids) => ids.iter().map(|&id| token_id(id, manifest.decoding.vocab_size)).collect(),
         }
+    }
+
+    /// The ids of a text, all of which the model has.
+    fn known_ids(&self, text: &str, special: bool, manifest: &Manifest) -> Result<Vec<u32>> {
+        let ids = self.ids(text, special)?;
+        ids.into_iter().map(|id| token_id(id.into(), manifest.decoding.vocab_size)).collect()
     }
 
     /// The text of `new` tokens behind `prompt`, without hidden tokens and without half a character at its end.
@@ -67,7 +85,9 @@ impl Tokenizer {
         // a decoder strips the space before a text's first word, so a fixed word goes before one that follows others
         let before = if follows { self.ids("a", false)? } else { Vec::new() };
         let skipped = self.text(&before)?.len();
-        Ok(self.text(&[before, ids].concat())?[skipped..].trim_end_matches(BROKEN).to_string())
+        let text = self.text(&[before, ids].concat())?;
+        let text = text.get(skipped..).unwrap_or_default().trim_end_matches(BROKEN);
+        Ok(if decoding.clean_up_tokenization_spaces { clean_up(text) } else { text.to_string() })
     }
 
     fn ids(&self, text: &str, special: bool) -> Result<Vec<u32>> {
@@ -78,6 +98,14 @@ impl Tokenizer {
     fn text(&self, ids: &[u32]) -> Result<String> {
         self.library.decode(ids, false).map_err(|error| Error::Generation(error.to_string()))
     }
+}
+
+/// The text without the spaces before punctuation: each replacement over the whole text, one after the other.
+fn clean_up(text: &str) -> String {
+    let shortened = [" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're"];
+    let replace = |text: String, old: &str| text.replace(old, old.trim_start());
+    let text = shortened[..4].iter().fold(text.to_string(), |text, old| replace(text, old)).replace(" ' ", "'");
+    shortened[4..].iter().fold(text, |text, old| replace(text, old))
 }
 
 fn token_id(id: i64, vocab_size: usize) -> Result<u32> {

@@ -1,6 +1,8 @@
 import { type File, HASH_LIMIT, type Manifest, parseManifest } from "phimoe-onnx/core/bundle";
 import { BundleError } from "phimoe-onnx/core/errors";
 
+import { hash, keep, recall } from "./store.js";
+
 /** How much of a bundle has come. */
 export interface Progress {
   /** Bytes. */
@@ -44,14 +46,20 @@ export async function fetchFiles(
 }
 
 /**
- * Fetches a file and holds it against the manifest: the size always; the SHA-256 up to `HASH_LIMIT`, and only where the
- * browser computes it, which is on https and on this machine.
+ * A file as the manifest says: the size always; the SHA-256 up to `HASH_LIMIT`, and only where the browser computes it,
+ * which is on https and on this machine. It comes from the browser's cache where an earlier load left it there.
  */
 async function fetchFile(
   path: string,
-  { size, sha256 }: File,
+  file: File,
   progress: (loaded: number) => void,
 ): Promise<Uint8Array<ArrayBuffer>> {
+  const kept = await recall(path, file);
+  if (kept) {
+    progress(file.size);
+    return kept;
+  }
+  const { size, sha256 } = file;
   const data = allocate(path, size);
   let found = 0;
   const reader = (await get(path)).body!.getReader();
@@ -63,11 +71,13 @@ async function fetchFile(
   }
   if (found !== size)
     throw new BundleError(`${path}: has ${found} bytes, the manifest says ${size}; copy or export the bundle again`);
-  if (size <= HASH_LIMIT && crypto.subtle && (await hash(data)) !== sha256) {
+  const same = crypto.subtle ? (await hash(data)) === sha256 : undefined;
+  if (size <= HASH_LIMIT && same === false) {
     throw new BundleError(
       `${path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again`,
     );
   }
+  if (same) await keep(path, file, data);
   return data;
 }
 
@@ -97,9 +107,4 @@ function brokenOff(path: string) {
   return (error: Error): never => {
     throw new BundleError(`${path}: its transfer broke off (${error.message}); load the bundle again`);
   };
-}
-
-async function hash(data: Uint8Array<ArrayBuffer>): Promise<string> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -60,6 +60,7 @@ export async function openSession(
       externalData,
       executionProviders: [device],
       logSeverityLevel: 3,
+      extra: { session: { load_model_format: "ONNX", intra_op: { spin_duration_us: "50" } } },
     });
   } catch (error) {
     throw refused("load", error);

@@ -3,7 +3,7 @@ import { checkGraph } from "phimoe-onnx/core/agreement";
 import { Engine } from "phimoe-onnx/core/engine";
 import { DeviceError, sentError } from "phimoe-onnx/core/errors";
 import type { FromWorker, ToWorker } from "phimoe-onnx/core/protocol";
-import { checkThreads, chooseGraph } from "phimoe-onnx/core/session";
+import { chooseGraph } from "phimoe-onnx/core/session";
 import { Tokenizer } from "phimoe-onnx/core/tokenizer";
 
 import { fetchFiles, fetchManifest, type Progress } from "./files.js";
@@ -13,8 +13,8 @@ import { bestDevice, type Device, loadRuntime, openSession } from "./session.js"
 export interface Load {
   /** The folder's address, with a "/" at its end. */
   bundle: string;
-  threads: number | undefined;
-  device: Device | undefined;
+  threads: number | null | undefined;
+  device: Device | null | undefined;
 }
 
 /** What comes back. */
@@ -32,7 +32,6 @@ addEventListener("message", async ({ data }: MessageEvent<Load | ToWorker>) => {
 });
 
 async function load({ bundle, threads, device: wanted }: Load): Promise<void> {
-  checkThreads(threads);
   const manifest = await fetchManifest(bundle);
   const device = wanted ?? (await bestDevice());
   if (device !== "wasm" && device !== "webgpu") throw new DeviceError(`device is ${device}, expected wasm or webgpu`);
@@ -47,8 +46,8 @@ async function load({ bundle, threads, device: wanted }: Load): Promise<void> {
     post({ progress: { loaded: before + loaded, total: before + total } }),
   );
   const text = new TextDecoder().decode(files.get("tokenizer.json"));
-  const tokenizer = new Tokenizer(text, `${bundle}tokenizer.json`, Object.values(manifest.decoding.hidden_tokens));
-  const session = await openSession(ort, device, bundle + graph.file, bytes, weights, threads);
+  const tokenizer = new Tokenizer(text, `${bundle}tokenizer.json`, manifest.decoding);
+  const session = await openSession(ort, device, bundle + graph.file, bytes, weights, threads ?? undefined);
   engine = new Engine(session, manifest, tokenizer, post);
   post({ device });
   post({ ready: manifest });

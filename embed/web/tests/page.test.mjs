@@ -2,7 +2,8 @@
 // SCREENSHOT a file to write a picture of the page to.
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { appendFileSync, cpSync, mkdtempSync, readFileSync, rmSync, statSync } from "node:fs";
+import { get } from "node:http";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { after, before, describe, test } from "node:test";
@@ -87,14 +88,14 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     const { prompt, options, expected } = cases.find(({ name }) => name === "a chat");
     await ask(prompt[0].content, options.max_new_tokens);
     await page.getByRole("button", { name: "Send" }).waitFor();
-    assert.equal(await page.locator(".assistant").last().textContent(), expected.text);
+    assert.equal(await page.locator(".assistant p").last().textContent(), expected.text);
     assert.match(await page.locator("#speed").textContent(), /^\d+\.\d tokens\/s, 16 tokens$/);
   });
 
   test("stop ends an answer", async () => {
     await ask("Continue this passage: She had been", 700);
     await page
-      .locator(".assistant")
+      .locator(".assistant p")
       .last()
       .filter({ hasText: /\w+ \w+/ })
       .waitFor();
@@ -106,6 +107,138 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     await ask(prompt[0].content, options.max_new_tokens);
     await page.getByRole("button", { name: "Send" }).waitFor();
     assert.equal(await page.locator(".assistant").count(), 3);
+  });
+
+  test("a screen reader hears who speaks, whole answers and errors", async () => {
+    const conversation = page.getByRole("log", { name: "Conversation" });
+    assert.equal(await conversation.locator("div").count(), 6);
+    const said = (await conversation.innerText()).split(/\n+/);
+    assert.deepEqual([said[0], said[2]], ["You", "Model"]);
+    assert.equal(await conversation.getAttribute("aria-busy"), null); // it was set while the answer came
+    assert.match(await page.getByRole("status").innerText(), /phimoe-austen/);
+    for (const name of ["Send", "New chat"]) assert.equal(await page.getByRole("button", { name }).count(), 1);
+    for (const name of ["Message", "Temperature", "New tokens"])
+      assert.equal(await page.getByLabel(name, { exact: true }).count(), 1);
+
+    await ask("And now?", 5000);
+    const alert = page.getByRole("alert");
+    assert.match(await alert.innerText(), /^Error\s+the conversation has .* max_new_tokens is 5000, .* of 1024/);
+    assert.match(await conversation.ariaSnapshot(), /alert:\s+- text: Error/);
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    await ask("And now?", 300);
+    await page.getByRole("button", { name: "Stop" }).waitFor();
+    assert.equal(await conversation.getAttribute("aria-busy"), "true");
+  });
+
+  test("new chat stops the answer, and forgets what was said", async () => {
+    await page.getByRole("button", { name: "New chat" }).click();
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    assert.equal(await page.locator("#log").innerText(), "");
+    assert.equal(await page.locator("#speed").textContent(), "");
+    assert.equal(await page.evaluate(() => document.activeElement.id), "content");
+    const { prompt, options, expected } = cases.find(({ name }) => name === "a chat");
+    await ask(prompt[0].content, options.max_new_tokens);
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    assert.deepEqual(await page.locator(".assistant p").allTextContents(), [expected.text]);
+  });
+
+  test("an empty field is the option's default", async () => {
+    await page.getByRole("button", { name: "New chat" }).click();
+    await page.locator("#temperature").fill("");
+    const { prompt, options, expected } = cases.find(({ name }) => name === "a chat");
+    await ask(prompt[0].content, options.max_new_tokens);
+    await page.getByRole("button", { name: "Send" }).waitFor();
+    assert.deepEqual(await page.locator(".assistant p").allTextContents(), [expected.text]);
+  });
+
+  test("WebAssembly comes compressed", async () => {
+    const name = "ort-wasm-simd-threaded.wasm";
+    const whole = statSync(new URL(`../dist/${name}`, import.meta.url)).size;
+    const fetched = async (accepted) => {
+      const headers = { "Accept-Encoding": accepted };
+      const response = await new Promise((resolve, reject) =>
+        get(address + name, { headers }, resolve).on("error", reject),
+      );
+      response.resume();
+      return response.headers;
+    };
+    const found = [];
+    for (const accepted of ["gzip, deflate, br, zstd", "gzip", "", "identity"]) {
+      const headers = await fetched(accepted);
+      assert.equal(headers["content-type"], "application/wasm");
+      assert.equal(headers.vary, "Accept-Encoding");
+      found.push([headers["content-encoding"], Number(headers["content-length"]) < whole / 3]);
+    }
+    assert.deepEqual(found, [["br", true], ["gzip", true], [undefined, false], [undefined, false]]);
+    const { encodedBodySize, decodedBodySize } = await page.evaluate(async (name) => {
+      await (await fetch(name, { cache: "reload" })).arrayBuffer();
+      const entry = performance.getEntriesByType("resource").findLast((each) => each.name.endsWith(name));
+      return { encodedBodySize: entry.encodedBodySize, decodedBodySize: entry.decodedBodySize };
+    }, name);
+    assert.equal(decodedBodySize, whole);
+    assert.ok(encodedBodySize < whole / 4, `${encodedBodySize} of ${whole}`);
+  });
+
+  test("a reload fetches what has changed, and no more", async (context) => {
+    const folder = changedBundle(BUNDLE, []);
+    context.after(() => rmSync(folder, { recursive: true }));
+    const asked = [];
+    const other = pageServer(folder);
+    other.on("request", ({ url }, response) => response.on("close", () => asked.push([url, response.statusCode])));
+    await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
+    context.after(() => other.close());
+    const home = `http://127.0.0.1:${other.address().port}/`;
+    const tab = await browser.newPage();
+    context.after(() => tab.close());
+    const load = async () => {
+      asked.length = 0;
+      await tab.goto(home);
+      await tab.locator("#send:enabled").waitFor();
+      const bundle = asked.filter(([url, status]) => url.startsWith("/bundle/") && status === 200).map(([url]) => url);
+      const other = asked.filter(([url]) => !url.startsWith("/bundle/"));
+      return { bundle: bundle.map((url) => url.slice("/bundle/".length)).sort(), other };
+    };
+    const kept = () =>
+      tab.evaluate(async () => (await (await caches.open("phimoe-onnx")).keys()).map(({ url }) => url));
+
+    const first = await load();
+    assert.ok(first.bundle.length >= 4, String(first.bundle)); // manifest, tokenizer, graph, weights
+    const second = await load();
+    assert.deepEqual(second.bundle, []); // the manifest, too, is as it was: 304
+    assert.ok(second.other.length > 3);
+    assert.deepEqual(second.other.filter(([, status]) => status !== 304), []);
+    const before = await kept();
+    assert.equal(before.length, first.bundle.length - 1);
+
+    appendFileSync(join(folder, "tokenizer.json"), "\n");
+    const changed = changedBundle(folder, [["list", "tokenizer.json"]]);
+    cpSync(changed, folder, { recursive: true });
+    rmSync(changed, { recursive: true });
+    assert.deepEqual((await load()).bundle, ["manifest.json", "tokenizer.json"]);
+    const after = await kept();
+    assert.equal(after.length, before.length); // the old tokenizer is gone
+    assert.equal(after.filter((url) => !before.includes(url)).length, 1);
+
+    // what lies in the storage is held against the manifest, too
+    const damage = async (url) => (await caches.open("phimoe-onnx")).put(url, new Response("damage"));
+    await tab.evaluate(damage, after.at(-1));
+    await load();
+    assert.ok(asked.some(([url]) => after.at(-1).split("?")[0].endsWith(url)), String(asked));
+  });
+
+  test("a full storage is no error", async (context) => {
+    const other = pageServer(BUNDLE);
+    await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
+    context.after(() => other.close());
+    const origin = `http://127.0.0.1:${other.address().port}`;
+    const tab = await browser.newPage();
+    context.after(() => tab.close());
+    const client = await tab.context().newCDPSession(tab);
+    await client.send("Storage.overrideQuotaForOrigin", { origin, quotaSize: 1000 });
+    await tab.goto(origin);
+    await tab.locator("#send:enabled").waitFor();
+    const kept = await tab.evaluate(async () => (await (await caches.open("phimoe-onnx")).keys()).length);
+    assert.equal(kept, 0);
   });
 
   test("every generation of the conformance suite", async () => {
@@ -180,11 +313,11 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     const other = await browser.newPage();
     await other.goto(`${address}?bundle=nowhere/`);
     assert.match(
-      await other.locator(".error").textContent(),
+      await other.locator(".error p").textContent(),
       /nowhere\/manifest\.json: is missing, the server says 404/,
     );
     await other.goto(`${address}?device=abacus`);
-    assert.match(await other.locator(".error").textContent(), /device is abacus, expected wasm or webgpu/);
+    assert.match(await other.locator(".error p").textContent(), /device is abacus, expected wasm or webgpu/);
     await other.close();
   });
 });

@@ -68,6 +68,8 @@ export interface Decoding {
   hidden_tokens: Record<string, number>;
   /** The file of the graph that draws tokens on a device; null on the CPU. */
   sampling_graph: string | null;
+  /** Whether decoded text loses the spaces before punctuation. */
+  clean_up_tokenization_spaces: boolean;
   cache: CacheShape;
 }
 
@@ -137,6 +139,7 @@ const readManifest = object<Manifest>({
     eos_token_ids: list(tokenId),
     hidden_tokens: record(tokenId),
     sampling_graph: optional(nullable(fileName), null),
+    clean_up_tokenization_spaces: optional(boolean, false),
     cache: object<CacheShape>({
       num_hidden_layers: positive,
       num_key_value_heads: positive,

@@ -41,7 +41,7 @@ export class Decoder {
       this.signal?.throwIfAborted();
       const chunk = ids.slice(held.length, held.length + this.decoding.prefill_chunk);
       logits = await this.cache.runRow(row, chunk, held.length, ropeLength);
-      held.push(...chunk);
+      for (const id of chunk) held.push(id);
     } while (held.length < ids.length);
     return logits;
   }

@@ -47,7 +47,9 @@ export class Engine {
       ? prompt.map((each, row) => [each, `prompt ${row}`] as const)
       : [[prompt, conversation === undefined ? "the prompt" : "the conversation"] as const];
     const requests = named.map(([each, name]) => makeRequest(each, name, options, this.manifest, this.tokenizer));
-    const room = Math.max(...requests.map((request) => request.prompt.length + request.max_new_tokens));
+    const room = requests
+      .map(({ prompt, max_new_tokens }) => prompt.length + max_new_tokens)
+      .reduce((most, length) => Math.max(most, length));
     const run = async (decoder: Decoder) => {
       decoder.signal = signal;
       for await (const piece of generate(decoder, this.tokenizer, this.eos, requests)) this.post({ id, piece });

@@ -74,7 +74,14 @@ class Row {
     else if (stopped || this.stopIds.has(token)) finish_reason = "stop";
     else if (this.token_ids.length === this.request.max_new_tokens) finish_reason = "length";
     this.finished = finish_reason !== undefined;
-    if (this.finished) text += this.strings.finish();
+    if (this.finished) {
+      if (!stopped) {
+        const last = this.strings.add(this.characters.finish()); // what waited for what might follow it
+        text += last.text;
+        if (last.stopped) finish_reason = "stop";
+      }
+      text += this.strings.finish();
+    }
     this.text += text;
     const piece = { row: this.number, token_id: token, text };
     if (!finish_reason) return { ...piece, result: null };

@@ -1,9 +1,9 @@
 import type { Manifest } from "./bundle.js";
 import { Conversation } from "./conversation.js";
-import { GenerationError, receivedError } from "./errors.js";
+import { DeviceError, GenerationError, receivedError } from "./errors.js";
 import { collect, type Generation, type Piece } from "./generation.js";
 import type { FromWorker, ToWorker } from "./protocol.js";
-import { type CallOptions, isBatch, type Prompt } from "./request.js";
+import { type CallOptions, checkOptions, isBatch, type Prompt } from "./request.js";
 
 /** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
 export interface WorkerLike {
@@ -57,12 +57,12 @@ export class Model {
   }
 
   /** A conversation that keeps its cache from turn to turn, opened by a system message if one is given. */
-  chat(system?: string): Conversation {
+  chat(system?: string | null): Conversation {
     const id = ++this.#lastId;
     return new Conversation(
       (messages, options) => this.answer(messages, options, id),
       () => this.forget(id),
-      system,
+      system ?? undefined,
     );
   }
 
@@ -83,10 +83,14 @@ export class Model {
   /** As `stream`, with the cache of a conversation if one is given. */
   private async *answer(
     prompt: Prompt | readonly Prompt[],
-    { signal, ...options }: CallOptions = {},
+    callOptions?: CallOptions | null,
     conversation?: number,
   ): AsyncGenerator<Piece, void, undefined> {
     if (this.#ended) throw this.#ended;
+    checkOptions(callOptions ?? {}, ["signal"]);
+    const { signal, ...options } = callOptions ?? {};
+    if (signal != null && typeof signal.throwIfAborted !== "function")
+      throw new GenerationError("signal is no AbortSignal, such as new AbortController().signal");
     signal?.throwIfAborted();
     const id = ++this.#lastId;
     const inbox = new Inbox();
@@ -95,7 +99,7 @@ export class Model {
     this.#inboxes.set(id, inbox);
     this.#worker.ref?.();
     try {
-      this.#worker.postMessage({ call: { id, prompt, options, conversation } });
+      this.send({ call: { id, prompt, options, conversation } });
       for (;;) {
         const reply = await inbox.next();
         if ("error" in reply) throw reply.error;
@@ -107,6 +111,17 @@ export class Model {
       signal?.removeEventListener("abort", abort);
       this.#inboxes.delete(id);
       if (!this.#inboxes.size && !this.#ended) this.#worker.unref?.();
+    }
+  }
+
+  /** Sends what came from the application, which may be anything. */
+  private send(message: ToWorker): void {
+    try {
+      this.#worker.postMessage(message);
+    } catch (error) {
+      throw new GenerationError(
+        `the prompt holds what is no data (${(error as Error).message}), expected a string, messages or token ids`,
+      );
     }
   }
 
@@ -133,6 +148,14 @@ export class Model {
   fail(error: Error): void {
     this.end(error);
     this.#setClosed();
+  }
+}
+
+/** Throws DeviceError where an option of loading is not one of `known`. */
+export function checkLoadOptions(options: object | null | undefined, known: readonly string[]): void {
+  for (const name of Object.keys(options ?? {})) {
+    if (!known.includes(name))
+      throw new DeviceError(`${name} is no option of load; known ones are ${known.join(", ")}`);
   }
 }
 

@@ -1,8 +1,10 @@
-import type { Manifest } from "./bundle.js";
+import type { Decoding, Manifest } from "./bundle.js";
 import { type Message, render } from "./chat.js";
 import { GenerationError } from "./errors.js";
+import { nearest } from "./nearest.js";
 import type { Sampling } from "./sampler.js";
-import type { Tokenizer } from "./tokenizer.js";
+import { shown } from "./schema.js";
+import { checkCharacters, type Tokenizer } from "./tokenizer.js";
 
 /** A text, messages of a chat, or token ids. */
 export type Prompt = string | readonly Message[] | readonly number[];
@@ -11,7 +13,7 @@ export type Prompt = string | readonly Message[] | readonly number[];
 export interface Options {
   /** Where to end at the latest; 1024 or the end of the context if not given. */
   max_new_tokens?: number | null;
-  /** 0, the default, takes the most likely token; more draws one. */
+  /** 0, the default, and what is less than 2^-126 takes the most likely token; more draws one. */
   temperature?: number | null;
   /** Draws from the k most likely tokens; 0, the default, is off. */
   top_k?: number | null;
@@ -46,6 +48,8 @@ export interface Request {
 }
 
 const DEFAULT_NEW_TOKENS = 1024; // where max_new_tokens is not given
+const COLDEST = 2 ** -126; // of temperatures that are no 0: below, a logit divided by it may be no number
+const CHARACTERS_PER_TOKEN = 8; // far more than any text has
 
 type Range = [holds: (value: number) => boolean, expected: string];
 const RANGES: Record<string, Range> = {
@@ -54,7 +58,7 @@ const RANGES: Record<string, Range> = {
   top_k: [(value) => Number.isSafeInteger(value) && value >= 0, "an integer, 0 (off) or more"],
   top_p: [(value) => value > 0 && value <= 1, "more than 0 and at most 1 (off)"],
   min_p: [(value) => value >= 0 && value <= 1, "between 0 (off) and 1"],
-  repetition_penalty: [(value) => value > 0 && value < Infinity, "more than 0; 1 is off"],
+  repetition_penalty: [(value) => value >= 1e-30 && value <= 1e30, "1e-30 to 1e30; 1 is off"],
   seed: [
     (value) => typeof value === "bigint" || Number.isSafeInteger(value),
     "a bigint or an integer that a number holds exactly",
@@ -74,8 +78,8 @@ export function makeRequest(
   manifest: Manifest,
   tokenizer: Tokenizer,
 ): Request {
-  const ids = encode(prompt, name, manifest, tokenizer);
   checkOptions(options);
+  const ids = encode(prompt, name, manifest, tokenizer);
   const { context } = manifest.decoding;
   if (ids.length >= context) {
     throw new GenerationError(
@@ -89,7 +93,7 @@ export function makeRequest(
     throw new GenerationError(`${found}, together more than the context of ${context}; at most ${room} new tokens fit`);
   }
   const sampling: Sampling = {
-    temperature: options.temperature ?? 0,
+    temperature: (options.temperature ?? 0) < COLDEST ? 0 : options.temperature!,
     top_k: options.top_k ?? 0,
     top_p: options.top_p ?? 1,
     min_p: options.min_p ?? 0,
@@ -102,32 +106,74 @@ export function makeRequest(
 /** The token ids of a prompt. */
 function encode(prompt: Prompt, name: string, { chat, decoding }: Manifest, tokenizer: Tokenizer): readonly number[] {
   if (typeof prompt !== "string" && !Array.isArray(prompt)) {
-    throw new GenerationError(`${name} is ${prompt}, expected a string, a list of messages or a list of token ids`);
+    throw new GenerationError(
+      `${name} is ${shown(prompt)}, expected a string, a list of messages or a list of token ids`,
+    );
   }
   if (!prompt.length)
     throw new GenerationError(`${name} or the batch is empty; give at least one character, message, token or prompt`);
-  if (typeof prompt === "string") return tokenizer.encode(prompt);
-  if (typeof prompt[0] === "object") return tokenizer.encode(render(chat, prompt as Message[]), false);
-  const last = decoding.vocab_size - 1;
-  const wrong = (prompt as number[]).findIndex((id) => !(Number.isInteger(id) && id >= 0 && id <= last));
-  if (wrong >= 0) throw new GenerationError(`${name} holds ${prompt[wrong]}, expected token ids from 0 to ${last}`);
-  return prompt as number[];
+  if (typeof prompt === "string") return encodeText(prompt, true, name, decoding, tokenizer);
+  if (typeof prompt[0] === "object")
+    return encodeText(render(chat, prompt as Message[]), false, name, decoding, tokenizer);
+  return checkIds(prompt as number[], name, decoding);
 }
 
-function checkOptions(options: Options): void {
-  const { stop: _, ...numbers } = options;
-  for (const [option, value] of Object.entries(numbers)) {
-    if (!Object.hasOwn(RANGES, option))
-      throw new GenerationError(`unknown option ${option}, expected one of ${Object.keys(RANGES).join(", ")}, stop`);
+/** A text of far more tokens than the context has is refused by its beginning: all of it might take a minute. */
+function encodeText(
+  text: string,
+  special: boolean,
+  name: string,
+  decoding: Decoding,
+  tokenizer: Tokenizer,
+): readonly number[] {
+  checkCharacters(text, name);
+  const beginning = text.slice(0, CHARACTERS_PER_TOKEN * decoding.context);
+  if (beginning.length < text.length && tokenizer.encode(beginning).length > decoding.context) {
+    throw new GenerationError(
+      `${name} has ${text.length} characters, of which the first ${beginning.length} are more tokens than the ` +
+        `context of ${decoding.context}; shorten it`,
+    );
+  }
+  return checkIds(tokenizer.encode(text, special), name, decoding);
+}
+
+function checkIds(ids: readonly number[], name: string, { vocab_size }: Decoding): readonly number[] {
+  const wrong = ids.findIndex((id) => !(Number.isInteger(id) && id >= 0 && id < vocab_size));
+  if (wrong < 0) return ids;
+  throw new GenerationError(`${name} holds ${shown(ids[wrong])}, expected token ids from 0 to ${vocab_size - 1}`);
+}
+
+/**
+ * Refuses options that are unknown or out of range; `others` are known ones that are not looked at.
+ *
+ * @throws GenerationError: names the option, what was found and what was expected.
+ */
+export function checkOptions(options: Options, others: readonly string[] = []): void {
+  if (typeof options !== "object" || Array.isArray(options))
+    throw new GenerationError(`the options are ${shown(options)}, expected an object such as { temperature: 0.8 }`);
+  for (const [option, value] of Object.entries(options)) {
+    if (option === "stop" || others.includes(option)) continue;
+    if (!Object.hasOwn(RANGES, option)) {
+      const known = [...Object.keys(RANGES), "stop", ...others];
+      const likely = nearest(option, known);
+      const hint = likely ? `did you mean ${likely}?` : `known ones are ${known.join(", ")}`;
+      throw new GenerationError(`${option} is no option; ${hint}`);
+    }
     const [holds, expected] = RANGES[option];
     const fits = option === "seed" || typeof value === "number";
     if (value != null && !(fits && holds(value as number)))
-      throw new GenerationError(`${option} is ${value}, expected ${expected}`);
+      throw new GenerationError(`${option} is ${shown(value)}, expected ${expected}`);
   }
-  if (!stopStrings(options).every((each) => typeof each === "string" && each)) {
-    throw new GenerationError(
-      "stop holds an empty string, which would end the text before it began, or something that is no string",
-    );
+  checkStop(options.stop);
+}
+
+function checkStop(stop: unknown): void {
+  if (stop != null && typeof stop !== "string" && !Array.isArray(stop))
+    throw new GenerationError(`stop is ${shown(stop)}, expected a string or several`);
+  for (const each of stopStrings({ stop: stop as Options["stop"] })) {
+    if (typeof each !== "string") throw new GenerationError(`stop holds ${shown(each)}, expected strings`);
+    if (!each) throw new GenerationError("stop holds an empty string, which would end the text before it began");
+    checkCharacters(each, "stop");
   }
 }
 

@@ -90,7 +90,7 @@ function asObject(value: unknown, key: string): Record<string, unknown> {
 }
 
 /** A value in an error: short, however long or deep it is. */
-function shown(value: unknown): string {
+export function shown(value: unknown): string {
   if (value === undefined) return "missing";
   if (Array.isArray(value)) return `a list of ${value.length}`;
   if (typeof value === "object" && value !== null) return `an object of ${Object.keys(value).length}`;

@@ -1,5 +1,6 @@
 import type { CacheType, GraphFile, Manifest } from "./bundle.js";
 import { DeviceError } from "./errors.js";
+import { shown } from "./schema.js";
 
 /** A tensor; its numbers lie in row-major order. */
 export interface Value {
@@ -64,11 +65,12 @@ function compareReleases(a: string, b: string): number {
   return 0;
 }
 
-/** Throws DeviceError unless it is a number of threads, or undefined. */
-export function checkThreads(threads: number | undefined): void {
-  if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1)) {
-    throw new DeviceError(
-      `threads is ${threads}, expected an integer, 1 or more, or undefined for ONNX Runtime's own choice`,
-    );
+const MOST_THREADS = 256; // or the number of processors, where that is more; a million would hang the machine
+
+/** Throws DeviceError unless it is a number of threads that `processors` of them bear, or none is given. */
+export function checkThreads(threads: number | null | undefined, processors: number): void {
+  const most = Math.max(MOST_THREADS, processors);
+  if (threads != null && !(Number.isInteger(threads) && threads >= 1 && threads <= most)) {
+    throw new DeviceError(`threads is ${shown(threads)}, expected an integer from 1 to ${most}, or none`);
   }
 }

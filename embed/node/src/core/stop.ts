@@ -10,8 +10,8 @@ export class StopStrings {
     const found = this.stops.map((stop) => all.indexOf(stop)).filter((place) => place >= 0);
     const stopped = found.length > 0;
     const certain = stopped
-      ? Math.min(...found)
-      : all.length - Math.max(0, ...this.stops.map((stop) => overlap(all, stop)));
+      ? found.reduce((first, place) => Math.min(first, place))
+      : all.length - this.stops.reduce((longest, stop) => Math.max(longest, overlap(all, stop)), 0);
     this.held = stopped ? "" : all.slice(certain);
     return { text: all.slice(0, certain), stopped };
   }
