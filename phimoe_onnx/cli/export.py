@@ -168,6 +168,8 @@ def _summarise(folder: Path, seconds: dict[str, float]) -> None:
 def _stored_as(group: StoredWeights) -> str:
     if group.block_size is None:
         return group.dtype
+    if group.layout == "strips":
+        return f"{group.dtype} in strips"
     return f"{group.dtype}, block {group.block_size}" + ("" if group.symmetric else ", zero points")
 
 

@@ -91,17 +91,33 @@ def _dequantized(
 ) -> Tensor:
     """A parameter, or the matrix of one expert, from the blocks under the names that the passes gave them."""
     prefix = name.removesuffix(".weight")
+    if form.layout == "strips" and ".experts." in name:
+        return _experts_in_strips(name, form, stored, config)
     if name.endswith("experts.gate_up_proj"):
         turns = _read_experts(prefix.replace("gate_up_proj", "fc1"), expert, form, stored, config)
         return torch.cat((turns[..., ::2, :], turns[..., 1::2, :]), dim=-2)  # gate and up in turns
     if name.endswith("experts.down_proj"):
         return _read_experts(prefix.replace("down_proj", "fc2"), expert, form, stored, config)
     packed = f"{prefix.rpartition('.')[0]}.qkv_proj"
-    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.codes" in stored:
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.{_KIND[form.layout]}" in stored:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        parts = torch.split(_read(packed, None, form, stored), [number * config.head_dim for number in heads])
+        parts = torch.split(_read(packed, None, form, stored, config.hidden_size), [number * config.head_dim for number in heads])
         return parts["qkv".index(prefix.rpartition(".")[2][0])]
-    return _read(prefix, None, form, stored)
+    inputs = config.num_attention_heads * config.head_dim if name.endswith("o_proj.weight") else config.hidden_size
+    return _read(prefix, None, form, stored, inputs)
+
+
+def _experts_in_strips(name: str, form: StoredWeights, stored: Initializers, config: PhiMoEConfig) -> Tensor:
+    """gate_up_proj or down_proj of all experts, which lie together."""
+    stem, _, which = name.rpartition(".")
+    packed = _tensor(f"{stem}.strips", form, stored)
+    forms = [_strips(form), _strips(form)]
+    return torch.stack(
+        [
+            unpack_expert(expert, *forms, config.hidden_size, config.intermediate_size)[which == "down_proj"]
+            for expert in packed
+        ]
+    )
 
 
 def _read_experts(

@@ -12,6 +12,7 @@ from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.weights import Parameter, Weight
 
 MICROSOFT = "com.microsoft"
+NATIVE = "phimoe.native"  # the domain of this project's own operators
 
 
 def nodes(model: ir.Model, op_type: str, domain: str = "") -> list[ir.Node]:

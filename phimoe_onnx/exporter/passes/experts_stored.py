@@ -21,6 +21,7 @@ from phimoe_onnx.exporter.weights import (
     Piece,
     Weight,
     block_weights,
+    experts_in_strips,
     job_piece,
     narrowed,
     rounding_job,
@@ -34,6 +35,7 @@ class StoreExperts(ir.passes.InPlacePass):
        SwiGLU of MoE and QMoE wants it; down_proj is fc2. Branches read the same bytes.
     2. Each is a stack [E, N, K] as one weight, or as codes, scales and zeros; where the experts of a stack are stored
        in different forms, it is those of every expert by itself.
+    3. For native operators both become one weight, an expert after the other (strips.py).
 
     So every graph that is made of this one has its weights in common. Matches exactly `num_hidden_layers` places.
     """
@@ -53,7 +55,10 @@ class StoreExperts(ir.passes.InPlacePass):
                     f"{node.name}: its weights are no parameters; this is a bug of phimoe-onnx, please report it"
                 )
             prefix = gate_up.name.removesuffix("gate_up_proj")
-            stored = [*self._store(gate_up, f"{prefix}fc1"), *self._store(down, f"{prefix}fc2")]
+            if self.recipe.operators == "native":
+                stored = [experts_in_strips(prefix.removesuffix("."), gate_up, down, self.recipe)]
+            else:
+                stored = [*self._store(gate_up, f"{prefix}fc1"), *self._store(down, f"{prefix}fc2")]
             node.resize_inputs(3 + len(stored))
             for index, weight in enumerate(stored, 3):
                 node.replace_input_with(index, initializer(model.graph, weight))
