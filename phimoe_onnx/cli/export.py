@@ -50,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--target", metavar="TARGET", help="cpu (default), cuda or portable (standard ONNX operators only)")
     add(
+        "--operators",
+        default="stock",
+        metavar="KIND",
+        help="what computes with int4 and int8 weights: stock (default; ONNX Runtime's operators, which every program "
+        "has) or native (this project's)",
+    )
+    add(
+        "--rounding",
+        metavar="NAME",
+        help="rtn, to nearest (default of stock operators), or two-level (of native ones; both can compute with it)",
+    )
+    add(
         "--block-size",
         type=int,
         metavar="N",
@@ -89,6 +101,8 @@ def _export(arguments: argparse.Namespace) -> None:
             kv_cache=arguments.kv_cache,
             dtype=arguments.dtype,
             store=store,
+            operators=arguments.operators,
+            rounding=arguments.rounding,
             adapter=arguments.adapter,
             revision=arguments.revision,
             token=arguments.token,
@@ -97,6 +111,7 @@ def _export(arguments: argparse.Namespace) -> None:
         )
     print(f"{folder}: {_size(folder) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
     _summarise(folder, phases.seconds)
+    print(_who_runs_it(folder))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -104,6 +119,19 @@ def _pair(text: str) -> tuple[str, str]:
     if not found or not pattern:
         raise ExportError(f"--store {text}: expected PATTERN=FORM, such as lm_head.weight=int8")
     return pattern, form
+
+
+def _who_runs_it(folder: Path) -> str:
+    """Which operators a bundle has, who can run it, and how to get the other kind."""
+    manifest = read_manifest(folder)
+    if any(graph.requires for graph in manifest.graphs):
+        return (
+            "native operators: programs that have the library of phimoe-onnx run it; --operators stock writes one for "
+            "plain ONNX Runtime"
+        )
+    if manifest.target == "cpu" and any(group.block_size for group in manifest.weights):
+        return "stock operators: any ONNX Runtime runs it; --operators native writes one for this package"
+    return "standard and ONNX Runtime's operators: any ONNX Runtime runs it"
 
 
 class Phases:

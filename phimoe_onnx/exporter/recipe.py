@@ -146,7 +146,6 @@ class Recipe:
     def digest(self) -> str:
         """A SHA-256 of everything that decides what is written; two recipes with one digest store the same."""
         facts = [self.target.name, self.task, self.dtype, self.kv_cache, self.rounding, self.experts]
-        # bundles of stock operators keep the digest that they always had: `experts` tells the native ones
         forms = {name: repr(form) for name, form in self._entries()}
         return hashlib.sha256(json.dumps([facts, forms], sort_keys=True).encode()).hexdigest()
 
@@ -249,8 +248,8 @@ def _operators(target: Target, operators: str, forms: tuple[str, ...], block_siz
         if known == operators == "native":
             if not any(form.startswith("int") for form in forms):
                 raise ExportError(
-                    "--operators native computes with int4 and int8 weights, none are asked for; use --quantize int4 or "
-                    "--operators stock"
+                    "--operators native computes with int4 and int8 weights, and none are asked for; use --quantize "
+                    "int4, or --operators stock"
                 )
             if block_size not in (None, BLOCK):
                 raise ExportError(f"--block-size is {block_size}, but --operators native has blocks of {BLOCK}")
@@ -290,9 +289,7 @@ def _block_size(config: PhiMoEConfig, block_size: int | None, largest: int) -> i
         "intermediate_size": config.intermediate_size,
         "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
     }
-    fitting = [
-        size for size in BLOCK_SIZES if size <= largest and not any(width % size for width in widths.values())
-    ]
+    fitting = [size for size in BLOCK_SIZES if size <= largest and not any(width % size for width in widths.values())]
     if block_size is None:
         block_size = max((size for size in fitting if size <= LARGEST_DEFAULT_BLOCK), default=LARGEST_DEFAULT_BLOCK)
     if block_size not in fitting:
@@ -354,8 +351,8 @@ def _native(config: PhiMoEConfig, forms: Mapping[str, tuple[Form, ...]]) -> tupl
             found = sorted({str(form) for form in forms[name]})
             if len(found) > 1 or not isinstance(forms[name][0], Strips):
                 raise ExportError(
-                    f"{name} is stored as {' and '.join(found)}; --operators native takes the experts of a layer all as "
-                    f"int4 or all as int8"
+                    f"{name} is stored as {' and '.join(found)}; --operators native takes the experts of a layer all "
+                    f"as int4 or all as int8"
                 )
     return ("native",)
 

@@ -17,8 +17,7 @@ from phimoe_onnx.exporter.quantize.strips import Strips
 
 # How the experts may be computed, and the least ONNX Runtime release of each. fused: QMoE knows accuracy_level, without
 # which it is slow, from 1.31 on, and so does CUDA's GroupQueryAttention rotate at positions beyond the cache's length,
-# where the long factors are. branches: one If an expert, over operators that older releases have. native: this project's
-# own operator.
+# where the long factors are. branches: one If an expert, over operators that older releases have. native: our own one.
 EXPERTS = {"fused": "1.31", "branches": "1.29", "native": "1.29"}
 Experts = Literal["fused", "branches", "native"]
 Operators = Literal["stock", "native"]  # whose operators compute with rounded weights

@@ -215,7 +215,7 @@ def block_weights(
 
 
 def in_strips(name: str, weight: Parameter, form: Strips, recipe: Recipe) -> Weight:
-    """The parameter [N, K] as uint8 [strips, strip_bytes]; a job a part, each of which but the last fills its strips."""
+    """The parameter [N, K] as uint8 [strips, strip_bytes]; a job a part, and each but the last fills its strips."""
     round_rows = recipe.round_rows()
 
     def job(part: Part) -> Job:
@@ -232,16 +232,17 @@ def in_strips(name: str, weight: Parameter, form: Strips, recipe: Recipe) -> Wei
 def experts_in_strips(name: str, gate_up: Parameter, down: Parameter, recipe: Recipe) -> Weight:
     """Two stacks, gate and up [E, 2 I, H] and down [E, H, I], as uint8 [E, expert_bytes]; a job an expert."""
     number, hidden_size, intermediate_size = down.shape.numpy()
-    forms = recipe.form(gate_up.parameter), recipe.form(down.parameter)
-    assert isinstance(forms[0], Strips) and isinstance(forms[1], Strips)
+    pairs, rest = recipe.form(gate_up.parameter), recipe.form(down.parameter)
+    assert isinstance(pairs, Strips)
+    assert isinstance(rest, Strips)
     round_rows = recipe.round_rows()
-    nbytes = expert_bytes(*forms, hidden_size, intermediate_size)
+    nbytes = expert_bytes(pairs, rest, hidden_size, intermediate_size)
 
     def job(expert: int) -> Job:
         gate, up = gate_up.parts[2 * expert : 2 * expert + 2]
-        matrices = ((gate, forms[0]), (up, forms[0]), (down.parts[expert], forms[1]))
 
         def run() -> tuple[torch.Tensor]:
+            matrices = ((gate, pairs), (up, pairs), (down.parts[expert], rest))
             return (pack_expert(*(_rounded(part, form, round_rows) for part, form in matrices)),)
 
         return Job(run, (nbytes,), gate.layer)

@@ -18,6 +18,7 @@ from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import BundleError
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
+from phimoe_onnx.parity.strips import from_strips, stripped_name
 
 CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
 Initializers = dict[str, ir.TensorProtocol | None]
@@ -63,7 +64,10 @@ def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyMo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for rows, form, expert in _matrices(name, parameter, forms):
-                if form.block_size is not None:
+                if form.layout == "strips":
+                    packed = _tensor(stripped_name(name), form, stored)
+                    rows.copy_(from_strips(name, packed, forms, config, expert))
+                elif form.block_size is not None:
                     rows.copy_(_dequantized(name, expert, form, stored, config).view_as(rows))
                 elif _is_half(form, manifest):
                     rows.copy_(rows.half())
@@ -91,33 +95,17 @@ def _dequantized(
 ) -> Tensor:
     """A parameter, or the matrix of one expert, from the blocks under the names that the passes gave them."""
     prefix = name.removesuffix(".weight")
-    if form.layout == "strips" and ".experts." in name:
-        return _experts_in_strips(name, form, stored, config)
     if name.endswith("experts.gate_up_proj"):
         turns = _read_experts(prefix.replace("gate_up_proj", "fc1"), expert, form, stored, config)
         return torch.cat((turns[..., ::2, :], turns[..., 1::2, :]), dim=-2)  # gate and up in turns
     if name.endswith("experts.down_proj"):
         return _read_experts(prefix.replace("down_proj", "fc2"), expert, form, stored, config)
     packed = f"{prefix.rpartition('.')[0]}.qkv_proj"
-    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.{_KIND[form.layout]}" in stored:
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and f"{packed}.codes" in stored:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        parts = torch.split(_read(packed, None, form, stored, config.hidden_size), [number * config.head_dim for number in heads])
+        parts = torch.split(_read(packed, None, form, stored), [number * config.head_dim for number in heads])
         return parts["qkv".index(prefix.rpartition(".")[2][0])]
-    inputs = config.num_attention_heads * config.head_dim if name.endswith("o_proj.weight") else config.hidden_size
-    return _read(prefix, None, form, stored, inputs)
-
-
-def _experts_in_strips(name: str, form: StoredWeights, stored: Initializers, config: PhiMoEConfig) -> Tensor:
-    """gate_up_proj or down_proj of all experts, which lie together."""
-    stem, _, which = name.rpartition(".")
-    packed = _tensor(f"{stem}.strips", form, stored)
-    forms = [_strips(form), _strips(form)]
-    return torch.stack(
-        [
-            unpack_expert(expert, *forms, config.hidden_size, config.intermediate_size)[which == "down_proj"]
-            for expert in packed
-        ]
-    )
+    return _read(prefix, None, form, stored)
 
 
 def _read_experts(
@@ -134,13 +122,14 @@ def _read(prefix: str, expert: int | None, form: StoredWeights, stored: Initiali
     format = Format(int(form.dtype.removeprefix("int")), form.block_size or 0, symmetric=form.symmetric)
     kinds = ("codes", "scales") if form.symmetric else ("codes", "scales", "zeros")
     names = [f"{prefix}.{kind}" + ("" if expert is None else f".{expert}") for kind in kinds]
-    parts = []
-    for name in names:
-        if (tensor := stored.get(name)) is None:
-            raise BundleError(f"the graph has no {name}, but the manifest says {form.dtype}; export the bundle again")
-        parts.append(torch.from_numpy(tensor.numpy().copy()))
-    codes, scales, *zeros = parts
+    codes, scales, *zeros = (_tensor(name, form, stored) for name in names)
     return format.dequantize(codes.reshape(*scales.shape[:-1], -1), scales, *zeros)
+
+
+def _tensor(name: str, form: StoredWeights, stored: Initializers) -> Tensor:
+    if (tensor := stored.get(name)) is None:
+        raise BundleError(f"the graph has no {name}, but the manifest says {form.dtype}; export the bundle again")
+    return torch.from_numpy(tensor.numpy().copy())
 
 
 def with_stored_cache(model: AnyModel, stored: Initializers, manifest: Manifest) -> AnyModel:

@@ -44,7 +44,8 @@ class NativeExperts(ir.passes.InPlacePass):
             )
         stem = stored.name.removesuffix("experts.strips")
         gate_up, down = (self.recipe.form(f"{stem}experts.{stack}") for stack in ("gate_up_proj", "down_proj"))
-        assert isinstance(gate_up, Strips) and isinstance(down, Strips)
+        assert isinstance(gate_up, Strips)
+        assert isinstance(down, Strips)
         hidden_size, intermediate_size = self.config.hidden_size, self.config.intermediate_size
         new = Nodes(stem)
         output = new.add(

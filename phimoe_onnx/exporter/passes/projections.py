@@ -72,10 +72,7 @@ class StoreProjections(ir.passes.InPlacePass):
         replace(graph, old, new, [(old[-1].outputs[0], output)])
         graph.opset_imports[MICROSOFT] = 1
 
-
-    def _strips(
-        self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Strips
-    ) -> None:
+    def _strips(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Strips) -> None:
         name = weight.name.removesuffix(".weight")
         n, k = weight.shape.numpy()
         strips = initializer(graph, in_strips(name, weight, form, self.recipe))

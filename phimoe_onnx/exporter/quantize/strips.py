@@ -22,8 +22,8 @@ ALIGNMENT = 64  # bytes
 class Strips:
     """Integers of `bits` (4 or 8) with two levels of scales, sixteen outputs side by side.
 
-    A weight is S * s * level: S a bfloat16 for each superblock of a row, s an integer from 0 to 15 for each 32 inputs (1
-    with 8 bits), level an integer of `bits`, from -8 to 7 or from -127 to 127.
+    A weight is S * s * level: S a bfloat16 for each superblock of a row, s an integer from 0 to 15 for each 32 inputs
+    (1 with 8 bits), level an integer of `bits`, from -8 to 7 or from -127 to 127.
     """
 
     bits: int
@@ -99,7 +99,7 @@ class Strips:
 
 
 def superblock_size(k: int) -> int:
-    """How many of k inputs share an S: the largest multiple of 64 up to 512 that divides k, rounded up to whole tiles."""
+    """How many of k inputs share an S: the largest multiple of 64 up to 512 that divides k, rounded up to tiles."""
     tiles = -(-k // TILE)
     return TILE * max(size for size in range(1, LARGEST_SUPERBLOCK // TILE + 1) if tiles % size == 0)
 

@@ -33,7 +33,7 @@ def round_two_level(weight: Tensor, form: Format | Strips, parameter: str, exper
     rows = weight.reshape(-1, k)
     fit = _fit_8 if form.bits == 8 else _fit_4
     step = max(1, SLAB // k // STRIP) * STRIP
-    slabs = [_laid_out(form, k, *fit(rows[start : start + step].float())) for start in range(0, len(rows), step)]
+    slabs = [_laid_out(form, k, *fit(rows[start : start + step])) for start in range(0, len(rows), step)]
     parts = [torch.cat(part) for part in zip(*slabs, strict=True)]
     return (parts[0],) if isinstance(form, Strips) else tuple(part.view(*outer, -1) for part in parts)
 
@@ -47,9 +47,9 @@ def _laid_out(form: Format | Strips, k: int, levels: Tensor, s: Tensor, S: Tenso
 
 
 def _superblocks(rows: Tensor) -> Tensor:
-    """[N, K] -> [N, superblocks, blocks, 32], with zeros up to whole tiles."""
+    """[N, K] -> [N, superblocks, blocks, 32], float32, with zeros up to whole tiles; a copy."""
     k = rows.shape[1]
-    return pad(rows, (0, -k % TILE)).view(len(rows), -1, superblock_size(k) // BLOCK, BLOCK)
+    return pad(rows.to(torch.float32, copy=True), (0, -k % TILE)).view(len(rows), -1, superblock_size(k) // BLOCK, BLOCK)
 
 
 def _fit_8(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +70,8 @@ def _fit_4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     n, k = rows.shape
     weights = _superblocks(rows)
+    power = torch.frexp(weights.abs().amax(dim=(2, 3))).exponent  # squares of tiny or huge weights are no float32
+    weights.mul_(torch.exp2(-power.float())[..., None, None])
     whole = torch.maximum(weights.amin(dim=-1) / LOWEST, weights.amax(dim=-1) / HIGHEST)
     best, scale = torch.full_like(whole, -1.0), torch.zeros_like(whole)
     for share in SHARES:
@@ -87,6 +89,7 @@ def _fit_4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     product, square = (product * s).sum(-1), (square * s * s).sum(-1)
     S = torch.where(square > 0, product / square.clamp_min(1), S.float()).bfloat16()
     levels = _levels(weights, s * S.float().unsqueeze(-1))
+    S = torch.ldexp(S.float(), power).bfloat16()
     return levels.to(torch.int8).view(n, -1)[:, :k], s.to(torch.uint8).view(n, -1)[:, : -(-k // BLOCK)], S
 
 
