@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnxruntime as ort
 
 from phimoe_onnx.bundle import Graph, Manifest
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError
+from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.agreement import check_graph
 from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
@@ -17,8 +19,8 @@ from phimoe_onnx.runtime.ort.external_data import check_external_data
 from phimoe_onnx.runtime.ort.mapped import released
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
-PROVIDED: frozenset[str] = frozenset()  # what a graph may require and this release brings
+# what a graph may require and this installation brings
+PROVIDED = frozenset({operators.REQUIREMENT} if operators.library() else ())
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -57,7 +59,7 @@ def open_session(
     path = bundle / graph.file
     check_external_data(path, manifest.files)
     with released(bundle):
-        session = _open(path, device, threads, memory_limit, cuda_graphs)
+        session = _open(path, device, threads, graph.requires, memory_limit, cuda_graphs)
     check_graph(session, manifest, path, graph.optional_inputs)
     return session
 
@@ -68,11 +70,16 @@ def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.Inferenc
     if file is None or device == "cpu":
         return None
     check_external_data(bundle / file, manifest.files)
-    return _open(bundle / file, device, None)
+    return _open(bundle / file, device, None, ())
 
 
 def _open(
-    path: Path, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False
+    path: Path,
+    device: str,
+    threads: int | None,
+    requires: Collection[str],
+    memory_limit: int | None = None,
+    cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -98,6 +105,8 @@ def _open(
         with memory_errors(
             f"loading {path} on {device}", sum(file.stat().st_size for file in path.parent.glob("*.data"))
         ):
+            if operators.REQUIREMENT in requires:
+                options.register_custom_ops_library(str(operators.library()))
             session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
     except OutOfMemoryError:
         raise
@@ -138,6 +147,11 @@ def choose_graph(manifest: Manifest, device: str, installed: str) -> Graph:
     missing = sorted({name for graph in graphs for name in graph.requires if name not in PROVIDED})
     graphs = [graph for graph in graphs if PROVIDED.issuperset(graph.requires)]
     if not graphs:
+        if missing == [operators.REQUIREMENT]:
+            raise DeviceError(
+                "the bundle needs the native operators, which are not built here; install Rust's cargo and then "
+                "phimoe-onnx again, or export with --operators stock"
+            )
         raise DeviceError(
             f"the bundle requires {', '.join(missing)}, which is not known here; upgrade phimoe-onnx, or export again"
         )

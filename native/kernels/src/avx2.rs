@@ -1,0 +1,408 @@
+//! AVX2. `maddubs` multiplies unsigned with signed bytes and adds pairs, in 16 bits.
+//!
+//! With 2, 3 and 4 bits the unsigned ones are level + 8, at most 16. Eight results, a block of 32 inputs, are added up in
+//! 16 bits, from -8 times the sum of the activations on (`Row::corrections`). On the way that sum may wrap around; its
+//! end is at most 8 * 127 * 16 and fits. `madd` with the block's scale then gives 32 bits. With 8 bits the unsigned ones
+//! are |level|, the activation takes the level's sign, and every result is widened at once.
+//!
+//! One row reads codes where they lie. Several rows share a panel: a superblock of one strip as unsigned bytes, in the
+//! order in which 8-bit codes lie anyway.
+
+use std::arch::x86_64::*;
+
+use crate::activations::{Row, RowMut};
+use crate::elementwise;
+use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip, TILE};
+
+/// Bytes of a tile whose codes are a byte each.
+const PANEL_TILE: usize = TILE * STRIP;
+
+pub(crate) fn available() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+/// The products of a strip with rows: out [rows][16].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn products(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    match (strip.layout().bits(), rows.len()) {
+        (2, 1) => one_row::<256>(strip, &rows[0], &mut out[0], |tile| groups_2(tile)),
+        (3, 1) => one_row::<384>(strip, &rows[0], &mut out[0], |tile| groups_3(tile)),
+        (4, 1) => one_row::<512>(strip, &rows[0], &mut out[0], |tile| groups_4(tile)),
+        (2, _) => many_rows::<256>(strip, rows, out, |tile| groups_2(tile)),
+        (3, _) => many_rows::<384>(strip, rows, out, |tile| groups_3(tile)),
+        (4, _) => many_rows::<512>(strip, rows, out, |tile| groups_4(tile)),
+        _ => bytes(strip, rows, out),
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
+    elementwise::quantize(x, row);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn swiglu(gate: &mut [[f32; STRIP]], up: &[[f32; STRIP]]) {
+    elementwise::swiglu(gate, up);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn router_scores(x: &[f32], weights: &[f32], scores: &mut [f32]) {
+    elementwise::router_scores(x, weights, scores);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn weighted_sum(first: &[f32], p1: f32, second: &[f32], p2: f32, y: &mut [f32]) {
+    elementwise::weighted_sum(first, p1, second, p2, y);
+}
+
+/// Sixteen outputs: 0 to 7 and 8 to 15.
+type Halves = [__m256i; 2];
+/// A tile as level + 8, [block][r]: the inputs 32 block + 4 r + j of each output.
+type Groups = [[Halves; 8]; 2];
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load<const N: usize>(bytes: &[u8; N], at: usize) -> __m256i {
+    let bytes = &bytes[at..at + 32];
+    // SAFETY: 32 bytes, at any address.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
+    [load(bytes, 64 * r), load(bytes, 64 * r + 32)]
+}
+
+/// Four activations, for each output.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn broadcast(q: &[i8; TILE], at: usize) -> __m256i {
+    _mm256_set1_epi32(i32::from_ne_bytes([q[at] as u8, q[at + 1] as u8, q[at + 2] as u8, q[at + 3] as u8]))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn low_nibbles(bytes: __m256i) -> __m256i {
+    _mm256_and_si256(bytes, _mm256_set1_epi8(15))
+}
+
+/// A table for `shuffle_epi8`, of level + 8 by the low four bits of a byte.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn table(level: impl Fn(usize) -> i8) -> __m256i {
+    let mut bytes = [0; 16];
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = level(i) + 8;
+    }
+    // SAFETY: 16 bytes, at any address.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn groups_4(tile: &[u8; 512]) -> Groups {
+    let mut groups = [[[_mm256_setzero_si256(); 2]; 8]; 2];
+    for r in 0..8 {
+        let codes = load_halves(tile, r);
+        for h in 0..2 {
+            groups[0][r][h] = low_nibbles(codes[h]);
+            groups[1][r][h] = low_nibbles(_mm256_srli_epi16::<4>(codes[h]));
+        }
+    }
+    groups
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn groups_2(tile: &[u8; 256]) -> Groups {
+    // A nibble holds the codes of two inputs.
+    let (low, high) = (table(|i| LEVELS_2[i & 3]), table(|i| LEVELS_2[i >> 2]));
+    let mut groups = [[[_mm256_setzero_si256(); 2]; 8]; 2];
+    for r in 0..4 {
+        let codes = load_halves(tile, r);
+        for h in 0..2 {
+            let nibbles = [low_nibbles(codes[h]), low_nibbles(_mm256_srli_epi16::<4>(codes[h]))];
+            for block in 0..2 {
+                groups[block][r][h] = _mm256_shuffle_epi8(low, nibbles[block]);
+                groups[block][4 + r][h] = _mm256_shuffle_epi8(high, nibbles[block]);
+            }
+        }
+    }
+    groups
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn groups_3(tile: &[u8; 384]) -> Groups {
+    // The code's highest bit chooses among tables; `blendv` looks at a byte's bit 7.
+    let tables = [0, 4].map(|t| [table(|i| LEVELS_3[t + (i & 3)]), table(|i| LEVELS_3[t + (i >> 2)])]);
+    let highest = [load_halves(tile, 4), load_halves(tile, 5)];
+    let mut groups = [[[_mm256_setzero_si256(); 2]; 8]; 2];
+    for r in 0..4 {
+        let codes = load_halves(tile, r);
+        for h in 0..2 {
+            let nibbles = [low_nibbles(codes[h]), low_nibbles(_mm256_srli_epi16::<4>(codes[h]))];
+            for block in 0..2 {
+                for pair in 0..2 {
+                    let bit = 4 * block + 2 * pair + r / 2;
+                    let bits = _mm256_sll_epi16(highest[r % 2][h], _mm_cvtsi32_si128(7 - bit as i32));
+                    groups[block][4 * pair + r][h] = _mm256_blendv_epi8(
+                        _mm256_shuffle_epi8(tables[0][pair], nibbles[block]),
+                        _mm256_shuffle_epi8(tables[1][pair], nibbles[block]),
+                        bits,
+                    );
+                }
+            }
+        }
+    }
+    groups
+}
+
+/// A tile's scales of blocks, [block], twice in 16 bits for each output.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn block_scales(scales: &[u8; STRIP]) -> [Halves; 2] {
+    // SAFETY: 16 bytes, at any address.
+    let both = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(scales.as_ptr().cast()) });
+    let spread = |first: i8| {
+        let mut bytes = [-128; 32]; // which gives 0
+        for output in 0..8 {
+            bytes[4 * output] = first + output as i8;
+            bytes[4 * output + 2] = first + output as i8;
+        }
+        // SAFETY: 32 bytes, at any address.
+        unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+    };
+    [low_nibbles(both), low_nibbles(_mm256_srli_epi16::<4>(both))]
+        .map(|s| [_mm256_shuffle_epi8(s, spread(0)), _mm256_shuffle_epi8(s, spread(8))])
+}
+
+/// The activations' sums from which a block's sum of products starts.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn correction(correction: [i16; 2]) -> __m256i {
+    let [first, second] = correction.map(|sum| u32::from(sum as u16));
+    _mm256_set1_epi32((first | second << 16) as i32)
+}
+
+/// y = fma(sum, S * a, y)
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_superblock(y: &mut [f32; STRIP], sums: Halves, scales: &[u8; 2 * STRIP], a: f32) {
+    for h in 0..2 {
+        // SAFETY: each half of the 32 bytes of scales is 16 bytes, at any address.
+        let scales = unsafe { _mm_loadu_si128(scales[16 * h..][..16].as_ptr().cast()) };
+        let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(scales)));
+        let y = &mut y[8 * h..][..8];
+        // SAFETY: 8 floats.
+        let old = unsafe { _mm256_loadu_ps(y.as_ptr()) };
+        let new = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[h]), _mm256_mul_ps(scales, _mm256_set1_ps(a)), old);
+        // SAFETY: 8 floats.
+        unsafe { _mm256_storeu_ps(y.as_mut_ptr(), new) };
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn one_row<const SIZE: usize>(
+    strip: &Strip,
+    row: &Row,
+    out: &mut [f32; STRIP],
+    groups: impl Fn(&[u8; SIZE]) -> Groups,
+) {
+    let tiles = strip.layout().superblock_size() / TILE;
+    let codes = strip.codes().as_chunks::<SIZE>().0.chunks_exact(tiles);
+    let scales = strip.block_scales().chunks_exact(tiles);
+    let values = row.values.as_chunks::<TILE>().0.chunks_exact(tiles);
+    let corrections = row.corrections.as_chunks::<2>().0.chunks_exact(tiles);
+    let superblocks = strip.superblock_scales().iter().zip(row.scales);
+    *out = [0.0; STRIP];
+    for ((((codes, s), q), starts), (scales, a)) in codes.zip(scales).zip(values).zip(corrections).zip(superblocks) {
+        let mut sums = [_mm256_setzero_si256(); 2];
+        for (((tile, s), q), starts) in codes.iter().zip(s).zip(q).zip(starts) {
+            let groups = groups(tile);
+            let mut block_sums = starts.map(|start| [correction(start); 2]);
+            for r in 0..8 {
+                for block in 0..2 {
+                    let a = broadcast(q, BLOCK * block + 4 * r);
+                    for h in 0..2 {
+                        let products = _mm256_maddubs_epi16(groups[block][r][h], a);
+                        block_sums[block][h] = _mm256_add_epi16(block_sums[block][h], products);
+                    }
+                }
+            }
+            let s = block_scales(s);
+            for block in 0..2 {
+                for h in 0..2 {
+                    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(block_sums[block][h], s[block][h]));
+                }
+            }
+        }
+        add_superblock(out, sums, scales, *a);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn many_rows<const SIZE: usize>(
+    strip: &Strip,
+    rows: &[Row],
+    out: &mut [[f32; STRIP]],
+    groups: impl Fn(&[u8; SIZE]) -> Groups,
+) {
+    let tiles = strip.layout().superblock_size() / TILE;
+    let codes = strip.codes().as_chunks::<SIZE>().0.chunks_exact(tiles);
+    let scales = strip.block_scales().chunks_exact(tiles);
+    let mut panel = [[0; PANEL_TILE]; LARGEST_SUPERBLOCK / TILE];
+    out.fill([0.0; STRIP]);
+    for (g, ((codes, s), scales)) in codes.zip(scales).zip(strip.superblock_scales()).enumerate() {
+        for (tile, bytes) in codes.iter().zip(&mut panel) {
+            let groups = groups(tile);
+            for (group, bytes) in groups.as_flattened().iter().zip(bytes.as_chunks_mut::<64>().0) {
+                for h in 0..2 {
+                    // SAFETY: each half of the 64 bytes is 32 bytes, at any address.
+                    unsafe { _mm256_storeu_si256(bytes[32 * h..][..32].as_mut_ptr().cast(), group[h]) };
+                }
+            }
+        }
+        let superblock = Superblock { g, panel: &panel[..tiles], s, scales };
+        in_quartets(
+            rows,
+            out,
+            |rows, out| superblock.add::<4>(rows, out),
+            |rows, out| match rows.len() {
+                3 => superblock.add::<3>(rows, out),
+                2 => superblock.add::<2>(rows, out),
+                _ => superblock.add::<1>(rows, out),
+            },
+        );
+    }
+}
+
+/// Rows four at a time, then the rest, if any.
+#[inline(always)]
+fn in_quartets(
+    rows: &[Row],
+    out: &mut [[f32; STRIP]],
+    four: impl Fn(&[Row], &mut [[f32; STRIP]]),
+    rest: impl Fn(&[Row], &mut [[f32; STRIP]]),
+) {
+    let mut quartets = rows.chunks_exact(4);
+    let mut outs = out.chunks_exact_mut(4);
+    for (rows, out) in (&mut quartets).zip(&mut outs) {
+        four(rows, out);
+    }
+    if !quartets.remainder().is_empty() {
+        rest(quartets.remainder(), outs.into_remainder());
+    }
+}
+
+/// A superblock of a strip, its codes a byte each.
+struct Superblock<'a> {
+    g: usize,
+    panel: &'a [[u8; PANEL_TILE]],
+    s: &'a [[u8; STRIP]],
+    scales: &'a [u8; 2 * STRIP],
+}
+
+impl Superblock<'_> {
+    /// The tiles' part of a row's values.
+    #[inline(always)]
+    fn values<'a>(&self, row: &Row<'a>) -> &'a [[i8; TILE]] {
+        &row.values.as_chunks().0[self.g * self.panel.len()..][..self.panel.len()]
+    }
+
+    /// The tiles' part of a row's corrections.
+    #[inline(always)]
+    fn corrections<'a>(&self, row: &Row<'a>) -> &'a [[[i16; 2]; 2]] {
+        &row.corrections.as_chunks().0[self.g * self.panel.len()..][..self.panel.len()]
+    }
+
+    /// Adds the superblock's products with N rows, its panel being level + 8.
+    #[target_feature(enable = "avx2,fma")]
+    fn add<const N: usize>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
+        let (mut q, mut starts): ([&[_]; N], [&[_]; N]) = ([&[]; N], [&[]; N]);
+        for n in 0..N {
+            q[n] = self.values(&rows[n]);
+            starts[n] = self.corrections(&rows[n]);
+        }
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for (t, (tile, s)) in self.panel.iter().zip(self.s).enumerate() {
+            let s = block_scales(s);
+            for block in 0..2 {
+                let mut block_sums = [[_mm256_setzero_si256(); 2]; N];
+                for n in 0..N {
+                    block_sums[n] = [correction(starts[n][t][block]); 2];
+                }
+                for r in 0..8 {
+                    let codes = load_halves(tile, 8 * block + r);
+                    for n in 0..N {
+                        let a = broadcast(&q[n][t], BLOCK * block + 4 * r);
+                        for h in 0..2 {
+                            let products = _mm256_maddubs_epi16(codes[h], a);
+                            block_sums[n][h] = _mm256_add_epi16(block_sums[n][h], products);
+                        }
+                    }
+                }
+                for n in 0..N {
+                    for h in 0..2 {
+                        let products = _mm256_madd_epi16(block_sums[n][h], s[block][h]);
+                        sums[n][h] = _mm256_add_epi32(sums[n][h], products);
+                    }
+                }
+            }
+        }
+        for n in 0..N {
+            add_superblock(&mut out[n], sums[n], self.scales, rows[n].scales[self.g]);
+        }
+    }
+
+    /// Adds the superblock's products with N rows, its panel being signed bytes.
+    #[target_feature(enable = "avx2,fma")]
+    fn add_bytes<const N: usize>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
+        let mut q: [&[_]; N] = [&[]; N];
+        for n in 0..N {
+            q[n] = self.values(&rows[n]);
+        }
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        let ones = _mm256_set1_epi16(1);
+        for (t, tile) in self.panel.iter().enumerate() {
+            for r in 0..16 {
+                let codes = load_halves(tile, r);
+                let magnitudes = codes.map(|codes| _mm256_abs_epi8(codes));
+                for n in 0..N {
+                    let a = broadcast(&q[n][t], 4 * r);
+                    for h in 0..2 {
+                        let products = _mm256_maddubs_epi16(magnitudes[h], _mm256_sign_epi8(a, codes[h]));
+                        sums[n][h] = _mm256_add_epi32(sums[n][h], _mm256_madd_epi16(products, ones));
+                    }
+                }
+            }
+        }
+        for n in 0..N {
+            add_superblock(&mut out[n], sums[n], self.scales, rows[n].scales[self.g]);
+        }
+    }
+}
+
+/// 8 bits: codes are a panel as they lie.
+#[target_feature(enable = "avx2,fma")]
+fn bytes(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    let tiles = strip.layout().superblock_size() / TILE;
+    let codes = strip.codes().as_chunks::<PANEL_TILE>().0.chunks_exact(tiles);
+    out.fill([0.0; STRIP]);
+    for (g, (panel, scales)) in codes.zip(strip.superblock_scales()).enumerate() {
+        let superblock = Superblock { g, panel, s: &[], scales };
+        in_quartets(
+            rows,
+            out,
+            |rows, out| superblock.add_bytes::<4>(rows, out),
+            |rows, out| match rows.len() {
+                3 => superblock.add_bytes::<3>(rows, out),
+                2 => superblock.add_bytes::<2>(rows, out),
+                _ => superblock.add_bytes::<1>(rows, out),
+            },
+        );
+    }
+}
