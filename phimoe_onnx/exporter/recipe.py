@@ -109,6 +109,12 @@ class Recipe:
         """Whether the bundle has a graph that draws tokens."""
         return self.task == "text-generation" and self.target.sampling_graph
 
+    @property
+    def dequantizes(self) -> bool:
+        """Whether DequantizeLinear is what reads weights in blocks, and some are."""
+        forms = {form for each in self.forms.values() for form in each}
+        return self.target.blocks == "DequantizeLinear" and any(isinstance(form, Format) for form in forms)
+
     def graphs(self) -> dict[str, tuple[Experts, bool]]:
         """The bundle's graphs by file, in order of preference: how each computes experts, and if it has optional
         inputs.
@@ -217,6 +223,11 @@ def recipe_for(
         forms[name] = (default,) * (shape[0] if len(shape) == 3 else 1)
     for pattern, stored in store.items():
         _override(forms, known, pattern, stored, partial(form, stored))
+    embedding = forms[EMBEDDING][0]
+    if isinstance(embedding, Format) and target.blocks == "DequantizeLinear" and embedding.bits != 8:
+        raise ExportError(
+            f"--store: {EMBEDDING} is {embedding}; the standard Gather takes int8 and no int4, store it as int8"
+        )
     if target.packs_projections:
         _check_packed(config, forms)
     experts = _native(config, forms) if chosen == "native" else _experts(config, target, forms)

@@ -49,6 +49,8 @@ class Target:
         experts: how experts are computed, in order of preference; each is a graph, where the weights allow it.
         no_plain_moe: why the fused MoE is not used for weights that are not quantised; None: it is.
         tile: what the fused QMoE needs hidden_size and intermediate_size to be multiples of.
+        blocks: what computes with weights in blocks. MatMulNBits is ONNX Runtime's; DequantizeLinear before a MatMul is
+            standard from opset 21 on.
         operators: whose operators there are for rounded weights.
         forms: in which weights may be stored: "none" (as activations), "fp16", "int8", "int4".
         no_form: why others are not there.
@@ -74,6 +76,7 @@ class Target:
     kv_cache: tuple[str, ...]
     prefill_chunk: int
     rotates: Callable[[PhiMoEConfig], bool] = lambda config: True
+    blocks: Literal["MatMulNBits", "DequantizeLinear"] = "MatMulNBits"
     operators: tuple[Operators, ...] = ("stock",)
     no_plain_moe: str | None = None
     tile: int = 1
@@ -199,8 +202,8 @@ PORTABLE = Target(
     attention="standard",
     skip_norm=False,
     experts=("branches",),
-    forms=("none", "fp16"),
-    no_form="the standard operators it is made of know no block-wise weights",
+    forms=("none", "fp16", "int8", "int4"),
+    blocks="DequantizeLinear",
     kv_cache=("none",),
     no_kv_cache="the standard operators keep keys and values as they are",
     prefill_chunk=512,

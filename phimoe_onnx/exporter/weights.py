@@ -214,6 +214,36 @@ def block_weights(
     ]
 
 
+def in_columns(name: str, parts: Sequence[Part], format: Format, recipe: Recipe) -> tuple[Weight, Weight]:
+    """A matrix [N, K] as standard operators read it: levels, intN [K, N], and scales [K / block_size, N]; one job.
+
+    `parts` follow each other along N, but for an expert's gate and up, whose rows take turns.
+    """
+    job = rounding_job(parts, format, recipe, interleaved)
+    n, k = sum(part.rows.shape[0] for part in parts), parts[0].rows.shape[1]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        codes, scales = job.run()
+        columns = format.unpack(codes, k).T.flatten() ^ 1 << format.bits - 1  # signed, by its highest bit
+        return format.pack(columns), scales.T.contiguous()
+
+    stored = Job(run, job.nbytes, job.layer)
+    expert = parts[0].expert
+    number = "" if expert is None else f".{expert}"
+    dtypes = (ir.DataType[format.dtype.upper()], DTYPES[format.scale_dtype])
+    shapes = ((k, n), (k // format.block_size, n))
+    levels, scales = (
+        Weight(f"{name}.{kind}{number}", dtype, shape, [Piece(stored, index)], parts[0].parameter, expert)
+        for index, (kind, dtype, shape) in enumerate(zip(("levels", "scales"), dtypes, shapes, strict=True))
+    )
+    return levels, scales
+
+
+def interleaved(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of two matrices in turns."""
+    return torch.stack(tuple(matrices), dim=1).flatten(0, 1)
+
+
 def in_strips(name: str, weight: Parameter, form: Strips, recipe: Recipe) -> Weight:
     """The parameter [N, K] as uint8 [strips, strip_bytes]; a job a part, and each but the last fills its strips."""
     round_rows = recipe.round_rows()

@@ -99,6 +99,15 @@ class Nodes(list[ir.Node]):
             accuracy_level=4,
         )
 
+    def matmul_dequantized(
+        self, x: ir.Value, levels: ir.Value, scales: ir.Value, name: str, format: Format
+    ) -> ir.Value:
+        """MatMul(x, DequantizeLinear(levels [K, N], scales [K / block_size, N])): standard from opset 21 on."""
+        weight = self.add(
+            "DequantizeLinear", levels, scales, name=f"{name}/DequantizeLinear", axis=0, block_size=format.block_size
+        )
+        return self.add("MatMul", x, weight, name=f"{name}/MatMul")
+
 
 def by_block(codes: Weight, format: Format) -> Weight:
     """Codes [N, bytes of a row] as MatMulNBits wants them, [N, blocks of a row, bytes of a block]."""

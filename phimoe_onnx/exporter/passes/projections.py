@@ -19,7 +19,7 @@ from phimoe_onnx.exporter.passes._edit import (
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.strips import Strips, superblock_size
 from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, ROUTER, Recipe
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, in_strips, job_piece, narrowed, parts_of
+from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, in_columns, in_strips, job_piece, narrowed, parts_of
 
 
 class StoreProjections(ir.passes.InPlacePass):
@@ -29,7 +29,8 @@ class StoreProjections(ir.passes.InPlacePass):
        com.microsoft.MatMulNBits(x, codes, scales, zeros, bias).
     2. For native operators to phimoe.native.Projection(x, strips, bias). The router stays as it is: experts_native.py
        takes it.
-    3. Else to MatMul(x, W') with W' = W transposed [K, N] when the bundle is written, not at every load.
+    3. For standard operators to MatMul(x, DequantizeLinear(levels, scales)).
+    4. Else to MatMul(x, W') with W' = W transposed [K, N] when the bundle is written, not at every load.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -53,6 +54,8 @@ class StoreProjections(ir.passes.InPlacePass):
             form = self.recipe.form(weight.parameter)
             if isinstance(form, Strips):
                 self._strips(model.graph, transpose, matmul, weight, form)
+            elif isinstance(form, Format) and self.recipe.target.blocks == "DequantizeLinear":
+                self._dequantize(model.graph, transpose, matmul, weight, form)
             elif isinstance(form, Format):
                 self._quantize(model.graph, transpose, matmul, weight, form)
             else:
@@ -71,6 +74,15 @@ class StoreProjections(ir.passes.InPlacePass):
         output = new.matmul_nbits(matmul.inputs[0], stored, f"{name}/MatMulNBits", format, bias)
         replace(graph, old, new, [(old[-1].outputs[0], output)])
         graph.opset_imports[MICROSOFT] = 1
+
+    def _dequantize(
+        self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Format
+    ) -> None:
+        name = weight.name.removesuffix(".weight")
+        stored = [initializer(graph, each) for each in in_columns(name, weight.parts, form, self.recipe)]
+        new = Nodes()
+        output = new.matmul_dequantized(matmul.inputs[0], *stored, name, form)
+        replace(graph, [transpose, matmul], new, [(matmul.outputs[0], output)])
 
     def _strips(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Strips) -> None:
         name = weight.name.removesuffix(".weight")
