@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,12 @@ LIBRARY = operators.library()
 if LIBRARY is None:
     pytest.skip("the native operators are not built here", allow_module_level=True)
 
-TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
 
 
 def model(
@@ -73,7 +77,9 @@ def rows(rng: np.random.Generator, *shape: int) -> Any:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("outputs", "inputs", "superblock"), [(64, 128, 128), (37, 200, 64), (16, 960, 320), (1, 1, 64)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "superblock"), [(64, 128, 128), (37, 200, 64), (16, 960, 320), (1, 1, 64)]
+)
 def test_a_projection_is_the_formats_to_the_last_bit(bits: int, outputs: int, inputs: int, superblock: int) -> None:
     rng = np.random.default_rng(bits * outputs)
     matrix = random_matrix(rng, bits, outputs, inputs, superblock)
@@ -82,7 +88,9 @@ def test_a_projection_is_the_formats_to_the_last_bit(bits: int, outputs: int, in
     expected = matrix.multiply(x.reshape(15, -1)).reshape(3, 5, -1)
     for threads in (1, 2):
         np.testing.assert_array_equal(session(projection(matrix), threads).run(None, {"x": x})[0], expected)
-        np.testing.assert_array_equal(session(projection(matrix, bias), threads).run(None, {"x": x})[0], expected + bias)
+        np.testing.assert_array_equal(
+            session(projection(matrix, bias), threads).run(None, {"x": x})[0], expected + bias
+        )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -226,7 +234,9 @@ def test_mapped_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
 Experts = list[tuple[Matrix, Matrix, Matrix]]
 
 
-def layer(rng: np.random.Generator, count: int, hidden: int, inner: int, bits: tuple[int, int] = (4, 4)) -> tuple[Any, Experts]:
+def layer(
+    rng: np.random.Generator, count: int, hidden: int, inner: int, bits: tuple[int, int] = (4, 4)
+) -> tuple[Any, Experts]:
     """A router [E, H] and its experts: gate, up and down."""
 
     def one() -> tuple[Matrix, Matrix, Matrix]:

@@ -18,6 +18,7 @@
 //! ```
 
 mod activations;
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod elementwise;
@@ -31,6 +32,7 @@ mod pack;
 mod plain;
 
 pub use activations::{QuantizedRows, Row};
+pub use attention::{Head, check_size};
 pub use error::Error;
 pub use exp::exp;
 pub use format::{Expert, Layout, Matrix, STRIP, Strip, default_superblock_size};

@@ -3,6 +3,7 @@
 //! What they compute and how weights lie: ../FORMAT.md. The numbers come from the crate of kernels, which knows nothing
 //! of ONNX Runtime; here are shapes, threads and errors.
 
+mod attention;
 mod moe;
 mod ort;
 mod projection;
@@ -16,8 +17,11 @@ use ort_sys::{OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain, OrtErrorCode, 
 
 const DOMAIN: &CStr = c"phimoe.native";
 
-static OPERATORS: [OrtCustomOp; 2] =
-    [ort::custom_op::<projection::Projection>(), ort::custom_op::<moe::SparseMixerMoe>()];
+static OPERATORS: [OrtCustomOp; 3] = [
+    ort::custom_op::<projection::Projection>(),
+    ort::custom_op::<moe::SparseMixerMoe>(),
+    ort::custom_op::<attention::Attention>(),
+];
 
 /// A domain for each ONNX Runtime in the process, as the address of its functions and of the domain. They are never
 /// released: sessions read them as long as they live.
