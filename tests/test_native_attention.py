@@ -73,9 +73,11 @@ class Feed:
         }
 
     def normal(self, *shape: int) -> Any:
+        """Random numbers."""
         return self.rng.standard_normal(shape, np.float32)
 
     def without(self, *names: str) -> dict[str, Any]:
+        """The inputs but for these."""
         return {name: value for name, value in self.values.items() if name not in names}
 
 

@@ -158,7 +158,7 @@ def test_a_wrong_projection_is_an_error_when_it_is_loaded(changed: dict[str, Any
 def test_a_missing_attribute_is_an_error_that_names_it() -> None:
     proto = projection(random_matrix(np.random.default_rng(4), 4, 48, 64, 64))
     del proto.graph.node[0].attribute[1]
-    with pytest.raises(Exception, match="phimoe.native.Projection the/node: the attribute [a-z_]+ is missing"):
+    with pytest.raises(Exception, match=r"phimoe\.native\.Projection the/node: the attribute [a-z_]+ is missing"):
         session(proto)
 
 
@@ -190,13 +190,12 @@ def test_sessions_run_side_by_side_and_outlive_each_other() -> None:
     matrices = [random_matrix(rng, bits, 96, 256, 128) for bits in (4, 8)]
     x = rows(rng, 9, 256)
     expected = [matrix.multiply(x) for matrix in matrices]
-    first, second = (session(projection(matrix), 2) for matrix in matrices)
+    sessions = [session(projection(matrix), 2) for matrix in matrices]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda i: (i, [first, second][i % 2].run(None, {"x": x})[0]), range(64)))
-    for i, y in found:
-        np.testing.assert_array_equal(y, expected[i % 2])
-    del first
-    np.testing.assert_array_equal(second.run(None, {"x": x})[0], expected[1])
+        for i, [y] in enumerate(threads.map(lambda i: sessions[i % 2].run(None, {"x": x}), range(64))):
+            np.testing.assert_array_equal(y, expected[i % 2])
+    del sessions[0]
+    np.testing.assert_array_equal(sessions[0].run(None, {"x": x})[0], expected[1])
 
 
 def test_mapped_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:

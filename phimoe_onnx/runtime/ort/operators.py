@@ -1,4 +1,4 @@
-"""Our own operators for ONNX Runtime: the library beside this file, if the package was installed where there is a cargo."""
+"""Our own operators for ONNX Runtime: a library beside this file, where the package was installed with cargo at hand."""
 
 from __future__ import annotations
 
