@@ -1,4 +1,4 @@
-"""Our own operators for ONNX Runtime: a library beside this file, where the package was installed with cargo at hand."""
+"""Our own operators for ONNX Runtime: a library beside this file, if there was cargo when the package was installed."""
 
 from __future__ import annotations
 
