@@ -24,6 +24,8 @@ mod elementwise;
 mod error;
 mod exp;
 mod format;
+#[cfg(all(test, unix))]
+mod guarded;
 mod kernels;
 mod mixer;
 mod output;
