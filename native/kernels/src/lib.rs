@@ -25,6 +25,8 @@ mod elementwise;
 mod error;
 mod exp;
 mod format;
+#[cfg(all(test, unix))]
+mod guarded;
 mod kernels;
 mod mixer;
 mod output;
