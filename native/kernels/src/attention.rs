@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use crate::{Error, Kernels, exp};
 
-/// Head sizes are multiples of this.
+/// Head sizes are multiples of this: two vectors of `Lanes`.
 const WIDTH: usize = 16;
 /// Queries whose sums lie in registers together.
 const QUERIES: usize = 4;
@@ -93,7 +93,7 @@ impl Kernels {
             unsafe { attend_avx2(head, queries, spans, scratch, out) };
             return Ok(());
         }
-        attend(head, queries, spans, scratch, out);
+        attend::<[f32; 8]>(head, queries, spans, scratch, out);
         Ok(())
     }
 }
@@ -101,11 +101,70 @@ impl Kernels {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn attend_avx2(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
-    attend(head, queries, spans, scratch, out);
+    attend::<std::arch::x86_64::__m256>(head, queries, spans, scratch, out);
+}
+
+/// Eight floats.
+trait Lanes: Copy {
+    fn splat(value: f32) -> Self;
+    fn load(from: &[f32; 8]) -> Self;
+    fn store(self, to: &mut [f32; 8]);
+    /// self * b + c.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+}
+
+impl Lanes for [f32; 8] {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        [value; 8]
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; 8]) -> Self {
+        *from
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; 8]) {
+        *to = self;
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        std::array::from_fn(|l| self[l].mul_add(b[l], c[l]))
+    }
+}
+
+// SAFETY of all of these: inlined into `attend_avx2`, which runs where there is AVX2; the addresses are of eight floats.
+#[cfg(target_arch = "x86_64")]
+impl Lanes for std::arch::x86_64::__m256 {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; 8]) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; 8]) {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_storeu_ps(to.as_mut_ptr(), self) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_fmadd_ps(self, b, c) }
+    }
 }
 
 #[inline(always)]
-fn attend(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
+fn attend<L: Lanes>(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
     let first = spans.iter().map(|span| span.start).min().unwrap_or(0);
     let all = first..spans.iter().map(|span| span.end).max().unwrap_or(0);
     let width = all.len();
@@ -114,7 +173,7 @@ fn attend(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Ve
     for tile in all.clone().step_by(TILE) {
         let tile = tile..(tile + TILE).min(all.end);
         for (quartet, scores) in queries.chunks(QUERIES * head.size).zip(scratch.chunks_mut(QUERIES * width)) {
-            score(head, quartet, tile.clone(), first, width, scores);
+            score::<L>(head, quartet, tile.clone(), first, width, scores);
         }
     }
     let mut sums = vec![0.0; spans.len()];
@@ -126,7 +185,7 @@ fn attend(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Ve
         let tile = tile..(tile + TILE).min(all.end);
         let quartets = scratch.chunks(QUERIES * width).zip(spans.chunks(QUERIES));
         for ((weights, spans), out) in quartets.zip(out.chunks_mut(QUERIES * head.size)) {
-            add_values(head, weights, spans, tile.clone(), first, width, out);
+            add_values::<L>(head, weights, spans, tile.clone(), first, width, out);
         }
     }
     for (out, sum) in out.chunks_exact_mut(head.size).zip(sums) {
@@ -138,28 +197,28 @@ fn attend(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Ve
 
 /// Scores of up to `QUERIES` queries with the keys of a tile.
 #[inline(always)]
-fn score(head: &Head, queries: &[f32], tile: Range<usize>, first: usize, width: usize, scores: &mut [f32]) {
+fn score<L: Lanes>(head: &Head, queries: &[f32], tile: Range<usize>, first: usize, width: usize, scores: &mut [f32]) {
     let size = head.size;
     let full = tile.start + tile.len() / KEYS * KEYS;
     if queries.len() == QUERIES * size {
         let queries: [&[f32]; QUERIES] = std::array::from_fn(|r| &queries[r * size..][..size]);
         for key in (tile.start..full).step_by(KEYS) {
             let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
-            write(dots::<QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
+            write(dots::<L, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
         }
         for key in full..tile.end {
             let keys = [&head.keys[key * size..][..size]];
-            write(dots::<QUERIES, 1>(queries, keys), head.scale, key - first, width, scores);
+            write(dots::<L, QUERIES, 1>(queries, keys), head.scale, key - first, width, scores);
         }
     } else {
         for (query, scores) in queries.chunks_exact(size).zip(scores.chunks_exact_mut(width)) {
             for key in (tile.start..full).step_by(KEYS) {
                 let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
-                write(dots::<1, KEYS>([query], keys), head.scale, key - first, width, scores);
+                write(dots::<L, 1, KEYS>([query], keys), head.scale, key - first, width, scores);
             }
             for key in full..tile.end {
                 let keys = [&head.keys[key * size..][..size]];
-                write(dots::<1, 1>([query], keys), head.scale, key - first, width, scores);
+                write(dots::<L, 1, 1>([query], keys), head.scale, key - first, width, scores);
             }
         }
     }
@@ -175,20 +234,36 @@ fn write<const Q: usize, const K: usize>(dots: [[f32; K]; Q], scale: f32, at: us
 }
 
 #[inline(always)]
-fn dots<const Q: usize, const K: usize>(queries: [&[f32]; Q], keys: [&[f32]; K]) -> [[f32; K]; Q] {
-    let mut lanes = [[[0.0f32; 8]; K]; Q];
-    let queries = queries.map(|query| query.as_chunks::<8>().0);
-    let keys = keys.map(|key| key.as_chunks::<8>().0);
-    for i in 0..queries[0].len() {
+fn dots<L: Lanes, const Q: usize, const K: usize>(queries: [&[f32]; Q], keys: [&[f32]; K]) -> [[f32; K]; Q] {
+    // loops, not closures: those are compiled by themselves, without the caller's instruction set
+    let mut sums = [[L::splat(0.0); K]; Q];
+    let length = queries[0].len() / 8;
+    for i in 0..length {
+        let mut key = [L::splat(0.0); K];
+        for j in 0..K {
+            key[j] = L::load(eight(keys[j], i));
+        }
         for r in 0..Q {
+            let query = L::load(eight(queries[r], i));
             for j in 0..K {
-                for l in 0..8 {
-                    lanes[r][j][l] = queries[r][i][l].mul_add(keys[j][i][l], lanes[r][j][l]);
-                }
+                sums[r][j] = query.mul_add(key[j], sums[r][j]);
             }
         }
     }
-    lanes.map(|lanes| lanes.map(tree))
+    let mut dots = [[0.0; K]; Q];
+    for r in 0..Q {
+        for j in 0..K {
+            let mut lanes = [0.0; 8];
+            sums[r][j].store(&mut lanes);
+            dots[r][j] = tree(lanes);
+        }
+    }
+    dots
+}
+
+#[inline(always)]
+fn eight(x: &[f32], index: usize) -> &[f32; 8] {
+    &x.as_chunks().0[index]
 }
 
 #[inline(always)]
@@ -220,7 +295,10 @@ fn soften(scores: &mut [f32]) -> f32 {
     let m = largest.into_iter().fold(f32::NEG_INFINITY, |m, score| if score > m { score } else { m });
     let mut sums = [0.0; 16];
     for chunk in chunks {
-        *chunk = exp(chunk.map(|score| score - m));
+        for score in &mut *chunk {
+            *score -= m;
+        }
+        *chunk = exp(*chunk);
         for l in 0..16 {
             sums[l] += chunk[l];
         }
@@ -238,7 +316,7 @@ fn soften(scores: &mut [f32]) -> f32 {
 
 /// Adds the weighted values of a tile to the sums `out` of up to `QUERIES` queries.
 #[inline(always)]
-fn add_values(
+fn add_values<L: Lanes>(
     head: &Head,
     weights: &[f32],
     spans: &[Range<usize>],
@@ -255,40 +333,48 @@ fn add_values(
     for (r, span) in spans.iter().enumerate() {
         let span = within(span);
         let before = if together { span.start..common.start } else { span };
-        add::<1>(head, [&weights[r * width..][..width]], before, first, &mut out[r * size..][..size]);
+        add::<L, 1>(head, [&weights[r * width..][..width]], before, first, &mut out[r * size..][..size]);
     }
     if together {
-        add::<QUERIES>(head, std::array::from_fn(|r| &weights[r * width..][..width]), common.clone(), first, out);
+        add::<L, QUERIES>(head, std::array::from_fn(|r| &weights[r * width..][..width]), common.clone(), first, out);
         for (r, span) in spans.iter().enumerate() {
             let after = common.end..within(span).end;
-            add::<1>(head, [&weights[r * width..][..width]], after, first, &mut out[r * size..][..size]);
+            add::<L, 1>(head, [&weights[r * width..][..width]], after, first, &mut out[r * size..][..size]);
         }
     }
 }
 
 #[inline(always)]
-fn add<const Q: usize>(head: &Head, weights: [&[f32]; Q], keys: Range<usize>, first: usize, out: &mut [f32]) {
+fn add<L: Lanes, const Q: usize>(head: &Head, weights: [&[f32]; Q], keys: Range<usize>, first: usize, out: &mut [f32]) {
     if keys.is_empty() {
         return;
     }
     let size = head.size;
-    let weights = weights.map(|weights| &weights[keys.start - first..keys.end - first]);
+    let mut by_key = [[0.0; Q]; TILE];
+    for r in 0..Q {
+        for (own, weight) in by_key.iter_mut().zip(&weights[r][keys.start - first..keys.end - first]) {
+            own[r] = *weight;
+        }
+    }
     let values = &head.values[keys.start * size..keys.end * size];
     for at in (0..size).step_by(WIDTH) {
-        let mut sums = [[0.0f32; WIDTH]; Q];
+        let mut sums = [[L::splat(0.0); 2]; Q];
         for r in 0..Q {
-            sums[r].copy_from_slice(&out[r * size + at..][..WIDTH]);
+            let (halves, _) = out[r * size + at..][..WIDTH].as_chunks::<8>();
+            sums[r] = [L::load(&halves[0]), L::load(&halves[1])];
         }
-        for (j, value) in values.chunks_exact(size).enumerate() {
-            let value = &value[at..at + WIDTH];
+        for (value, weights) in values.chunks_exact(size).zip(&by_key) {
+            let (halves, _) = value[at..at + WIDTH].as_chunks::<8>();
+            let value = [L::load(&halves[0]), L::load(&halves[1])];
             for r in 0..Q {
-                for l in 0..WIDTH {
-                    sums[r][l] = weights[r][j].mul_add(value[l], sums[r][l]);
-                }
+                let weight = L::splat(weights[r]);
+                sums[r] = [weight.mul_add(value[0], sums[r][0]), weight.mul_add(value[1], sums[r][1])];
             }
         }
         for r in 0..Q {
-            out[r * size + at..][..WIDTH].copy_from_slice(&sums[r]);
+            let (halves, _) = out[r * size + at..][..WIDTH].as_chunks_mut::<8>();
+            sums[r][0].store(&mut halves[0]);
+            sums[r][1].store(&mut halves[1]);
         }
     }
 }
