@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -356,3 +359,23 @@ def test_a_token_that_is_not_finite_gives_nan_alone() -> None:
     [y] = running.run(None, {"x": x})
     assert np.isnan(y[1]).all()
     np.testing.assert_array_equal(y[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize(("name", "said"), [("plain", "plain"), ("none-such", "PHIMOE_KERNELS is")])
+def test_the_environment_names_the_kernels(name: str, said: str) -> None:
+    code = """
+import tests.test_native_operators as t
+import numpy as np
+print(t.operators.kernels())
+matrix = t.random_matrix(np.random.default_rng(0), 4, 32, 64, 64)
+x = np.ones((2, 64), np.float32)
+try:
+    print((t.session(t.projection(matrix)).run(None, dict(x=x))[0] == matrix.multiply(x)).all())
+except Exception as error:
+    print(error)
+"""
+    environment = os.environ | {"PHIMOE_KERNELS": name}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    first, second = ran.stdout.splitlines()[:2]
+    assert said in first
+    assert second == "True" if name == "plain" else f'{said} "none-such"' in second
