@@ -519,3 +519,30 @@ pub const fn custom_op<O: Operator>() -> OrtCustomOp {
         GetEndVersion: Some(last_version),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Error, Mutex, Region, caught, run_worker};
+
+    #[test]
+    fn a_panic_becomes_an_error_with_its_text() {
+        let error = caught::<()>(|| panic!("{} is odd", 3)).unwrap_err();
+        assert!(error.0.starts_with("3 is odd; this is a bug of phimoe-onnx"), "{error:?}");
+    }
+
+    #[test]
+    fn the_first_error_of_a_workers_region_is_kept() {
+        let work = |worker: usize| match worker {
+            0 => Ok(()),
+            1 => panic!("worker 1"),
+            _ => Err(Error(format!("worker {worker}"))),
+        };
+        let region = Region { work: &work, error: Mutex::new(None) };
+        for worker in 0..3 {
+            // SAFETY: the region is on this stack, and this thread alone has it.
+            unsafe { run_worker((&raw const region).cast_mut().cast(), worker) };
+        }
+        let error = region.error.into_inner().unwrap().unwrap();
+        assert!(error.0.starts_with("worker 1;"), "{error:?}");
+    }
+}
