@@ -13,9 +13,8 @@ use std::arch::x86_64::*;
 use crate::activations::{Row, RowMut};
 use crate::elementwise;
 use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip, TILE};
+use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 
-/// Bytes of a tile whose codes are a byte each.
-const PANEL_TILE: usize = TILE * STRIP;
 /// From so many rows on a panel is made.
 const PANEL_ROWS: usize = 5;
 
@@ -282,18 +281,6 @@ fn in_place<const SIZE: usize, const N: usize>(strip: &Strip, rows: &[Row], out:
     }
 }
 
-/// A superblock's values of a row, tile by tile.
-#[inline(always)]
-fn values<'a>(row: &Row<'a>, g: usize, tiles: usize) -> &'a [[i8; TILE]] {
-    &row.values.as_chunks().0[g * tiles..][..tiles]
-}
-
-/// A superblock's corrections of a row, tile by tile.
-#[inline(always)]
-fn corrections<'a>(row: &Row<'a>, g: usize, tiles: usize) -> &'a [[[i16; 2]; 2]] {
-    &row.corrections.as_chunks().0[g * tiles..][..tiles]
-}
-
 /// Adds the products with rows that share panels.
 #[target_feature(enable = "avx2,fma")]
 fn panel<const SIZE: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
@@ -322,24 +309,6 @@ fn panel<const SIZE: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]
                 _ => superblock.add::<1>(rows, out),
             },
         );
-    }
-}
-
-/// Rows four at a time, then the rest, if any.
-#[inline(always)]
-fn in_quartets(
-    rows: &[Row],
-    out: &mut [[f32; STRIP]],
-    four: impl Fn(&[Row], &mut [[f32; STRIP]]),
-    rest: impl Fn(&[Row], &mut [[f32; STRIP]]),
-) {
-    let mut quartets = rows.chunks_exact(4);
-    let mut outs = out.chunks_exact_mut(4);
-    for (rows, out) in (&mut quartets).zip(&mut outs) {
-        four(rows, out);
-    }
-    if !quartets.remainder().is_empty() {
-        rest(quartets.remainder(), outs.into_remainder());
     }
 }
 
