@@ -37,6 +37,26 @@ static ALL: &[Kernels] = &[
         router_scores: crate::avx2::router_scores,
         weighted_sum: crate::avx2::weighted_sum,
     },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
+        name: "dotprod",
+        available: crate::neon::dotprod_available,
+        products: crate::neon::products_dotprod,
+        quantize: crate::neon::quantize,
+        swiglu: crate::neon::swiglu,
+        router_scores: crate::neon::router_scores,
+        weighted_sum: crate::neon::weighted_sum,
+    },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
+        name: "neon",
+        available: crate::neon::available,
+        products: crate::neon::products,
+        quantize: crate::neon::quantize,
+        swiglu: crate::neon::swiglu,
+        router_scores: crate::neon::router_scores,
+        weighted_sum: crate::neon::weighted_sum,
+    },
     Kernels {
         name: "plain",
         available: || true,

@@ -29,9 +29,13 @@ mod format;
 mod guarded;
 mod kernels;
 mod mixer;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod output;
 mod pack;
 mod plain;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod tiling;
 
 pub use activations::{QuantizedRows, Row};
 pub use attention::{Head, check_size};

@@ -50,6 +50,11 @@ fn rows_are_rounded_as_the_format_says() {
             for (index, row) in quantized.iter().enumerate() {
                 assert_eq!((row.values().len(), row.scales().len()), (inputs, inputs / size));
                 assert!(row.values()[k..].iter().all(|q| *q == 0));
+                for (q, correction) in row.values().chunks(32).zip(row.corrections()) {
+                    let sum =
+                        |pair: usize| -> i16 { (0..32).filter(|j| j % 4 / 2 == pair).map(|j| i16::from(q[j])).sum() };
+                    assert_eq!(*correction, [-8 * sum(0), -8 * sum(1)]);
+                }
                 for (g, x) in x[index * k..][..k].chunks(size).enumerate() {
                     let q = &row.values()[g * size..][..x.len()];
                     let m = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
