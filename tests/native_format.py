@@ -32,6 +32,7 @@ class Matrix:
 
     @property
     def superblock_size(self) -> int:
+        """G."""
         return _padded(self.codes.shape[1]) // self.superblock_scales.shape[1]
 
     def integers(self) -> NDArray[np.int64]:

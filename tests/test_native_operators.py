@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,7 +161,7 @@ def test_a_wrong_projection_is_an_error_when_it_is_loaded(changed: dict[str, Any
 def test_a_missing_attribute_is_an_error_that_names_it() -> None:
     proto = projection(random_matrix(np.random.default_rng(4), 4, 48, 64, 64))
     del proto.graph.node[0].attribute[1]
-    with pytest.raises(Exception, match="phimoe.native.Projection the/node: the attribute [a-z_]+ is missing"):
+    with pytest.raises(Exception, match=r"phimoe\.native\.Projection the/node: the attribute [a-z_]+ is missing"):
         session(proto)
 
 
@@ -191,13 +193,12 @@ def test_sessions_run_side_by_side_and_outlive_each_other() -> None:
     matrices = [random_matrix(rng, bits, 96, 256, 128) for bits in (4, 8)]
     x = rows(rng, 9, 256)
     expected = [matrix.multiply(x) for matrix in matrices]
-    first, second = (session(projection(matrix), 2) for matrix in matrices)
+    sessions = [session(projection(matrix), 2) for matrix in matrices]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda i: (i, [first, second][i % 2].run(None, {"x": x})[0]), range(64)))
-    for i, y in found:
-        np.testing.assert_array_equal(y, expected[i % 2])
-    del first
-    np.testing.assert_array_equal(second.run(None, {"x": x})[0], expected[1])
+        for i, [y] in enumerate(threads.map(lambda i: sessions[i % 2].run(None, {"x": x}), range(64))):
+            np.testing.assert_array_equal(y, expected[i % 2])
+    del sessions[0]
+    np.testing.assert_array_equal(sessions[0].run(None, {"x": x})[0], expected[1])
 
 
 def test_mapped_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
@@ -358,3 +359,23 @@ def test_a_token_that_is_not_finite_gives_nan_alone() -> None:
     [y] = running.run(None, {"x": x})
     assert np.isnan(y[1]).all()
     np.testing.assert_array_equal(y[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize(("name", "said"), [("plain", "plain"), ("none-such", "PHIMOE_KERNELS is")])
+def test_the_environment_names_the_kernels(name: str, said: str) -> None:
+    code = """
+import tests.test_native_operators as t
+import numpy as np
+print(t.operators.kernels())
+matrix = t.random_matrix(np.random.default_rng(0), 4, 32, 64, 64)
+x = np.ones((2, 64), np.float32)
+try:
+    print((t.session(t.projection(matrix)).run(None, dict(x=x))[0] == matrix.multiply(x)).all())
+except Exception as error:
+    print(error)
+"""
+    environment = os.environ | {"PHIMOE_KERNELS": name}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    first, second = ran.stdout.splitlines()[:2]
+    assert said in first
+    assert second == "True" if name == "plain" else f'{said} "none-such"' in second

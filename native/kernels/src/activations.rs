@@ -23,8 +23,7 @@ pub struct Row<'a> {
     pub(crate) values: &'a [i8],
     /// a [K' / G].
     pub(crate) scales: &'a [f32],
-    /// [K' / 32]: -8 times the sum of the block's q at k % 4 of 0 and 1, and of 2 and 3. Kernels multiply with
-    /// level + 8, which has no sign, and start from here.
+    /// As `Row::corrections` says.
     pub(crate) corrections: &'a [[i16; 2]],
 }
 
@@ -98,5 +97,11 @@ impl Row<'_> {
     /// The scales a [K' / G].
     pub fn scales(&self) -> &[f32] {
         self.scales
+    }
+
+    /// [K' / 32]: -8 times the sum of the block's q at k % 4 of 0 and 1, and of 2 and 3. Kernels that multiply with
+    /// level + 8, which has no sign, start from here.
+    pub fn corrections(&self) -> &[[i16; 2]] {
+        self.corrections
     }
 }

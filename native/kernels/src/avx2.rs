@@ -5,7 +5,7 @@
 //! end is at most 8 * 127 * 16 and fits. `madd` with the block's scale then gives 32 bits. With 8 bits the unsigned ones
 //! are |level|, the activation takes the level's sign, and every result is widened at once.
 //!
-//! One row reads codes where they lie. Several rows share a panel: a superblock of one strip as unsigned bytes, in the
+//! Few rows read codes where they lie. More rows share a panel: a superblock of one strip as unsigned bytes, in the
 //! order in which 8-bit codes lie anyway.
 
 use std::arch::x86_64::*;
@@ -13,9 +13,10 @@ use std::arch::x86_64::*;
 use crate::activations::{Row, RowMut};
 use crate::elementwise;
 use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip, TILE};
+use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 
-/// Bytes of a tile whose codes are a byte each.
-const PANEL_TILE: usize = TILE * STRIP;
+/// From so many rows on a panel is made.
+const PANEL_ROWS: usize = 5;
 
 pub(crate) fn available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
@@ -24,14 +25,28 @@ pub(crate) fn available() -> bool {
 /// The products of a strip with rows: out [rows][16].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn products(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
-    match (strip.layout().bits(), rows.len()) {
-        (2, 1) => one_row::<256>(strip, &rows[0], &mut out[0], |tile| groups_2(tile)),
-        (3, 1) => one_row::<384>(strip, &rows[0], &mut out[0], |tile| groups_3(tile)),
-        (4, 1) => one_row::<512>(strip, &rows[0], &mut out[0], |tile| groups_4(tile)),
-        (2, _) => many_rows::<256>(strip, rows, out, |tile| groups_2(tile)),
-        (3, _) => many_rows::<384>(strip, rows, out, |tile| groups_3(tile)),
-        (4, _) => many_rows::<512>(strip, rows, out, |tile| groups_4(tile)),
+    out.fill([0.0; STRIP]);
+    match strip.layout().bits() {
+        2 => codes::<256>(strip, rows, out),
+        3 => codes::<384>(strip, rows, out),
+        4 => codes::<512>(strip, rows, out),
         _ => bytes(strip, rows, out),
+    }
+}
+
+/// 2, 3 and 4 bits: SIZE bytes a tile.
+#[target_feature(enable = "avx2,fma")]
+fn codes<const SIZE: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    if rows.len() >= PANEL_ROWS {
+        return panel::<SIZE>(strip, rows, out);
+    }
+    let mut pairs = rows.chunks_exact(2);
+    let mut outs = out.chunks_exact_mut(2);
+    for (rows, out) in (&mut pairs).zip(&mut outs) {
+        in_place::<SIZE, 2>(strip, rows, out);
+    }
+    if !pairs.remainder().is_empty() {
+        in_place::<SIZE, 1>(strip, pairs.remainder(), outs.into_remainder());
     }
 }
 
@@ -57,11 +72,9 @@ pub(crate) fn weighted_sum(first: &[f32], p1: f32, second: &[f32], p2: f32, y: &
 
 /// Sixteen outputs: 0 to 7 and 8 to 15.
 type Halves = [__m256i; 2];
-/// A tile as level + 8, [block][r]: the inputs 32 block + 4 r + j of each output.
-type Groups = [[Halves; 8]; 2];
 
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn load<const N: usize>(bytes: &[u8; N], at: usize) -> __m256i {
     let bytes = &bytes[at..at + 32];
     // SAFETY: 32 bytes, at any address.
@@ -69,27 +82,27 @@ fn load<const N: usize>(bytes: &[u8; N], at: usize) -> __m256i {
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
     [load(bytes, 64 * r), load(bytes, 64 * r + 32)]
 }
 
 /// Four activations, for each output.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn broadcast(q: &[i8; TILE], at: usize) -> __m256i {
     _mm256_set1_epi32(i32::from_ne_bytes([q[at] as u8, q[at + 1] as u8, q[at + 2] as u8, q[at + 3] as u8]))
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn low_nibbles(bytes: __m256i) -> __m256i {
     _mm256_and_si256(bytes, _mm256_set1_epi8(15))
 }
 
 /// A table for `shuffle_epi8`, of level + 8 by the low four bits of a byte.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn table(level: impl Fn(usize) -> i8) -> __m256i {
     let mut bytes = [0; 16];
     for (i, byte) in bytes.iter_mut().enumerate() {
@@ -99,69 +112,89 @@ fn table(level: impl Fn(usize) -> i8) -> __m256i {
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
 }
 
+/// Calls `each(block, r, codes)` for a tile, with level + 8 of the inputs 32 block + 4 r + j of each output.
 #[inline]
-#[target_feature(enable = "avx2")]
-fn groups_4(tile: &[u8; 512]) -> Groups {
-    let mut groups = [[[_mm256_setzero_si256(); 2]; 8]; 2];
+#[target_feature(enable = "avx2,fma")]
+fn groups<const SIZE: usize>(tile: &[u8; SIZE], each: impl FnMut(usize, usize, Halves)) {
+    match SIZE {
+        256 => groups_2(tile, each),
+        384 => groups_3(tile, each),
+        _ => groups_4(tile, each),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn groups_4<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, usize, Halves)) {
     for r in 0..8 {
-        let codes = load_halves(tile, r);
-        for h in 0..2 {
-            groups[0][r][h] = low_nibbles(codes[h]);
-            groups[1][r][h] = low_nibbles(_mm256_srli_epi16::<4>(codes[h]));
+        for (block, codes) in nibbles(tile, r).into_iter().enumerate() {
+            each(block, r, codes);
         }
     }
-    groups
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
-fn groups_2(tile: &[u8; 256]) -> Groups {
+#[target_feature(enable = "avx2,fma")]
+fn groups_2<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, usize, Halves)) {
     // A nibble holds the codes of two inputs.
-    let (low, high) = (table(|i| LEVELS_2[i & 3]), table(|i| LEVELS_2[i >> 2]));
-    let mut groups = [[[_mm256_setzero_si256(); 2]; 8]; 2];
+    let tables = [table(|i| LEVELS_2[i & 3]), table(|i| LEVELS_2[i >> 2])];
     for r in 0..4 {
-        let codes = load_halves(tile, r);
-        for h in 0..2 {
-            let nibbles = [low_nibbles(codes[h]), low_nibbles(_mm256_srli_epi16::<4>(codes[h]))];
-            for block in 0..2 {
-                groups[block][r][h] = _mm256_shuffle_epi8(low, nibbles[block]);
-                groups[block][4 + r][h] = _mm256_shuffle_epi8(high, nibbles[block]);
+        for (block, [first, second]) in nibbles(tile, r).into_iter().enumerate() {
+            for pair in 0..2 {
+                let table = tables[pair];
+                each(block, 4 * pair + r, [_mm256_shuffle_epi8(table, first), _mm256_shuffle_epi8(table, second)]);
             }
         }
     }
-    groups
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
-fn groups_3(tile: &[u8; 384]) -> Groups {
-    // The code's highest bit chooses among tables; `blendv` looks at a byte's bit 7.
-    let tables = [0, 4].map(|t| [table(|i| LEVELS_3[t + (i & 3)]), table(|i| LEVELS_3[t + (i >> 2)])]);
-    let highest = [load_halves(tile, 4), load_halves(tile, 5)];
-    let mut groups = [[[_mm256_setzero_si256(); 2]; 8]; 2];
-    for r in 0..4 {
+#[target_feature(enable = "avx2,fma")]
+fn groups_3<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, usize, Halves)) {
+    // A table's index is three bits; the fourth may be anything.
+    let table = table(|i| LEVELS_3[i & 7]);
+    let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(4));
+    for r in [0, 2, 1, 3] {
         let codes = load_halves(tile, r);
-        for h in 0..2 {
-            let nibbles = [low_nibbles(codes[h]), low_nibbles(_mm256_srli_epi16::<4>(codes[h]))];
-            for block in 0..2 {
-                for pair in 0..2 {
-                    let bit = 4 * block + 2 * pair + r / 2;
-                    let bits = _mm256_sll_epi16(highest[r % 2][h], _mm_cvtsi32_si128(7 - bit as i32));
-                    groups[block][4 * pair + r][h] = _mm256_blendv_epi8(
-                        _mm256_shuffle_epi8(tables[0][pair], nibbles[block]),
-                        _mm256_shuffle_epi8(tables[1][pair], nibbles[block]),
-                        bits,
-                    );
-                }
+        let highest = load_halves(tile, 4 + r % 2);
+        for i in 0..4 {
+            let bit = 2 * i + r / 2;
+            let mut levels = [table; 2];
+            for h in 0..2 {
+                let lows = _mm256_and_si256(shifted_right(codes[h], 2 * i as i32), low);
+                let highs = _mm256_and_si256(shifted_right(highest[h], bit as i32 - 2), high);
+                levels[h] = _mm256_shuffle_epi8(table, _mm256_or_si256(lows, highs));
             }
+            each(i / 2, 4 * (i % 2) + r, levels);
         }
     }
-    groups
+}
+
+/// Row r of a tile as [low nibbles, high nibbles].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn nibbles<const SIZE: usize>(tile: &[u8; SIZE], r: usize) -> [Halves; 2] {
+    let [first, second] = load_halves(tile, r);
+    [
+        [low_nibbles(first), low_nibbles(second)],
+        [low_nibbles(_mm256_srli_epi16::<4>(first)), low_nibbles(_mm256_srli_epi16::<4>(second))],
+    ]
+}
+
+/// Bits moved to the right, or to the left where `by` is negative.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn shifted_right(bytes: __m256i, by: i32) -> __m256i {
+    if by < 0 {
+        _mm256_sll_epi16(bytes, _mm_cvtsi32_si128(-by))
+    } else {
+        _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(by))
+    }
 }
 
 /// A tile's scales of blocks, [block], twice in 16 bits for each output.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn block_scales(scales: &[u8; STRIP]) -> [Halves; 2] {
     // SAFETY: 16 bytes, at any address.
     let both = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(scales.as_ptr().cast()) });
@@ -180,7 +213,7 @@ fn block_scales(scales: &[u8; STRIP]) -> [Halves; 2] {
 
 /// The activations' sums from which a block's sum of products starts.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn correction(correction: [i16; 2]) -> __m256i {
     let [first, second] = correction.map(|sum| u32::from(sum as u16));
     _mm256_set1_epi32((first | second << 16) as i32)
@@ -203,68 +236,67 @@ fn add_superblock(y: &mut [f32; STRIP], sums: Halves, scales: &[u8; 2 * STRIP], 
     }
 }
 
-#[inline]
+/// Adds the products with N rows, whose codes are unpacked in registers.
 #[target_feature(enable = "avx2,fma")]
-fn one_row<const SIZE: usize>(
-    strip: &Strip,
-    row: &Row,
-    out: &mut [f32; STRIP],
-    groups: impl Fn(&[u8; SIZE]) -> Groups,
-) {
+fn in_place<const SIZE: usize, const N: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
     let tiles = strip.layout().superblock_size() / TILE;
     let codes = strip.codes().as_chunks::<SIZE>().0.chunks_exact(tiles);
-    let scales = strip.block_scales().chunks_exact(tiles);
-    let values = row.values.as_chunks::<TILE>().0.chunks_exact(tiles);
-    let corrections = row.corrections.as_chunks::<2>().0.chunks_exact(tiles);
-    let superblocks = strip.superblock_scales().iter().zip(row.scales);
-    *out = [0.0; STRIP];
-    for ((((codes, s), q), starts), (scales, a)) in codes.zip(scales).zip(values).zip(corrections).zip(superblocks) {
-        let mut sums = [_mm256_setzero_si256(); 2];
-        for (((tile, s), q), starts) in codes.iter().zip(s).zip(q).zip(starts) {
-            let groups = groups(tile);
-            let mut block_sums = starts.map(|start| [correction(start); 2]);
-            for r in 0..8 {
+    let superblocks = codes.zip(strip.block_scales().chunks_exact(tiles)).zip(strip.superblock_scales());
+    for (g, ((codes, s), scales)) in superblocks.enumerate() {
+        let (mut q, mut starts): ([&[_]; N], [&[_]; N]) = ([&[]; N], [&[]; N]);
+        for n in 0..N {
+            q[n] = values(&rows[n], g, tiles);
+            starts[n] = corrections(&rows[n], g, tiles);
+        }
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for (t, (tile, s)) in codes.iter().zip(s).enumerate() {
+            let mut block_sums = [[[_mm256_setzero_si256(); 2]; 2]; N];
+            for n in 0..N {
                 for block in 0..2 {
-                    let a = broadcast(q, BLOCK * block + 4 * r);
+                    block_sums[n][block] = [correction(starts[n][t][block]); 2];
+                }
+            }
+            groups(tile, |block, r, codes| {
+                for n in 0..N {
+                    let a = broadcast(&q[n][t], BLOCK * block + 4 * r);
                     for h in 0..2 {
-                        let products = _mm256_maddubs_epi16(groups[block][r][h], a);
-                        block_sums[block][h] = _mm256_add_epi16(block_sums[block][h], products);
+                        let products = _mm256_maddubs_epi16(codes[h], a);
+                        block_sums[n][block][h] = _mm256_add_epi16(block_sums[n][block][h], products);
+                    }
+                }
+            });
+            let s = block_scales(s);
+            for n in 0..N {
+                for block in 0..2 {
+                    for h in 0..2 {
+                        let products = _mm256_madd_epi16(block_sums[n][block][h], s[block][h]);
+                        sums[n][h] = _mm256_add_epi32(sums[n][h], products);
                     }
                 }
             }
-            let s = block_scales(s);
-            for block in 0..2 {
-                for h in 0..2 {
-                    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(block_sums[block][h], s[block][h]));
-                }
-            }
         }
-        add_superblock(out, sums, scales, *a);
+        for n in 0..N {
+            add_superblock(&mut out[n], sums[n], scales, rows[n].scales[g]);
+        }
     }
 }
 
-#[inline]
+/// Adds the products with rows that share panels.
 #[target_feature(enable = "avx2,fma")]
-fn many_rows<const SIZE: usize>(
-    strip: &Strip,
-    rows: &[Row],
-    out: &mut [[f32; STRIP]],
-    groups: impl Fn(&[u8; SIZE]) -> Groups,
-) {
+fn panel<const SIZE: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
     let tiles = strip.layout().superblock_size() / TILE;
     let codes = strip.codes().as_chunks::<SIZE>().0.chunks_exact(tiles);
-    let scales = strip.block_scales().chunks_exact(tiles);
+    let superblocks = codes.zip(strip.block_scales().chunks_exact(tiles)).zip(strip.superblock_scales());
     let mut panel = [[0; PANEL_TILE]; LARGEST_SUPERBLOCK / TILE];
-    out.fill([0.0; STRIP]);
-    for (g, ((codes, s), scales)) in codes.zip(scales).zip(strip.superblock_scales()).enumerate() {
+    for (g, ((codes, s), scales)) in superblocks.enumerate() {
         for (tile, bytes) in codes.iter().zip(&mut panel) {
-            let groups = groups(tile);
-            for (group, bytes) in groups.as_flattened().iter().zip(bytes.as_chunks_mut::<64>().0) {
+            groups(tile, |block, r, codes| {
                 for h in 0..2 {
-                    // SAFETY: each half of the 64 bytes is 32 bytes, at any address.
-                    unsafe { _mm256_storeu_si256(bytes[32 * h..][..32].as_mut_ptr().cast(), group[h]) };
+                    let bytes = &mut bytes[64 * (8 * block + r) + 32 * h..][..32];
+                    // SAFETY: 32 bytes, at any address.
+                    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), codes[h]) };
                 }
-            }
+            });
         }
         let superblock = Superblock { g, panel: &panel[..tiles], s, scales };
         in_quartets(
@@ -280,24 +312,6 @@ fn many_rows<const SIZE: usize>(
     }
 }
 
-/// Rows four at a time, then the rest, if any.
-#[inline(always)]
-fn in_quartets(
-    rows: &[Row],
-    out: &mut [[f32; STRIP]],
-    four: impl Fn(&[Row], &mut [[f32; STRIP]]),
-    rest: impl Fn(&[Row], &mut [[f32; STRIP]]),
-) {
-    let mut quartets = rows.chunks_exact(4);
-    let mut outs = out.chunks_exact_mut(4);
-    for (rows, out) in (&mut quartets).zip(&mut outs) {
-        four(rows, out);
-    }
-    if !quartets.remainder().is_empty() {
-        rest(quartets.remainder(), outs.into_remainder());
-    }
-}
-
 /// A superblock of a strip, its codes a byte each.
 struct Superblock<'a> {
     g: usize,
@@ -307,25 +321,13 @@ struct Superblock<'a> {
 }
 
 impl Superblock<'_> {
-    /// The tiles' part of a row's values.
-    #[inline(always)]
-    fn values<'a>(&self, row: &Row<'a>) -> &'a [[i8; TILE]] {
-        &row.values.as_chunks().0[self.g * self.panel.len()..][..self.panel.len()]
-    }
-
-    /// The tiles' part of a row's corrections.
-    #[inline(always)]
-    fn corrections<'a>(&self, row: &Row<'a>) -> &'a [[[i16; 2]; 2]] {
-        &row.corrections.as_chunks().0[self.g * self.panel.len()..][..self.panel.len()]
-    }
-
     /// Adds the superblock's products with N rows, its panel being level + 8.
     #[target_feature(enable = "avx2,fma")]
     fn add<const N: usize>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
         let (mut q, mut starts): ([&[_]; N], [&[_]; N]) = ([&[]; N], [&[]; N]);
         for n in 0..N {
-            q[n] = self.values(&rows[n]);
-            starts[n] = self.corrections(&rows[n]);
+            q[n] = values(&rows[n], self.g, self.panel.len());
+            starts[n] = corrections(&rows[n], self.g, self.panel.len());
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for (t, (tile, s)) in self.panel.iter().zip(self.s).enumerate() {
@@ -363,7 +365,7 @@ impl Superblock<'_> {
     fn add_bytes<const N: usize>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
         let mut q: [&[_]; N] = [&[]; N];
         for n in 0..N {
-            q[n] = self.values(&rows[n]);
+            q[n] = values(&rows[n], self.g, self.panel.len());
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         let ones = _mm256_set1_epi16(1);
@@ -386,12 +388,11 @@ impl Superblock<'_> {
     }
 }
 
-/// 8 bits: codes are a panel as they lie.
+/// 8 bits, whose codes are a panel as they lie.
 #[target_feature(enable = "avx2,fma")]
 fn bytes(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
     let tiles = strip.layout().superblock_size() / TILE;
     let codes = strip.codes().as_chunks::<PANEL_TILE>().0.chunks_exact(tiles);
-    out.fill([0.0; STRIP]);
     for (g, (panel, scales)) in codes.zip(strip.superblock_scales()).enumerate() {
         let superblock = Superblock { g, panel, s: &[], scales };
         in_quartets(

@@ -37,6 +37,26 @@ static ALL: &[Kernels] = &[
         router_scores: crate::avx2::router_scores,
         weighted_sum: crate::avx2::weighted_sum,
     },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
+        name: "dotprod",
+        available: crate::neon::dotprod_available,
+        products: crate::neon::products_dotprod,
+        quantize: crate::neon::quantize,
+        swiglu: crate::neon::swiglu,
+        router_scores: crate::neon::router_scores,
+        weighted_sum: crate::neon::weighted_sum,
+    },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
+        name: "neon",
+        available: crate::neon::available,
+        products: crate::neon::products,
+        quantize: crate::neon::quantize,
+        swiglu: crate::neon::swiglu,
+        router_scores: crate::neon::router_scores,
+        weighted_sum: crate::neon::weighted_sum,
+    },
     Kernels {
         name: "plain",
         available: || true,
@@ -111,10 +131,20 @@ impl Kernels {
             return Err(Error::new(format!("{} floats for {} rows of {size}", x.len(), rows.rows())));
         }
         for (index, x) in x.chunks_exact(size).enumerate() {
-            // SAFETY: `all` gives only what this processor can run.
-            unsafe { (self.quantize)(x, rows.row_mut(index)) };
+            self.quantize_row(x, rows.row_mut(index));
         }
         Ok(())
+    }
+
+    pub(crate) fn quantize_row(&self, x: &[f32], row: RowMut<'_>) {
+        // SAFETY: `all` gives only what this processor can run.
+        unsafe { (self.quantize)(x, row) };
+    }
+
+    /// The products of a strip with rows, whose shapes agree: out [rows][16].
+    pub(crate) fn strip(&self, strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+        // SAFETY: `all` gives only what this processor can run.
+        unsafe { (self.products)(strip, rows, out) };
     }
 
     /// The products of `rows` with strips of a matrix, plus the bias [N] if there is one. Row i of `rows` goes to the
@@ -142,8 +172,7 @@ impl Kernels {
         for (chunk, rows) in rows.chunks(ROWS_AT_ONCE).enumerate() {
             let sums = &mut sums[..rows.len()];
             for index in strips.clone() {
-                // SAFETY: `all` gives only what this processor can run.
-                unsafe { (self.products)(&matrix.strip(index), rows, sums) };
+                self.strip(&matrix.strip(index), rows, sums);
                 let columns = index * STRIP..((index + 1) * STRIP).min(outputs);
                 if let Some(bias) = bias {
                     for sums in &mut *sums {
@@ -167,12 +196,10 @@ impl Kernels {
         for (chunk, rows) in rows.chunks(ROWS_AT_ONCE).enumerate() {
             let (gate, up) = (&mut gate[..rows.len()], &mut up[..rows.len()]);
             for index in strips.clone() {
+                self.strip(&matrix.strip(2 * index), rows, gate);
+                self.strip(&matrix.strip(2 * index + 1), rows, up);
                 // SAFETY: `all` gives only what this processor can run.
-                unsafe {
-                    (self.products)(&matrix.strip(2 * index), rows, gate);
-                    (self.products)(&matrix.strip(2 * index + 1), rows, up);
-                    (self.swiglu)(gate, up);
-                }
+                unsafe { (self.swiglu)(gate, up) };
                 let columns = index * STRIP..((index + 1) * STRIP).min(outputs);
                 write(gate, chunk * ROWS_AT_ONCE, columns, out);
             }

@@ -18,19 +18,27 @@
 //! ```
 
 mod activations;
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod elementwise;
 mod error;
 mod exp;
 mod format;
+#[cfg(all(test, unix))]
+mod guarded;
 mod kernels;
 mod mixer;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod output;
 mod pack;
 mod plain;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod tiling;
 
 pub use activations::{QuantizedRows, Row};
+pub use attention::{Head, check_size};
 pub use error::Error;
 pub use exp::exp;
 pub use format::{Expert, Layout, Matrix, STRIP, Strip, default_superblock_size};

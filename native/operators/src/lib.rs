@@ -3,21 +3,35 @@
 //! What they compute and how weights lie: ../FORMAT.md. The numbers come from the crate of kernels, which knows nothing
 //! of ONNX Runtime; here are shapes, threads and errors.
 
+mod attention;
 mod moe;
 mod ort;
 mod projection;
 mod schedule;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString, c_char};
 use std::ptr::null_mut;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
+
+use phimoe_kernels::Kernels;
 
 use ort_sys::{OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain, OrtErrorCode, OrtSessionOptions, OrtStatusPtr};
 
 const DOMAIN: &CStr = c"phimoe.native";
 
-static OPERATORS: [OrtCustomOp; 2] =
-    [ort::custom_op::<projection::Projection>(), ort::custom_op::<moe::SparseMixerMoe>()];
+static OPERATORS: [OrtCustomOp; 3] = [
+    ort::custom_op::<projection::Projection>(),
+    ort::custom_op::<moe::SparseMixerMoe>(),
+    ort::custom_op::<attention::Attention>(),
+];
+
+/// The name of the kernels that run in this process, such as "avx2", or why none do.
+#[unsafe(no_mangle)]
+pub extern "C" fn phimoe_native_kernels() -> *const c_char {
+    static NAME: OnceLock<CString> = OnceLock::new();
+    let name = || Kernels::detect().map_or_else(|error| error.to_string(), |kernels| kernels.name().to_owned());
+    NAME.get_or_init(|| CString::new(name()).unwrap_or_default()).as_ptr()
+}
 
 /// A domain for each ONNX Runtime in the process, as the address of its functions and of the domain. They are never
 /// released: sessions read them as long as they live.

@@ -6,6 +6,7 @@ use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, PoisonError};
@@ -158,6 +159,52 @@ pub struct Place<'a, T> {
     address: *mut T,
     length: usize,
     lifetime: PhantomData<&'a T>,
+}
+
+// SAFETY: an address; whoever makes a slice of it answers for it.
+unsafe impl<T: Element> Sync for Place<'_, T> {}
+
+impl<'a, T: Element> Place<'a, T> {
+    /// Memory whose parts several threads write.
+    pub fn over(memory: &'a mut [T]) -> Self {
+        let (address, length) = (memory.as_mut_ptr(), memory.len());
+        Self { shape: vec![length], address, length, lifetime: PhantomData }
+    }
+
+    /// Whether both are the same memory; an error if they share a part of it.
+    pub fn is(&self, other: &Self) -> Result<bool> {
+        let (first, second) = (self.address as usize, other.address as usize);
+        let apart = first + self.length * size_of::<T>() <= second || second + other.length * size_of::<T>() <= first;
+        let same = first == second && self.shape == other.shape;
+        ensure!(
+            same || apart || self.length == 0 || other.length == 0,
+            "an input {:?} and an output {:?} overlap in memory, expected one buffer of one shape, or two",
+            self.shape,
+            other.shape
+        );
+        Ok(same)
+    }
+
+    /// # Safety
+    /// Nobody writes the range as long as the slice lives.
+    pub unsafe fn part(&self, range: Range<usize>) -> &'a [T] {
+        // SAFETY: inside the tensor, and not written, says the caller.
+        unsafe { std::slice::from_raw_parts(self.at(&range), range.len()) }
+    }
+
+    /// # Safety
+    /// Nobody else reads or writes the range as long as the slice lives, and an input is not written at all.
+    #[allow(clippy::mut_from_ref)] // that is what it is for
+    pub unsafe fn part_mut(&self, range: Range<usize>) -> &'a mut [T] {
+        // SAFETY: inside the tensor, and the caller's alone.
+        unsafe { std::slice::from_raw_parts_mut(self.at(&range), range.len()) }
+    }
+
+    fn at(&self, range: &Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.length, "{range:?} of {} elements", self.length);
+        // SAFETY: inside the tensor.
+        unsafe { self.address.add(range.start) }
+    }
 }
 
 /// A tensor that nobody writes to.
@@ -470,5 +517,32 @@ pub const fn custom_op<O: Operator>() -> OrtCustomOp {
         InferOutputShapeFn: None,
         GetStartVersion: Some(one),
         GetEndVersion: Some(last_version),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Error, Mutex, Region, caught, run_worker};
+
+    #[test]
+    fn a_panic_becomes_an_error_with_its_text() {
+        let error = caught::<()>(|| panic!("{} is odd", 3)).unwrap_err();
+        assert!(error.0.starts_with("3 is odd; this is a bug of phimoe-onnx"), "{error:?}");
+    }
+
+    #[test]
+    fn the_first_error_of_a_workers_region_is_kept() {
+        let work = |worker: usize| match worker {
+            0 => Ok(()),
+            1 => panic!("worker 1"),
+            _ => Err(Error(format!("worker {worker}"))),
+        };
+        let region = Region { work: &work, error: Mutex::new(None) };
+        for worker in 0..3 {
+            // SAFETY: the region is on this stack, and this thread alone has it.
+            unsafe { run_worker((&raw const region).cast_mut().cast(), worker) };
+        }
+        let error = region.error.into_inner().unwrap().unwrap();
+        assert!(error.0.starts_with("worker 1;"), "{error:?}");
     }
 }
