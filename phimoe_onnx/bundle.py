@@ -42,6 +42,7 @@ ROPE_LENGTH = "rope_length"
 # bytes of each dtype that a cache may have
 CACHE_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 OPTIONAL_INPUTS = (LOGITS_TO_KEEP, ROPE_LENGTH)
+NATIVE_OPERATORS = "phimoe.native.1"  # what a graph of the native operators requires: their domain and its version
 
 
 def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:

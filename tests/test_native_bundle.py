@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from phimoe_onnx.bundle import describe_files, read_manifest
+from phimoe_onnx.bundle import NATIVE_OPERATORS, describe_files, read_manifest
 from phimoe_onnx.errors import DeviceError
 from phimoe_onnx.runtime import PhiMoE
 from phimoe_onnx.runtime.ort import operators, session
@@ -31,7 +31,7 @@ def native(tmp_path: Path) -> tuple[Path, ToyModel]:
     model.opset_import.append(helper.make_opsetid("phimoe.native", 1))
     onnx.save(model, folder / "model.onnx")
     manifest = read_manifest(folder)
-    graphs = tuple(dataclasses.replace(graph, requires=(operators.REQUIREMENT,)) for graph in manifest.graphs)
+    graphs = tuple(dataclasses.replace(graph, requires=(NATIVE_OPERATORS,)) for graph in manifest.graphs)
     dataclasses.replace(manifest, graphs=graphs, files=describe_files(folder)).write(folder)
     return folder, toy
 
@@ -47,7 +47,9 @@ def test_it_writes_the_exact_tokens_alone_and_in_batches_over_the_rope_boundary(
 
 def test_without_the_library_it_says_what_to_do(native: tuple[Path, ToyModel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "PROVIDED", frozenset())
-    with pytest.raises(DeviceError, match="install Rust's cargo and then phimoe-onnx again, or export with --operators"):
+    with pytest.raises(
+        DeviceError, match="install Rust's cargo and then phimoe-onnx again, or export with --operators"
+    ):
         PhiMoE.load(native[0])
 
 
@@ -56,6 +58,6 @@ def test_a_library_that_cannot_be_loaded_is_an_error_that_names_it(
 ) -> None:
     (tmp_path / "_operators.so").write_bytes(b"\x7fELF, cut off")
     monkeypatch.setattr(operators, "library", lambda: tmp_path / "_operators.so")
-    monkeypatch.setattr(session, "PROVIDED", frozenset({operators.REQUIREMENT}))
+    monkeypatch.setattr(session, "PROVIDED", frozenset({NATIVE_OPERATORS}))
     with pytest.raises(DeviceError, match=r"cannot load it on cpu: .*_operators\.so"):
         PhiMoE.load(native[0])

@@ -175,7 +175,8 @@ def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ..
     """The traced graph in the target's operators over stored weights, but for the experts."""
     target, layers, cached = recipe.target, config.num_hidden_layers, recipe.task == "text-generation"
     if target.attention == "GroupQueryAttention":
-        FuseAttention(config, target.rotates(config))(model)
+        native = recipe.operators == "native" and cached and recipe.kv_cache == "none"  # it caches float32
+        FuseAttention(config, target.rotates(config), native)(model)
     elif cached:
         ReshapeCache(config)(model)
     if target.skip_norm:

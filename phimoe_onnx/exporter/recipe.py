@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from phimoe_onnx.bundle import TASKS, StoredWeights
+from phimoe_onnx.bundle import NATIVE_OPERATORS, TASKS, StoredWeights
 from phimoe_onnx.checkpoint.tensors import shapes
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
@@ -32,7 +32,6 @@ LARGEST_DEFAULT_BLOCK = 64
 ROUTER = "gate.weight"
 EXACT = (ROUTER, "score.weight")  # router and a classifier's head: float32 in every form, a tie would decide
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-NATIVE_OPERATORS = "phimoe.native.1"  # domain and version, as a manifest's `requires` names them
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 # (rows [..., N, K], form, parameter's name in modeling.py, expert) -> codes, scales and, without form.symmetric, zeros,

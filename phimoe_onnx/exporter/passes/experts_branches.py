@@ -21,7 +21,8 @@ class BranchExperts(ir.passes.InPlacePass):
     """Replaces each `phimoe::Experts` that `StoreExperts` has been at by a chain of branches.
 
     1. Expert e's branch is taken when a token chose e: NonZero finds those tokens, Gather fetches them, two
-       MatMulNBits (Gemm for plain weights, MatMul behind a DequantizeLinear in standard operators) compute them, ScatterND adds them to the sum that the chain carries.
+       MatMulNBits compute them (Gemm for plain weights, MatMul behind a DequantizeLinear in standard operators), and
+       ScatterND adds them to the sum that the chain carries.
     2. A matrix is the expert's own slice of the stored stack, the very bytes that the fused operator reads, so both
        graphs can lie over one data file.
 

@@ -19,7 +19,17 @@ from phimoe_onnx.exporter.passes._edit import (
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.strips import Strips, superblock_size
 from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, ROUTER, Recipe
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, in_columns, in_strips, job_piece, narrowed, parts_of
+from phimoe_onnx.exporter.weights import (
+    FLOATS,
+    Parameter,
+    Weight,
+    in_blocks,
+    in_columns,
+    in_strips,
+    job_piece,
+    narrowed,
+    parts_of,
+)
 
 
 class StoreProjections(ir.passes.InPlacePass):

@@ -49,7 +49,9 @@ def _laid_out(form: Format | Strips, k: int, levels: Tensor, s: Tensor, S: Tenso
 def _superblocks(rows: Tensor) -> Tensor:
     """[N, K] -> [N, superblocks, blocks, 32], float32, with zeros up to whole tiles; a copy."""
     k = rows.shape[1]
-    return pad(rows.to(torch.float32, copy=True), (0, -k % TILE)).view(len(rows), -1, superblock_size(k) // BLOCK, BLOCK)
+    return pad(rows.to(torch.float32, copy=True), (0, -k % TILE)).view(
+        len(rows), -1, superblock_size(k) // BLOCK, BLOCK
+    )
 
 
 def _fit_8(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

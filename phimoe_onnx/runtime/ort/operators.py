@@ -6,8 +6,6 @@ import ctypes
 import sysconfig
 from pathlib import Path
 
-REQUIREMENT = "phimoe.native.1"  # what a graph with these operators says in the manifest's `requires`
-
 
 def library() -> Path | None:
     """The library of the operators, or None where it was not built."""

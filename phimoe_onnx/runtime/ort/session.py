@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from phimoe_onnx.bundle import Graph, Manifest
+from phimoe_onnx.bundle import NATIVE_OPERATORS, Graph, Manifest
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError
 from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.agreement import check_graph
@@ -20,7 +20,7 @@ from phimoe_onnx.runtime.ort.mapped import released
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # what a graph may require and this installation brings
-PROVIDED = frozenset({operators.REQUIREMENT} if operators.library() else ())
+PROVIDED = frozenset({NATIVE_OPERATORS} if operators.library() else ())
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -105,7 +105,7 @@ def _open(
         with memory_errors(
             f"loading {path} on {device}", sum(file.stat().st_size for file in path.parent.glob("*.data"))
         ):
-            if operators.REQUIREMENT in requires:
+            if NATIVE_OPERATORS in requires:
                 options.register_custom_ops_library(str(operators.library()))
             session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
     except OutOfMemoryError:
@@ -147,7 +147,7 @@ def choose_graph(manifest: Manifest, device: str, installed: str) -> Graph:
     missing = sorted({name for graph in graphs for name in graph.requires if name not in PROVIDED})
     graphs = [graph for graph in graphs if PROVIDED.issuperset(graph.requires)]
     if not graphs:
-        if missing == [operators.REQUIREMENT]:
+        if missing == [NATIVE_OPERATORS]:
             raise DeviceError(
                 "the bundle needs the native operators, which are not built here; install Rust's cargo and then "
                 "phimoe-onnx again, or export with --operators stock"
