@@ -34,10 +34,10 @@ class FuseAttention(ir.passes.InPlacePass):
     1. The projections MatMul(x, Transpose(W)), each with or without an Add of a bias, become one with the rows of W_q,
        W_k and W_v (and the biases) below each other.
     2. Attention becomes com.microsoft.GroupQueryAttention, or phimoe.native.Attention in its place, with rope inside,
-       over tables of cos and sin that hold a row per position. With longrope the rows of the short factors come first and those of the long factors after them,
-       and `position_ids` point into one or the other by the length of each row of the batch. In a first prompt of
-       several rows the operator takes row 0's choice for all (ONNX Runtime 1.32), so rows on both sides of the boundary
-       are to be run alone.
+       over tables of cos and sin that hold a row per position. With longrope the rows of the short factors come first
+       and those of the long factors after them, and `position_ids` point into one or the other by the length of each
+       row of the batch. In a first prompt of several rows GroupQueryAttention takes row 0's choice for all (release
+       1.32), so rows on both sides of the boundary are to be run alone.
     3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which
        reads each row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing
        reads them: without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
