@@ -97,6 +97,18 @@ def rust(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def native(session: nox.Session) -> None:
+    """The crates under native: formatting, lint and their own tests. tests/test_native_*.py run the operators in ONNX
+    Runtime, with all other tests.
+    """
+    if not shutil.which("cargo"):
+        session.skip("there is no cargo here")
+    for command in (("fmt", "--check"), ("clippy", "--release", "--all-targets", "--", "-D", "warnings")):
+        session.run("cargo", command[0], "--manifest-path", "native/Cargo.toml", *command[1:], external=True)
+    session.run("cargo", "test", "--release", "--manifest-path", "native/Cargo.toml", external=True)
+
+
+@nox.session(venv_backend="none")
 def java(session: nox.Session) -> None:
     """embed/java, over Maven Central's ONNX Runtime, and its documentation."""
     if not shutil.which("mvn"):

@@ -1,7 +1,7 @@
 """phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
 
-`export` and `verify` need the extra `[export]`; `PhiMoE`, what it returns and `verify_golden` need an ONNX Runtime, `[cpu]`
-or `[gpu]`; each is imported when it is first used.
+`export` and `verify` need the extra `[export]`; `PhiMoE`, what it returns and `verify_golden` need an ONNX Runtime,
+`[cpu]` or `[gpu]`. Each is imported when it is first used.
 
 Importing this package, or a part of it, turns ONNX Runtime's telemetry off for the process, where ONNX Runtime is not
 loaded already: it sets ORT_DISABLE_TELEMETRY=1 in the environment. A value that is there stays, so that 0 turns it on.
@@ -79,11 +79,8 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-<<<<<<< HEAD
-        extra = "cpu" if _LAZY[name] == _RUNTIME or error.name == "onnxruntime" else "export"
-=======
-        extra = "cpu" if name in ("PhiMoE", "verify_golden") or error.name == "onnxruntime" else "export"
->>>>>>> refs/heads/layered
+        runtime = _LAZY[name] == _RUNTIME or name == "verify_golden"
+        extra = "cpu" if runtime or error.name == "onnxruntime" else "export"
         raise MissingPackageError(
             f"{name} needs the package {error.name}; pip install 'phimoe-onnx[{extra}]'"
         ) from None

@@ -42,6 +42,7 @@ ROPE_LENGTH = "rope_length"
 # bytes of each dtype that a cache may have
 CACHE_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 OPTIONAL_INPUTS = (LOGITS_TO_KEEP, ROPE_LENGTH)
+NATIVE_OPERATORS = "phimoe.native.1"  # what a graph of the native operators requires: their domain and its version
 
 
 def cache_names(num_hidden_layers: int, prefix: str) -> list[str]:
@@ -169,6 +170,8 @@ class StoredWeights:
         block_size: of integers, how many neighbours of a row share a scale; else None.
         scale_dtype: of integers, their scales' dtype; else None.
         symmetric: whether the codes lie around their middle; else each block has a zero point.
+        layout: "rows", as ONNX Runtime's operators read them, or "strips", as the native operators do: there a block's
+            scale is an integer times a number of `scale_dtype` (native/FORMAT.md).
     """
 
     parameters: tuple[str, ...]
@@ -177,6 +180,7 @@ class StoredWeights:
     block_size: Count | None = None
     scale_dtype: str | None = None
     symmetric: bool = True
+    layout: str = "rows"
 
     def names(self) -> Iterator[str]:
         """The whole names of all its parameters."""
@@ -242,6 +246,9 @@ class Manifest:
         values = dataclasses.asdict(self)
         if not self.decoding.clean_up_tokenization_spaces:  # a key of the few tokenizers that want it
             del values["decoding"]["clean_up_tokenization_spaces"]
+        for group in values["weights"]:
+            if group["layout"] == "rows":  # what it was before there was another
+                del group["layout"]
         _write(bundle, values)
 
 

@@ -31,17 +31,19 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("target", "quantize"), FORMS)
+@pytest.mark.parametrize(
+    ("target", "quantize", "operators"), [*((*form, "stock") for form in FORMS), ("cpu", "int4", "native")]
+)
 @pytest.mark.parametrize("shape", ["model", "tied", "tiles"])
 def test_bundle_is_as_large_as_planned(
-    tmp_path: Path, checkpoint: Callable[[str], Path], shape: str, target: str, quantize: str
+    tmp_path: Path, checkpoint: Callable[[str], Path], shape: str, target: str, quantize: str, operators: str
 ) -> None:
     if (target == "cuda" and quantize != "none") != (shape == "tiles"):
         pytest.skip("QMoE on CUDA takes the last shape alone, which serves only for that")
     source = MODEL if shape == "model" else checkpoint(shape)
     config = read_config(source)
-    need = requirements(config, recipe_for(config, TARGETS[target], quantize))
-    bundle = export(source, tmp_path / "bundle", target=target, quantize=quantize)
+    need = requirements(config, recipe_for(config, TARGETS[target], quantize, operators=operators))
+    bundle = export(source, tmp_path / "bundle", target=target, quantize=quantize, operators=operators)
     weights = sum(path.stat().st_size for path in bundle.glob("*.data"))
     graphs = sum(path.stat().st_size for path in bundle.glob("*.onnx"))
     # tiny shapes are all graph

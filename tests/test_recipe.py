@@ -119,6 +119,23 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
             ["--target cuda has no", "one layer", "store them alike"],
         ),
         ({"quantize": "int4", "target": "cuda"}, ["--target cuda has no int4", "multiples of 64"]),
+        ({"operators": "native"}, ["--operators native", "int4 and int8 weights", "--quantize int4"]),
+        ({"operators": "fast"}, ["--operators is 'fast'", "stock or native"]),
+        (
+            {"operators": "native", "target": "portable", "quantize": "fp16"},
+            ["--target portable has no --operators nat"],
+        ),
+        ({"operators": "native", "quantize": "int4", "block_size": 64}, ["--block-size is 64", "blocks of 32"]),
+        ({"operators": "native", "quantize": "int4", "rounding": "rtn"}, ["rounding is 'rtn'", "takes 'two-level'"]),
+        (
+            {"operators": "native", "quantize": "int4", "store": {"*.1.*.down_proj": "fp16"}},
+            ["layers.1.block_sparse_moe.experts.down_proj is stored as float16", "all as int4 or all as int8"],
+        ),
+        (
+            {"operators": "native", "quantize": "int4", "store": {"*.gate_up_proj.3": "int8"}},
+            ["gate_up_proj is stored as int4 in strips and int8 in strips"],
+        ),
+        ({"quantize": "int4", "rounding": "two-level", "block_size": 64}, ["--block-size is 64", "[16, 32]"]),
         ({"kv_cache": "int8", "task": "feature-extraction"}, ["--task feature-extraction has no --kv-cache int8"]),
     ],
 )

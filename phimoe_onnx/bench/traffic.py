@@ -76,5 +76,7 @@ def _bits(stored: StoredWeights) -> float:
     """Bits that a weight takes, with its share of a block's scale and zero point."""
     if stored.block_size is None:
         return _BITS[stored.dtype]
+    if stored.layout == "strips":  # an integer of 4 bits for a block, beside 8-bit levels none; S is next to nothing
+        return _BITS[stored.dtype] + (0.0 if stored.dtype == "int8" else 4 / stored.block_size)
     beside = _BITS[stored.scale_dtype or "float32"] + (0.0 if stored.symmetric else _BITS[stored.dtype])
     return _BITS[stored.dtype] + beside / stored.block_size

@@ -59,6 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--target", choices=TARGETS, help="what the bundle is for; portable is standard ONNX alone (default: cpu)")
     add(
+        "--operators",
+        default="stock",
+        metavar="KIND",
+        help="what computes with int4 and int8 weights: stock (default; ONNX Runtime's operators, which every program "
+        "has) or native (this project's)",
+    )
+    add(
+        "--rounding",
+        metavar="NAME",
+        help="rtn, to nearest (default of stock operators), or two-level (of native ones; both can compute with it)",
+    )
+    add(
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
@@ -98,6 +110,8 @@ def _export(arguments: argparse.Namespace) -> None:
             kv_cache=arguments.kv_cache,
             dtype=arguments.dtype,
             store=store,
+            operators=arguments.operators,
+            rounding=arguments.rounding,
             adapter=arguments.adapter,
             revision=arguments.revision,
             token=arguments.token,
@@ -106,6 +120,7 @@ def _export(arguments: argparse.Namespace) -> None:
         )
     print(f"{folder}: {_size(folder) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
     _summarise(folder, phases.seconds)
+    print(_who_runs_it(folder))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -115,6 +130,19 @@ def _pair(text: str) -> tuple[str, str]:
     if form not in QUANTIZE:
         raise argparse.ArgumentTypeError(f"{text}: the form is {form!r}, expected one of {', '.join(QUANTIZE)}")
     return pattern, form
+
+
+def _who_runs_it(folder: Path) -> str:
+    """Which operators a bundle has, who can run it, and how to get the other kind."""
+    manifest = read_manifest(folder)
+    if any(graph.requires for graph in manifest.graphs):
+        return (
+            "native operators: programs that have the library of phimoe-onnx run it; --operators stock writes one for "
+            "plain ONNX Runtime"
+        )
+    if manifest.target == "cpu" and any(group.block_size for group in manifest.weights):
+        return "stock operators: any ONNX Runtime runs it; --operators native writes one for this package"
+    return "standard and ONNX Runtime's operators: any ONNX Runtime runs it"
 
 
 class Phases:
@@ -184,6 +212,8 @@ def _summarise(folder: Path, seconds: dict[str, float]) -> None:
 def _stored_as(group: StoredWeights) -> str:
     if group.block_size is None:
         return group.dtype
+    if group.layout == "strips":
+        return f"{group.dtype} in strips"
     return f"{group.dtype}, block {group.block_size}" + ("" if group.symmetric else ", zero points")
 
 

@@ -88,6 +88,8 @@ def _recipe(
         kv_cache=arguments.kv_cache,
         dtype=arguments.dtype,
         store=store,
+        operators=arguments.operators,
+        rounding=arguments.rounding,
     )
 
 

@@ -30,6 +30,7 @@ from phimoe_onnx.exporter.passes.cache import ReshapeCache
 from phimoe_onnx.exporter.passes.embedding import QuantizeEmbedding
 from phimoe_onnx.exporter.passes.experts_branches import BranchExperts
 from phimoe_onnx.exporter.passes.experts_fused import FuseExperts
+from phimoe_onnx.exporter.passes.experts_native import NativeExperts
 from phimoe_onnx.exporter.passes.experts_stored import StoreExperts
 from phimoe_onnx.exporter.passes.half import StoreHalf
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs, RequireInputs
@@ -49,7 +50,11 @@ from phimoe_onnx.files import read_json
 from phimoe_onnx.progress import Progress, counter
 
 # by what a recipe calls them
-EXPERTS: dict[str, type[FuseExperts] | type[BranchExperts]] = {"fused": FuseExperts, "branches": BranchExperts}
+EXPERTS: dict[str, type[FuseExperts] | type[BranchExperts] | type[NativeExperts]] = {
+    "fused": FuseExperts,
+    "branches": BranchExperts,
+    "native": NativeExperts,
+}
 
 
 def export(
@@ -63,7 +68,8 @@ def export(
     kv_cache: str = "none",
     dtype: str | None = None,
     store: Mapping[str, str] | None = None,
-    rounding: str = "rtn",
+    operators: str = "stock",
+    rounding: str | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -87,7 +93,10 @@ def export(
         store: forms of `quantize` for single matrices, on top of it: {"lm_head.weight": "int8"}. A key is a name or a
             pattern (fnmatch) over modeling.py's parameter names, for one expert of a stack with its number behind:
             "model.layers.0.block_sparse_moe.experts.down_proj.3"; the last that matches counts.
-        rounding: how weights in blocks are rounded: "rtn", to nearest.
+        operators: whose operators compute with int4 and int8 weights: "stock", ONNX Runtime's, which run anywhere, or
+            "native", this project's, which the program that loads the bundle must have.
+        rounding: how weights are rounded: "rtn", to nearest, or "two-level", the grid of the native operators, on which
+            both kinds of operators compute with the same weights; by default the operators' own.
         adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
@@ -117,6 +126,7 @@ def export(
         kv_cache=kv_cache,
         dtype=dtype,
         store=store,
+        operators=operators,
         rounding=rounding,
     )
     check_tokens(config, folder)
@@ -141,6 +151,10 @@ def build_graphs(
 ) -> dict[str, ir.Model]:
     """The bundle's graphs by file; they have their weights in common, described and not yet computed."""
     shared = _lower(traced, config, rows, recipe)
+    if recipe.dequantizes:  # DequantizeLinear reads blocks from opset 21 on; nothing else here changed until then
+        shared.ir_version = 10
+        for opsets in (shared.opset_imports, *(function.opset_imports for function in shared.functions.values())):
+            opsets[""] = 21
     store_half = StoreHalf(recipe)
     graphs = {}
     for file, (experts, optional_inputs) in recipe.graphs().items():
@@ -161,7 +175,8 @@ def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ..
     """The traced graph in the target's operators over stored weights, but for the experts."""
     target, layers, cached = recipe.target, config.num_hidden_layers, recipe.task == "text-generation"
     if target.attention == "GroupQueryAttention":
-        FuseAttention(config, target.rotates(config))(model)
+        native = recipe.operators == "native" and cached and recipe.kv_cache == "none"  # it caches float32
+        FuseAttention(config, target.rotates(config), native)(model)
     elif cached:
         ReshapeCache(config)(model)
     if target.skip_norm:
@@ -247,7 +262,7 @@ def _write_files(folder: Path, staging: Path, config: PhiMoEConfig, recipe: Reci
         (staging / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     for name, text in tokenizer_files(folder).items():
         (staging / name).write_text(text, encoding="utf-8")
-    if recipe.task == "text-generation" and recipe.target.genai is not None:
+    if recipe.task == "text-generation" and recipe.target.genai is not None and recipe.operators == "stock":
         genai = genai_config(config, read_generation(folder), "model.onnx", recipe.target)
         (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
     if recipe.draws_on_device:
@@ -267,6 +282,7 @@ def _manifest(
             file=file,
             devices=recipe.target.devices_for(recipe.dtype, experts),
             optional_inputs=bundle.OPTIONAL_INPUTS if optional_inputs else (),
+            requires=recipe.requires,
         )
         for file, (experts, optional_inputs) in recipe.graphs().items()
     )

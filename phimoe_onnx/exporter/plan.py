@@ -13,15 +13,16 @@ from pathlib import Path
 from phimoe_onnx.checkpoint.tensors import shapes
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.kinds import kind
-from phimoe_onnx.exporter.quantize.format import WIDTHS, Format, Plain
+from phimoe_onnx.exporter.quantize.format import WIDTHS, Plain
+from phimoe_onnx.exporter.quantize.strips import Strips
 from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe, bits_per_weight
 from phimoe_onnx.exporter.rope import rope_rows
 
 # Bytes, measured with torch 2.13 and ONNX Runtime 1.32 on Linux.
 EXPORTER = 1000 << 20  # resident beside the weights at hand: torch, the traced graph, what the allocator keeps
 RUNTIME = 90 << 20  # resident before the first weight: Python, numpy, ONNX Runtime, a tokenizer
-GRAPH_PER_LAYER = {"fused": 10_700, "branches": 0}
-GRAPH_PER_EXPERT = {"fused": 0, "branches": 6_560}
+GRAPH_PER_LAYER = {"fused": 10_700, "branches": 0, "native": 7_000}
+GRAPH_PER_EXPERT = {"fused": 0, "branches": 6_560, "native": 0}
 CACHE_BYTES = {"int8": 1.0, "int4": 0.5}  # of a channel
 
 
@@ -89,7 +90,7 @@ def _weights(config: PhiMoEConfig, recipe: Recipe) -> tuple[int, int]:
         for form in forms:
             parts = form.nbytes(n, k)
             stored += sum(parts)
-            if not recipe.target.expands:
+            if not recipe.target.expands or isinstance(form, Strips):  # strips stay in the file, mapped
                 resident += sum(parts)
             elif isinstance(form, Plain):
                 resident += n * k * WIDTHS["float32"]  # on the CPU float16 becomes float32
@@ -129,7 +130,7 @@ def _largest_jobs(config: PhiMoEConfig, recipe: Recipe) -> int:
     """Bytes of the memory that the writer's workers hold at worst: one the head, the others an expert's fc1 each."""
     head = config.vocab_size * config.hidden_size
     expert = 2 * config.intermediate_size * config.hidden_size
-    blocks = [form for forms in recipe.forms.values() for form in forms if isinstance(form, Format)]
+    blocks = [form for forms in recipe.forms.values() for form in forms if not isinstance(form, Plain)]
     if not blocks:  # as stored, cast and transposed; the head is so large that it outlasts the experts
         return head * (2 + 2 * WIDTHS[recipe.dtype])
     packed = max(bits_per_weight(form) for form in blocks if form.bits == min(each.bits for each in blocks)) / 8

@@ -11,15 +11,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from phimoe_onnx.bundle import TASKS, StoredWeights
+from phimoe_onnx.bundle import NATIVE_OPERATORS, TASKS, StoredWeights
 from phimoe_onnx.checkpoint.tensors import shapes
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.quantize.format import WIDTHS, Form, Format, Plain
-from phimoe_onnx.exporter.target import Dtype, Experts, Target
+from phimoe_onnx.exporter.quantize.format import WIDTHS, Format, Plain
+from phimoe_onnx.exporter.quantize.strips import BLOCK, LARGEST_SUPERBLOCK, Strips
+from phimoe_onnx.exporter.target import Dtype, Experts, Form, Operators, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,24 +29,38 @@ if TYPE_CHECKING:
 QUANTIZE = ("none", "fp16", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 LARGEST_DEFAULT_BLOCK = 64
-EXACT = ("gate.weight", "score.weight")  # router and a classifier's head: float32 in every form, a tie would decide
+ROUTER = "gate.weight"
+EXACT = (ROUTER, "score.weight")  # router and a classifier's head: float32 in every form, a tie would decide
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-# (rows [..., N, K], format, parameter's name in modeling.py, expert) -> codes, scales and, without format.symmetric,
-# zeros, as format.py lays them out. It may be given a parameter's matrix in several calls of some rows each.
-RoundRows = Callable[["Tensor", Format, str, "int | None"], tuple["Tensor", ...]]
+# (rows [..., N, K], form, parameter's name in modeling.py, expert) -> codes, scales and, without form.symmetric, zeros,
+# as format.py lays them out, or strips. It may be given a parameter's matrix in several calls of some rows each.
+RoundRows = Callable[["Tensor", Any, str, "int | None"], tuple["Tensor", ...]]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A way to round: where its function is, as "module:name" (it needs torch, a recipe does not), and its codes."""
+    """A way to round: where its function is, as "module:name" (it needs torch, a recipe does not), and its codes.
+
+    Attributes:
+        operators: whose layouts it knows.
+        largest_block: the most weights that share a scale, where the grid sets a limit.
+    """
 
     function: str
     symmetric: bool = True
+    operators: tuple[Operators, ...] = ("stock",)
+    largest_block: int = max(BLOCK_SIZES)
 
 
-ROUNDINGS = {"rtn": Rounding("phimoe_onnx.exporter.quantize.rtn:round_to_nearest")}
+ROUNDINGS = {
+    "rtn": Rounding("phimoe_onnx.exporter.quantize.rtn:round_to_nearest"),
+    "two-level": Rounding(
+        "phimoe_onnx.exporter.quantize.two_level:round_two_level", operators=("native", "stock"), largest_block=BLOCK
+    ),
+}
+DEFAULT_ROUNDING: dict[Operators, str] = {"stock": "rtn", "native": "two-level"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class Recipe:
         quantize: the option that `forms` follow where `store` says nothing else.
         dtype: of activations.
         kv_cache: "none", "int8" or "int4".
+        operators: whose operators compute with rounded weights, ONNX Runtime's ("stock") or this project's ("native").
         rounding: one of ROUNDINGS.
         forms: modeling.py's name of each parameter -> its form; of a stack of experts each expert's.
         experts: how experts can be computed with these forms; each is a graph.
@@ -67,6 +84,7 @@ class Recipe:
     quantize: str
     dtype: Dtype
     kv_cache: str
+    operators: Operators
     rounding: str
     forms: Mapping[str, tuple[Form, ...]]
     experts: tuple[Experts, ...]
@@ -90,6 +108,12 @@ class Recipe:
         """Whether the bundle has a graph that draws tokens."""
         return self.task == "text-generation" and self.target.sampling_graph
 
+    @property
+    def dequantizes(self) -> bool:
+        """Whether DequantizeLinear is what reads weights in blocks, and some are."""
+        forms = {form for each in self.forms.values() for form in each}
+        return self.target.blocks == "DequantizeLinear" and any(isinstance(form, Format) for form in forms)
+
     def graphs(self) -> dict[str, tuple[Experts, bool]]:
         """The bundle's graphs by file, in order of preference: how each computes experts, and if it has optional
         inputs.
@@ -97,8 +121,14 @@ class Recipe:
         cached = self.task == "text-generation"
         files: dict[str, tuple[Experts, bool]] = {"model.onnx": (self.experts[0], cached)}
         if len(self.experts) > 1 or (cached and self.target.plain_inputs):
-            files["model.branches.onnx"] = (self.experts[-1], cached and not self.target.plain_inputs)
+            other = "model.plain.onnx" if self.experts[-1] == "native" else "model.branches.onnx"
+            files[other] = (self.experts[-1], cached and not self.target.plain_inputs)
         return files
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What the graphs need beyond ONNX Runtime."""
+        return (NATIVE_OPERATORS,) if self.operators == "native" else ()
 
     def stored_weights(self) -> tuple[StoredWeights, ...]:
         """The manifest's `weights`: parameters of one form together, runs of equal layers together."""
@@ -138,6 +168,8 @@ def _groups(forms: Mapping[str, Form], layers: tuple[int, int] | None) -> Iterat
         names = tuple(name for name, other in forms.items() if other == form)
         if isinstance(form, Plain):
             yield StoredWeights(names, layers, form.dtype)
+        elif isinstance(form, Strips):
+            yield StoredWeights(names, layers, form.dtype, BLOCK, "bfloat16", layout="strips")
         else:
             yield StoredWeights(names, layers, form.dtype, form.block_size, form.scale_dtype, form.symmetric)
 
@@ -152,7 +184,8 @@ def recipe_for(
     kv_cache: str = "none",
     dtype: str | None = None,
     store: Mapping[str, str] | None = None,
-    rounding: str = "rtn",
+    operators: str = "stock",
+    rounding: str | None = None,
 ) -> Recipe:
     """Decides how a checkpoint of this shape is stored; options are those of `export`.
 
@@ -160,13 +193,17 @@ def recipe_for(
         ExportError: an option is unknown, or the target or its operators do not take it; it says why.
     """
     store = store or {}
-    _check_options(task, kv_cache, quantize, store, rounding)
+    chosen = _operators(target, operators, (quantize, *store.values()), block_size)
+    rounding = rounding or DEFAULT_ROUNDING[chosen]
+    _check_options(task, kv_cache, quantize, store, chosen, rounding)
     target.check(config, (quantize, *store.values()), kv_cache)
     activations = target.activations(dtype)
     blocks = any(form.startswith("int") for form in (quantize, *store.values()))
-    size = _block_size(config, block_size) if blocks else 0
+    size = _block_size(config, block_size, ROUNDINGS[rounding].largest_block) if blocks else 0
 
-    def form(name: str) -> Form:
+    def form(name: str, parameter: str = "") -> Form:
+        if name.startswith("int") and chosen == "native" and parameter != EMBEDDING:
+            return Strips(int(name[3:]))
         if name.startswith("int"):
             return Format(int(name[3:]), size, activations, ROUNDINGS[rounding].symmetric)
         return Plain("float16" if name == "fp16" and activations == "float32" else activations)
@@ -181,14 +218,19 @@ def recipe_for(
         elif not is_matrix(name, shape):
             default = Plain(activations)
         else:
-            default = form("int8" if name == EMBEDDING and quantize.startswith("int") else quantize)
+            default = form("int8" if name == EMBEDDING and quantize.startswith("int") else quantize, name)
         forms[name] = (default,) * (shape[0] if len(shape) == 3 else 1)
     for pattern, stored in store.items():
-        _override(forms, known, pattern, stored, form(stored))
+        _override(forms, known, pattern, stored, partial(form, stored))
+    embedding = forms[EMBEDDING][0]
+    if isinstance(embedding, Format) and target.blocks == "DequantizeLinear" and embedding.bits != 8:
+        raise ExportError(
+            f"--store: {EMBEDDING} is {embedding}; the standard Gather takes int8 and no int4, store it as int8"
+        )
     if target.packs_projections:
         _check_packed(config, forms)
-    experts = _experts(config, target, forms)
-    return Recipe(target, task, quantize, activations, kv_cache, rounding, forms, experts)
+    experts = _native(config, forms) if chosen == "native" else _experts(config, target, forms)
+    return Recipe(target, task, quantize, activations, kv_cache, chosen, rounding, forms, experts)
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -200,11 +242,37 @@ def bits_per_weight(form: Form) -> float:
     """With a block's share of its scale and its zero point."""
     if isinstance(form, Plain):
         return 8 * WIDTHS[form.dtype]
+    if isinstance(form, Strips):
+        return form.bits + (0 if form.bits == 8 else 4 / BLOCK) + 16 / LARGEST_SUPERBLOCK
     beside = 8 * WIDTHS[form.scale_dtype] + (0 if form.symmetric else form.bits)
     return form.bits + beside / form.block_size
 
 
-def _check_options(task: str, kv_cache: str, quantize: str, store: Mapping[str, str], rounding: str) -> None:
+def _operators(target: Target, operators: str, forms: tuple[str, ...], block_size: int | None) -> Operators:
+    """The ones that are asked for.
+
+    Raises:
+        ExportError: there are none of that name, or they do not run this.
+    """
+    for known in target.operators:
+        if known == operators == "native":
+            if not any(form.startswith("int") for form in forms):
+                raise ExportError(
+                    "--operators native computes with int4 and int8 weights, and none are asked for; use --quantize "
+                    "int4, or --operators stock"
+                )
+            if block_size not in (None, BLOCK):
+                raise ExportError(f"--block-size is {block_size}, but --operators native has blocks of {BLOCK}")
+        if known == operators:
+            return known
+    if operators not in DEFAULT_ROUNDING:
+        raise ExportError(f"--operators is {operators!r}, expected {' or '.join(DEFAULT_ROUNDING)}")
+    raise ExportError(f"--target {target.name} has no --operators {operators}; use {' or '.join(target.operators)}")
+
+
+def _check_options(
+    task: str, kv_cache: str, quantize: str, store: Mapping[str, str], operators: Operators, rounding: str
+) -> None:
     if task not in TASKS:
         raise ExportError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     if quantize not in QUANTIZE:
@@ -216,18 +284,22 @@ def _check_options(task: str, kv_cache: str, quantize: str, store: Mapping[str, 
         raise ExportError(f"kv_cache is {kv_cache!r}, expected one of none, int8, int4")
     if rounding not in ROUNDINGS:
         raise ExportError(f"rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+    if operators not in ROUNDINGS[rounding].operators:
+        raise ExportError(f"rounding is {rounding!r}, --operators {operators} takes {DEFAULT_ROUNDING[operators]!r}")
     if task != "text-generation" and kv_cache != "none":
         raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
 
 
-def _block_size(config: PhiMoEConfig, block_size: int | None) -> int:
-    """The one that is asked for, else the largest number up to 64 that divides the rows of all matrices."""
+def _block_size(config: PhiMoEConfig, block_size: int | None, largest: int) -> int:
+    """The one that is asked for, else the largest number up to 64 that divides the rows of all matrices; a rounding has
+    none above `largest`.
+    """
     widths = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
     }
-    fitting = [size for size in BLOCK_SIZES if not any(width % size for width in widths.values())]
+    fitting = [size for size in BLOCK_SIZES if size <= largest and not any(width % size for width in widths.values())]
     if block_size is None:
         block_size = max((size for size in fitting if size <= LARGEST_DEFAULT_BLOCK), default=LARGEST_DEFAULT_BLOCK)
     if block_size not in fitting:
@@ -243,7 +315,7 @@ def _override(
     known: Mapping[str, tuple[int, ...]],
     pattern: str,
     stored: str,
-    form: Form,
+    form: Callable[[str], Form],
 ) -> None:
     """Puts `form` in the place of what stands for the matrices that `pattern` matches, whole or as NAME.EXPERT."""
     matched = fixed = None
@@ -257,7 +329,7 @@ def _override(
             fixed = name
             continue
         matched = name
-        forms[name] = tuple(form if chosen else old for chosen, old in zip(experts, before, strict=True))
+        forms[name] = tuple(form(name) if chosen else old for chosen, old in zip(experts, before, strict=True))
     if matched is None and fixed is None:
         raise ExportError(
             f"--store {pattern}={stored}: no parameter is called so; names are those of modeling.py, such as {HEAD} "
@@ -279,6 +351,20 @@ def _check_packed(config: PhiMoEConfig, forms: Mapping[str, tuple[Form, ...]]) -
             raise ExportError(
                 f"--store: {prefix} has {stored}; GroupQueryAttention takes the three as one matrix, store them alike"
             )
+
+
+def _native(config: PhiMoEConfig, forms: Mapping[str, tuple[Form, ...]]) -> tuple[Experts, ...]:
+    """The native operators' way to compute experts; raises ExportError where these forms do not allow it."""
+    for layer in range(config.num_hidden_layers):
+        for stack in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.block_sparse_moe.experts.{stack}"
+            found = sorted({str(form) for form in forms[name]})
+            if len(found) > 1 or not isinstance(forms[name][0], Strips):
+                raise ExportError(
+                    f"{name} is stored as {' and '.join(found)}; --operators native takes the experts of a layer all "
+                    f"as int4 or all as int8"
+                )
+    return ("native",)
 
 
 def _experts(config: PhiMoEConfig, target: Target, forms: Mapping[str, tuple[Form, ...]]) -> tuple[Experts, ...]:

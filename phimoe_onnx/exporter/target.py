@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.quantize.format import Form, Plain
+from phimoe_onnx.exporter.quantize.format import Format, Plain
+from phimoe_onnx.exporter.quantize.strips import Strips
 
 # How the experts may be computed, and the least ONNX Runtime release of each. fused: QMoE knows accuracy_level, without
 # which it is slow, from 1.31 on, and so does CUDA's GroupQueryAttention rotate at positions beyond the cache's length,
-# where the long factors are. branches: one If an expert, over operators that older releases have.
-EXPERTS = {"fused": "1.31", "branches": "1.29"}
-Experts = Literal["fused", "branches"]
+# where the long factors are. branches: one If an expert, over operators that older releases have. native: our own one.
+EXPERTS = {"fused": "1.31", "branches": "1.29", "native": "1.29"}
+Experts = Literal["fused", "branches", "native"]
+Operators = Literal["stock", "native"]  # whose operators compute with rounded weights
+Form = Plain | Format | Strips
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -46,6 +49,9 @@ class Target:
         experts: how experts are computed, in order of preference; each is a graph, where the weights allow it.
         no_plain_moe: why the fused MoE is not used for weights that are not quantised; None: it is.
         tile: what the fused QMoE needs hidden_size and intermediate_size to be multiples of.
+        blocks: what computes with weights in blocks. MatMulNBits is ONNX Runtime's; DequantizeLinear before a MatMul is
+            standard from opset 21 on.
+        operators: whose operators there are for rounded weights.
         forms: in which weights may be stored: "none" (as activations), "fp16", "int8", "int4".
         no_form: why others are not there.
         kv_cache: in which keys and values may be: "none" (as activations), "int8", "int4".
@@ -70,6 +76,8 @@ class Target:
     kv_cache: tuple[str, ...]
     prefill_chunk: int
     rotates: Callable[[PhiMoEConfig], bool] = lambda config: True
+    blocks: Literal["MatMulNBits", "DequantizeLinear"] = "MatMulNBits"
+    operators: tuple[Operators, ...] = ("stock",)
     no_plain_moe: str | None = None
     tile: int = 1
     no_form: str = ""
@@ -161,6 +169,7 @@ CPU = Target(
     attention="GroupQueryAttention",
     skip_norm=True,
     experts=("fused", "branches"),
+    operators=("stock", "native"),
     no_plain_moe="no MoE for plain weights: before ONNX Runtime 1.32 it writes its output over its input",
     forms=("none", "fp16", "int8", "int4"),
     kv_cache=("none", "int8", "int4"),
@@ -193,8 +202,8 @@ PORTABLE = Target(
     attention="standard",
     skip_norm=False,
     experts=("branches",),
-    forms=("none", "fp16"),
-    no_form="the standard operators it is made of know no block-wise weights",
+    forms=("none", "fp16", "int8", "int4"),
+    blocks="DequantizeLinear",
     kv_cache=("none",),
     no_kv_cache="the standard operators keep keys and values as they are",
     prefill_chunk=512,

@@ -17,7 +17,8 @@ from phimoe_onnx.checkpoint.data import is_finite
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.errors import CheckpointError
 from phimoe_onnx.exporter.quantize.format import Format
-from phimoe_onnx.exporter.recipe import LAYER, Recipe
+from phimoe_onnx.exporter.quantize.strips import Strips, expert_bytes, pack_expert
+from phimoe_onnx.exporter.recipe import LAYER, Recipe, RoundRows
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
@@ -211,6 +212,78 @@ def block_weights(
         )
         for index, width in enumerate(format.widths(k))
     ]
+
+
+def in_columns(name: str, parts: Sequence[Part], format: Format, recipe: Recipe) -> tuple[Weight, Weight]:
+    """A matrix [N, K] as standard operators read it: levels, intN [K, N], and scales [K / block_size, N]; one job.
+
+    `parts` follow each other along N, but for an expert's gate and up, whose rows take turns.
+    """
+    job = rounding_job(parts, format, recipe, interleaved)
+    n, k = sum(part.rows.shape[0] for part in parts), parts[0].rows.shape[1]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        codes, scales = job.run()
+        columns = format.unpack(codes, k).T.flatten() ^ 1 << format.bits - 1  # signed, by its highest bit
+        return format.pack(columns), scales.T.contiguous()
+
+    stored = Job(run, job.nbytes, job.layer)
+    expert = parts[0].expert
+    number = "" if expert is None else f".{expert}"
+    dtypes = (ir.DataType[format.dtype.upper()], DTYPES[format.scale_dtype])
+    shapes = ((k, n), (k // format.block_size, n))
+    levels, scales = (
+        Weight(f"{name}.{kind}{number}", dtype, shape, [Piece(stored, index)], parts[0].parameter, expert)
+        for index, (kind, dtype, shape) in enumerate(zip(("levels", "scales"), dtypes, shapes, strict=True))
+    )
+    return levels, scales
+
+
+def interleaved(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of two matrices in turns."""
+    return torch.stack(tuple(matrices), dim=1).flatten(0, 1)
+
+
+def in_strips(name: str, weight: Parameter, form: Strips, recipe: Recipe) -> Weight:
+    """The parameter [N, K] as uint8 [strips, strip_bytes]; a job a part, and each but the last fills its strips."""
+    round_rows = recipe.round_rows()
+
+    def job(part: Part) -> Job:
+        run = partial(_rounded, part, form, round_rows)
+        return Job(lambda: (run(),), form.nbytes(*part.rows.shape), part.layer)
+
+    k = weight.parts[0].rows.shape[1]
+    jobs = [job(part) for part in weight.parts]
+    strips = sum(nbytes for each in jobs for nbytes in each.nbytes) // form.strip_bytes(k)
+    pieces = [Piece(each, 0) for each in jobs]
+    return Weight(f"{name}.strips", ir.DataType.UINT8, (strips, form.strip_bytes(k)), pieces, weight.parameter)
+
+
+def experts_in_strips(name: str, gate_up: Parameter, down: Parameter, recipe: Recipe) -> Weight:
+    """Two stacks, gate and up [E, 2 I, H] and down [E, H, I], as uint8 [E, expert_bytes]; a job an expert."""
+    number, hidden_size, intermediate_size = down.shape.numpy()
+    pairs, rest = recipe.form(gate_up.parameter), recipe.form(down.parameter)
+    assert isinstance(pairs, Strips)
+    assert isinstance(rest, Strips)
+    round_rows = recipe.round_rows()
+    nbytes = expert_bytes(pairs, rest, hidden_size, intermediate_size)
+
+    def job(expert: int) -> Job:
+        gate, up = gate_up.parts[2 * expert : 2 * expert + 2]
+
+        def run() -> tuple[torch.Tensor]:
+            matrices = ((gate, pairs), (up, pairs), (down.parts[expert], rest))
+            return (pack_expert(*(_rounded(part, form, round_rows) for part, form in matrices)),)
+
+        return Job(run, (nbytes,), gate.layer)
+
+    pieces = [Piece(job(expert), 0) for expert in range(number)]
+    return Weight(f"{name}.strips", ir.DataType.UINT8, (number, nbytes), pieces, gate_up.parameter)
+
+
+def _rounded(part: Part, form: Strips, round_rows: RoundRows) -> torch.Tensor:
+    (strips,) = round_rows(part.rows.read(), form, part.parameter, part.expert)
+    return strips
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:

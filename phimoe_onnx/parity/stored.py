@@ -20,6 +20,7 @@ from phimoe_onnx.errors import BundleError
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.layered import Attention, Read
 from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
+from phimoe_onnx.parity.strips import from_strips, stripped_name
 from phimoe_onnx.reference import fill
 
 CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
@@ -59,6 +60,9 @@ def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEC
 
     def read_stored(name: str, expert: int | None) -> Tensor:
         form = forms.get(name) or forms.get(f"{name}.{expert}")  # version 1 of the manifest has not all of them
+        if form is not None and form.layout == "strips":
+            packed = _numbers(_known(stored, [stripped_name(name)], form), expert)
+            return from_strips(name, packed, forms, config)
         if form is not None and form.block_size is not None:
             return _dequantized(name, expert, form, stored, config)
         rows = read(name, expert)
@@ -113,8 +117,8 @@ def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyMo
 
 
 def _initializers(bundle: Path, manifest: Manifest) -> Initializers:
-    initializers = ir.load(bundle / manifest.graphs[0].file).graph.initializers
-    return {name: value.const_value for name, value in initializers.items()}
+    model = ir.load(bundle / manifest.graphs[0].file)
+    return {name: value.const_value for graph in model.graphs() for name, value in graph.initializers.items()}
 
 
 def _is_half(form: StoredWeights, manifest: Manifest) -> bool:
@@ -142,19 +146,28 @@ def _dequantized(
 def _read(prefix: str, expert: int | None, form: StoredWeights, stored: Initializers) -> Tensor:
     """float32 [N, K]: a matrix of its own, or that of one expert in a stack of all."""
     format = Format(int(form.dtype.removeprefix("int")), form.block_size or 0, symmetric=form.symmetric)
-    kinds = ("codes", "scales") if form.symmetric else ("codes", "scales", "zeros")
+    number = "" if expert is None else f".{expert}"
+    if (levels := stored.get(f"{prefix}.levels{number}")) is not None:  # of standard operators: signed, [K, N]
+        scales = _numbers(_known(stored, [f"{prefix}.scales{number}"], form))
+        signed = torch.from_numpy(levels.numpy().astype("float32"))
+        if levels.shape[0] == scales.shape[0]:  # an embedding's rows
+            return signed * scales.repeat_interleave(format.block_size, dim=1)
+        return (signed * scales.repeat_interleave(format.block_size, dim=0)).T
     parts = []
-    for kind in kinds:
-        name = f"{prefix}.{kind}"
-        own = name if expert is None else f"{name}.{expert}"
-        if (tensor := stored.get(own)) is not None:
-            parts.append(_numbers(tensor))
-        elif (tensor := stored.get(name)) is not None:
-            parts.append(_numbers(tensor, expert))
-        else:
-            raise BundleError(f"the graph has no {own}, but the manifest says {form.dtype}; export the bundle again")
+    for kind in ("codes", "scales") if form.symmetric else ("codes", "scales", "zeros"):
+        own, stack = f"{prefix}.{kind}{number}", f"{prefix}.{kind}"
+        tensor = _known(stored, [own, stack], form)
+        parts.append(_numbers(tensor, expert if own not in stored else None))
     codes, scales, *zeros = parts
     return format.dequantize(codes.reshape(*scales.shape[:-1], -1), scales, *zeros)
+
+
+def _known(stored: Initializers, names: list[str], form: StoredWeights) -> ir.TensorProtocol:
+    """The first of the names that the graph has."""
+    for name in names:
+        if (tensor := stored.get(name)) is not None:
+            return tensor
+    raise BundleError(f"the graph has no {names[0]}, but the manifest says {form.dtype}; export the bundle again")
 
 
 def _numbers(tensor: ir.TensorProtocol, index: int | None = None) -> Tensor:

@@ -232,7 +232,7 @@ def _check_weights(checkpoint: Path, adapter: Path | None, config: PhiMoEConfig,
         try:
             ours = read_rows(parts).reshape(shape)
         except PhiMoEError as error:  # numbers that are not finite, which an export says when it comes to them
-            assert "finite" in str(error), error  # noqa: PT017
+            assert "finite" in str(error), error
             continue
         for spelt, tensor in _spell(name, ours, "hub").items():
             expected = stored.get(spelt, stored.get(spelt.removeprefix("model.")))

@@ -12,6 +12,7 @@ from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.weights import Parameter, Weight
 
 MICROSOFT = "com.microsoft"
+NATIVE = "phimoe.native"  # the domain of this project's own operators
 
 
 def nodes(model: ir.Model, op_type: str, domain: str = "") -> list[ir.Node]:
@@ -97,6 +98,15 @@ class Nodes(list[ir.Node]):
             block_size=format.block_size,
             accuracy_level=4,
         )
+
+    def matmul_dequantized(
+        self, x: ir.Value, levels: ir.Value, scales: ir.Value, name: str, format: Format
+    ) -> ir.Value:
+        """MatMul(x, DequantizeLinear(levels [K, N], scales [K / block_size, N])): standard from opset 21 on."""
+        weight = self.add(
+            "DequantizeLinear", levels, scales, name=f"{name}/DequantizeLinear", axis=0, block_size=format.block_size
+        )
+        return self.add("MatMul", x, weight, name=f"{name}/MatMul")
 
 
 def by_block(codes: Weight, format: Format) -> Weight:

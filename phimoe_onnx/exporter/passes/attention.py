@@ -13,7 +13,17 @@ from phimoe_onnx import bundle, modeling
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.functions import DOMAIN
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, Nodes, constant, expect, initializer, nodes, parameter, replace
+from phimoe_onnx.exporter.passes._edit import (
+    MICROSOFT,
+    NATIVE,
+    Nodes,
+    constant,
+    expect,
+    initializer,
+    nodes,
+    parameter,
+    replace,
+)
 from phimoe_onnx.exporter.rope import short_rows
 from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, job_piece, stacked
 
@@ -23,11 +33,11 @@ class FuseAttention(ir.passes.InPlacePass):
 
     1. The projections MatMul(x, Transpose(W)), each with or without an Add of a bias, become one with the rows of W_q,
        W_k and W_v (and the biases) below each other.
-    2. Attention becomes com.microsoft.GroupQueryAttention with rope inside, over tables of cos and sin that hold a row
-       per position. With longrope the rows of the short factors come first and those of the long factors after them,
-       and `position_ids` point into one or the other by the length of each row of the batch. In a first prompt of
-       several rows the operator takes row 0's choice for all (ONNX Runtime 1.32), so rows on both sides of the boundary
-       are to be run alone.
+    2. Attention becomes com.microsoft.GroupQueryAttention, or phimoe.native.Attention in its place, with rope inside,
+       over tables of cos and sin that hold a row per position. With longrope the rows of the short factors come first
+       and those of the long factors after them, and `position_ids` point into one or the other by the length of each
+       row of the batch. In a first prompt of several rows GroupQueryAttention takes row 0's choice for all (release
+       1.32), so rows on both sides of the boundary are to be run alone.
     3. Without cache inputs there are only such prompts, so that with longrope com.microsoft.RotaryEmbedding, which
        reads each row's own `position_ids`, turns Q and K before the operator. Its present outputs stay although nothing
        reads them: without them the operator takes memory for all pairs of positions (ONNX Runtime 1.29 to 1.32).
@@ -40,12 +50,14 @@ class FuseAttention(ir.passes.InPlacePass):
     Args:
         config: the model's shape.
         operator_rotates: whether the operator may rotate in a step with longrope.
+        native: whether it is phimoe.native.Attention, which takes and gives the same.
     """
 
-    def __init__(self, config: PhiMoEConfig, operator_rotates: bool = True) -> None:
+    def __init__(self, config: PhiMoEConfig, operator_rotates: bool = True, native: bool = False) -> None:
         super().__init__()
         self.config = config
         self.operator_rotates = operator_rotates
+        self.op_type, self.domain = ("Attention", NATIVE) if native else ("GroupQueryAttention", MICROSOFT)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         matches = nodes(model, "Attention", DOMAIN)
@@ -53,7 +65,7 @@ class FuseAttention(ir.passes.InPlacePass):
         shared = _shared_inputs(model.graph, self.config, matches[0].inputs[3].dtype, first=model.graph[0])
         for node in matches:
             self._fuse(model.graph, node, shared)
-        model.opset_imports[MICROSOFT] = 1
+        model.opset_imports[MICROSOFT] = model.opset_imports[self.domain] = 1
         return ir.passes.PassResult(model, modified=bool(matches))
 
     def _fuse(self, graph: ir.Graph, attention: ir.Node, shared: list[ir.Value | None]) -> None:
@@ -77,11 +89,11 @@ class FuseAttention(ir.passes.InPlacePass):
             attributes["do_rotary"], position_ids, cos, sin = 0, None, None, None
         inputs = [qkv, None, None, past_key, past_value, seqlens_k, total, cos, sin, position_ids]
         outputs = new.several(
-            "GroupQueryAttention",
+            self.op_type,
             *inputs,
-            name="GroupQueryAttention",
+            name=self.op_type,
             outputs=("", "/present_key", "/present_value"),
-            domain=MICROSOFT,
+            domain=self.domain,
             **attributes,
         )
         old = [node for p in projections for node in p.nodes] + [attention]

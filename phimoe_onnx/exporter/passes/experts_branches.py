@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ class BranchExperts(ir.passes.InPlacePass):
     """Replaces each `phimoe::Experts` that `StoreExperts` has been at by a chain of branches.
 
     1. Expert e's branch is taken when a token chose e: NonZero finds those tokens, Gather fetches them, two
-       MatMulNBits (Gemm for plain weights) compute them, ScatterND adds them to the sum that the chain carries.
+       MatMulNBits compute them (Gemm for plain weights, MatMul behind a DequantizeLinear in standard operators), and
+       ScatterND adds them to the sum that the chain carries.
     2. A matrix is the expert's own slice of the stored stack, the very bytes that the fused operator reads, so both
        graphs can lie over one data file.
 
@@ -37,7 +39,9 @@ class BranchExperts(ir.passes.InPlacePass):
         expect("the experts", len(matches), self.config.num_hidden_layers)
         for node in matches:
             _branch(model.graph, node, self.config, self.recipe)
-        if any(isinstance(form, Format) for forms in self.recipe.forms.values() for form in forms):
+        if self.recipe.target.blocks == "MatMulNBits" and any(
+            isinstance(form, Format) for forms in self.recipe.forms.values() for form in forms
+        ):
             model.opset_imports[MICROSOFT] = 1
         return ir.passes.PassResult(model, modified=bool(matches))
 
@@ -83,17 +87,21 @@ def _branch(graph: ir.Graph, experts: ir.Node, config: PhiMoEConfig, recipe: Rec
     for e, condition in enumerate(conditions):
         skipped = Nodes(new.prefix)
         skipped.add("Identity", total, name=f"experts.{e}/skipped")
-        added = _add_expert(layer, e, total)
+        own: list[ir.Value] = []
+        added = _add_expert(layer, e, total, own)
         total = new.add("If", condition, name=f"experts.{e}/If")
         branch = new[-1]
-        branch.attributes["then_branch"] = ir.AttrGraph("then_branch", _subgraph(added, f"expert_{e}"))
+        branch.attributes["then_branch"] = ir.AttrGraph("then_branch", _subgraph(added, f"expert_{e}", own))
         branch.attributes["else_branch"] = ir.AttrGraph("else_branch", _subgraph(skipped, f"skip_expert_{e}"))
     output = new.add("Reshape", total, new.add("Shape", x, name="x/Shape"), name="output")
     replace(graph, [experts], new, [(experts.outputs[0], output)])
 
 
-def _add_expert(layer: _Layer, e: int, total: ir.Value) -> Nodes:
-    """The nodes that add expert e's share to the total [T, H]; the last one gives the new total."""
+def _add_expert(layer: _Layer, e: int, total: ir.Value, own: list[ir.Value]) -> Nodes:
+    """The nodes that add expert e's share to the total [T, H]; the last one gives the new total.
+
+    What only the branch itself may hold is added to `own`.
+    """
     graph, intermediate = layer.graph, layer.config.intermediate_size
     axis_0, axis_1 = constant(graph, "axis_0", [0]), constant(graph, "axis_1", [1])
     new = Nodes(f"{layer.stored.prefix}experts.{e}/")
@@ -105,7 +113,7 @@ def _add_expert(layer: _Layer, e: int, total: ir.Value) -> Nodes:
     here = new.add("ReduceMax", here, axis_1, name="here/ReduceMax", keepdims=0)
     token = new.add("Squeeze", new.add("NonZero", here, name="NonZero"), axis_0, name="token")
     gathered = new.add("Gather", layer.tokens, token, name="Gather")
-    gate_up = _project(layer, new, gathered, layer.stored.gate_up, e, "gate_up_proj")
+    gate_up = _project(layer, new, gathered, layer.stored.gate_up, e, "gate_up_proj", own)
     by_pair = constant(graph, f"tokens_by_{intermediate}_by_2", [-1, intermediate, 2])
     pairs = new.add("Reshape", gate_up, by_pair, name="pairs")
     gate, up = new.several("Split", pairs, name="Split", outputs=(".gate", ".up"), axis=-1, num_outputs=2)
@@ -113,17 +121,27 @@ def _add_expert(layer: _Layer, e: int, total: ir.Value) -> Nodes:
     act = new.add("Mul", silu, up, name="act")
     by_token = constant(graph, f"tokens_by_{intermediate}", [-1, intermediate])
     act = new.add("Reshape", act, by_token, name="act/Reshape")
-    y = _project(layer, new, act, layer.stored.down, e, "down_proj")
+    y = _project(layer, new, act, layer.stored.down, e, "down_proj", own)
     y = new.add("Mul", y, new.add("Gather", share, token, name="share/Gather"), name="weighted")
     index = new.add("Unsqueeze", token, axis_1, name="token/Unsqueeze")
     new.add("ScatterND", total, index, y, name="sum", reduction="add")
     return new
 
 
-def _project(layer: _Layer, new: Nodes, a: ir.Value, stored: tuple[Weight, ...], e: int, name: str) -> ir.Value:
+def _project(
+    layer: _Layer, new: Nodes, a: ir.Value, stored: tuple[Weight, ...], e: int, name: str, own: list[ir.Value]
+) -> ir.Value:
     """a [t, K] times the matrix [N, K] of expert e."""
     form = layer.recipe.form(stored[0].parameter, e)
     weights = [_slice(weight, e) for weight in stored if weight.expert in (None, e)]
+    if isinstance(form, Format) and layer.recipe.target.blocks == "DequantizeLinear":
+        # ONNX Runtime makes MatMulNBits of the two nodes, and looks for the weights beside them
+        levels, scales = (
+            ir.Value(name=weight.name, type=ir.TensorType(weight.dtype), shape=weight.shape, const_value=weight)
+            for weight in weights
+        )
+        own += [levels, scales]
+        return new.matmul_dequantized(a, levels, scales, name, form)
     if isinstance(form, Format):
         if stored[0].expert is None:
             weights[0] = by_block(weights[0], form)
@@ -143,5 +161,5 @@ def _slice(weight: Weight, e: int) -> Weight:
     return Weight(f"{weight.name}.{e}", weight.dtype, shape, pieces, weight.parameter, e)
 
 
-def _subgraph(body: Nodes, name: str) -> ir.Graph:
-    return ir.Graph([], [body[-1].outputs[0]], nodes=body, name=name)
+def _subgraph(body: Nodes, name: str, initializers: Sequence[ir.Value] = ()) -> ir.Graph:
+    return ir.Graph([], [body[-1].outputs[0]], nodes=body, initializers=initializers, name=name)

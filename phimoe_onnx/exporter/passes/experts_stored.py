@@ -21,6 +21,9 @@ from phimoe_onnx.exporter.weights import (
     Piece,
     Weight,
     block_weights,
+    experts_in_strips,
+    in_columns,
+    interleaved,
     job_piece,
     narrowed,
     rounding_job,
@@ -34,6 +37,8 @@ class StoreExperts(ir.passes.InPlacePass):
        SwiGLU of MoE and QMoE wants it; down_proj is fc2. Branches read the same bytes.
     2. Each is a stack [E, N, K] as one weight, or as codes, scales and zeros; where the experts of a stack are stored
        in different forms, it is those of every expert by itself.
+    3. Standard operators read every expert's by itself, transposed.
+    4. For native operators both become one weight, an expert after the other (strips.py).
 
     So every graph that is made of this one has its weights in common. Matches exactly `num_hidden_layers` places.
     """
@@ -53,7 +58,10 @@ class StoreExperts(ir.passes.InPlacePass):
                     f"{node.name}: its weights are no parameters; this is a bug of phimoe-onnx, please report it"
                 )
             prefix = gate_up.name.removesuffix("gate_up_proj")
-            stored = [*self._store(gate_up, f"{prefix}fc1"), *self._store(down, f"{prefix}fc2")]
+            if self.recipe.operators == "native":
+                stored = [experts_in_strips(prefix.removesuffix("."), gate_up, down, self.recipe)]
+            else:
+                stored = [*self._store(gate_up, f"{prefix}fc1"), *self._store(down, f"{prefix}fc2")]
             node.resize_inputs(3 + len(stored))
             for index, weight in enumerate(stored, 3):
                 node.replace_input_with(index, initializer(model.graph, weight))
@@ -68,7 +76,9 @@ class StoreExperts(ir.passes.InPlacePass):
             return [matrix for parts in experts for matrix in self._store_one(weight, parts, name)]
         form = self.recipe.form(weight.parameter)
         if isinstance(form, Format):
-            jobs = [rounding_job(parts, form, self.recipe, _interleave) for parts in experts]
+            if self.recipe.target.blocks == "DequantizeLinear":
+                return [each for parts in experts for each in in_columns(name, parts, form, self.recipe)]
+            jobs = [rounding_job(parts, form, self.recipe, interleaved) for parts in experts]
             return block_weights(name, jobs, weight.shape.numpy(), form, weight.parameter)
         if each == 1:
             return [weight]
@@ -80,7 +90,9 @@ class StoreExperts(ir.passes.InPlacePass):
         expert, shape = parts[0].expert, weight.shape.numpy()[1:]
         form = self.recipe.form(weight.parameter, expert)
         if isinstance(form, Format):
-            job = rounding_job(parts, form, self.recipe, _interleave)
+            if self.recipe.target.blocks == "DequantizeLinear":
+                return list(in_columns(name, parts, form, self.recipe))
+            job = rounding_job(parts, form, self.recipe, interleaved)
             codes, *others = block_weights(name, [job], shape, form, weight.parameter, expert)
             return [by_block(codes, form), *others]
         piece = _plain(parts, weight.dtype)
@@ -94,12 +106,7 @@ def _plain(parts: Sequence[Part], dtype: ir.DataType) -> Piece:
 
 
 def _read(parts: Sequence[Part], dtype: torch.dtype) -> torch.Tensor:
-    return _interleave([narrowed(part.rows.read(), dtype, part.parameter, part.expert) for part in parts])
-
-
-def _interleave(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of two matrices in turns."""
-    return torch.stack(tuple(matrices), dim=1).flatten(0, 1)
+    return interleaved([narrowed(part.rows.read(), dtype, part.parameter, part.expert) for part in parts])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Linear layers -> MatMulNBits, or MatMul with its weight stored the way it is used."""
+"""Linear layers -> MatMulNBits, the native Projection, or MatMul with its weight stored the way it is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from phimoe_onnx.exporter.passes._edit import (
     MICROSOFT,
+    NATIVE,
     Nodes,
     by_block,
     initializer,
@@ -16,8 +17,19 @@ from phimoe_onnx.exporter.passes._edit import (
     replace,
 )
 from phimoe_onnx.exporter.quantize.format import Format
-from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe
-from phimoe_onnx.exporter.weights import FLOATS, Parameter, Weight, in_blocks, job_piece, narrowed, parts_of
+from phimoe_onnx.exporter.quantize.strips import Strips, superblock_size
+from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, ROUTER, Recipe
+from phimoe_onnx.exporter.weights import (
+    FLOATS,
+    Parameter,
+    Weight,
+    in_blocks,
+    in_columns,
+    in_strips,
+    job_piece,
+    narrowed,
+    parts_of,
+)
 
 
 class StoreProjections(ir.passes.InPlacePass):
@@ -25,7 +37,10 @@ class StoreProjections(ir.passes.InPlacePass):
 
     1. Where the recipe has blocks for W, together with an Add of a bias behind it where there is one, to
        com.microsoft.MatMulNBits(x, codes, scales, zeros, bias).
-    2. Else to MatMul(x, W') with W' = W transposed [K, N] when the bundle is written, not at every load.
+    2. For native operators to phimoe.native.Projection(x, strips, bias). The router stays as it is: experts_native.py
+       takes it.
+    3. For standard operators to MatMul(x, DequantizeLinear(levels, scales)).
+    4. Else to MatMul(x, W') with W' = W transposed [K, N] when the bundle is written, not at every load.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -44,8 +59,14 @@ class StoreProjections(ir.passes.InPlacePass):
             if weight.parameter == EMBEDDING:  # a tied head, whose form is its own
                 rows = [part.rows for part in weight.parts]
                 weight = Parameter(HEAD, weight.dtype, weight.shape.numpy(), parts_of(HEAD, weight.shape, rows))
+            if self.recipe.operators == "native" and weight.parameter.endswith(ROUTER):
+                continue
             form = self.recipe.form(weight.parameter)
-            if isinstance(form, Format):
+            if isinstance(form, Strips):
+                self._strips(model.graph, transpose, matmul, weight, form)
+            elif isinstance(form, Format) and self.recipe.target.blocks == "DequantizeLinear":
+                self._dequantize(model.graph, transpose, matmul, weight, form)
+            elif isinstance(form, Format):
                 self._quantize(model.graph, transpose, matmul, weight, form)
             else:
                 _transpose(model.graph, transpose, matmul, weight)
@@ -58,15 +79,49 @@ class StoreProjections(ir.passes.InPlacePass):
         name = weight.name.removesuffix(".weight")
         codes, *others = in_blocks(name, weight, format, self.recipe)
         stored = [initializer(graph, part) for part in (by_block(codes, format), *others)]
-        old, bias = [transpose, matmul], None
-        add = only_user(matmul.outputs[0])
-        if add is not None and add.op_type == "Add" and parameter(add.inputs[1]) is not None:
-            old.append(add)
-            bias = add.inputs[1]
+        old, bias = _with_bias(transpose, matmul)
         new = Nodes()
         output = new.matmul_nbits(matmul.inputs[0], stored, f"{name}/MatMulNBits", format, bias)
         replace(graph, old, new, [(old[-1].outputs[0], output)])
         graph.opset_imports[MICROSOFT] = 1
+
+    def _dequantize(
+        self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Format
+    ) -> None:
+        name = weight.name.removesuffix(".weight")
+        stored = [initializer(graph, each) for each in in_columns(name, weight.parts, form, self.recipe)]
+        new = Nodes()
+        output = new.matmul_dequantized(matmul.inputs[0], *stored, name, form)
+        replace(graph, [transpose, matmul], new, [(matmul.outputs[0], output)])
+
+    def _strips(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Strips) -> None:
+        name = weight.name.removesuffix(".weight")
+        n, k = weight.shape.numpy()
+        strips = initializer(graph, in_strips(name, weight, form, self.recipe))
+        old, bias = _with_bias(transpose, matmul)
+        new = Nodes()
+        output = new.add(
+            "Projection",
+            matmul.inputs[0],
+            strips,
+            *([] if bias is None else [bias]),
+            name=f"{name}/Projection",
+            domain=NATIVE,
+            in_features=k,
+            out_features=n,
+            bits=form.bits,
+            superblock_size=superblock_size(k),
+        )
+        replace(graph, old, new, [(old[-1].outputs[0], output)])
+        graph.opset_imports[NATIVE] = 1
+
+
+def _with_bias(transpose: ir.Node, matmul: ir.Node) -> tuple[list[ir.Node], ir.Value | None]:
+    """The nodes of a projection in graph order, and its bias where one is added behind it."""
+    add = only_user(matmul.outputs[0])
+    if add is not None and add.op_type == "Add" and parameter(add.inputs[1]) is not None:
+        return [transpose, matmul, add], add.inputs[1]
+    return [transpose, matmul], None
 
 
 def _transpose(graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter) -> None:

@@ -100,6 +100,3 @@ class Format:
         middle = 1 << (self.bits - 1) if zeros is None else self.unpack(zeros, blocks).float().unsqueeze(-1)
         rows: Tensor = ((values - middle) * scales.float().unsqueeze(-1)).flatten(-2)
         return rows
-
-
-Form = Plain | Format

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import onnxruntime as ort
 
-from phimoe_onnx.bundle import Graph, Manifest
+from phimoe_onnx.bundle import NATIVE_OPERATORS, Graph, Manifest
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError, brief
+from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.agreement import check_graph
 from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
@@ -18,8 +20,8 @@ from phimoe_onnx.runtime.ort.mapped import released
 from phimoe_onnx.runtime.ort.threads import SPIN_DURATION, Sessions, check_threads, is_small
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# the release whose float16 MoE on the CPU is right; slower than a bundle for the CPU, and as exact as float16
-PROVIDED: frozenset[str] = frozenset()  # what a graph may require and this release brings
+# what a graph may require and this installation brings
+PROVIDED = frozenset({NATIVE_OPERATORS} if operators.library() else ())
 _QUIET = 4  # ONNX Runtime's log severity for what is fatal: an error is an exception with the same text
 
 
@@ -60,9 +62,9 @@ def open_sessions(
     check_external_data(path, manifest.files)
     weights = sum(file.size for name, file in manifest.files.items() if name.endswith(".data"))
     with released(bundle):
-        main = _open(path, device, threads, memory_limit, cuda_graphs)
+        main = _open(path, device, threads, graph.requires, memory_limit, cuda_graphs)
         alone = threads is None and device == "cpu" and is_small(weights)
-        single = _open(path, device, 1) if alone else None
+        single = _open(path, device, 1, graph.requires) if alone else None
     check_graph(main, manifest, path, graph.optional_inputs)
     return Sessions(main, single, weights)
 
@@ -73,11 +75,16 @@ def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.Inferenc
     if file is None or device == "cpu":
         return None
     check_external_data(bundle / file, manifest.files)
-    return _open(bundle / file, device, None)
+    return _open(bundle / file, device, None, ())
 
 
 def _open(
-    path: Path, device: str, threads: int | None, memory_limit: int | None = None, cuda_graphs: bool = False
+    path: Path,
+    device: str,
+    threads: int | None,
+    requires: Collection[str],
+    memory_limit: int | None = None,
+    cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
@@ -104,6 +111,8 @@ def _open(
         with memory_errors(
             f"loading {path} on {device}", sum(file.stat().st_size for file in path.parent.glob("*.data"))
         ):
+            if NATIVE_OPERATORS in requires:
+                options.register_custom_ops_library(str(operators.library()))
             session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
     except OutOfMemoryError:
         raise
@@ -144,6 +153,11 @@ def choose_graph(manifest: Manifest, device: str, installed: str) -> Graph:
     missing = sorted({name for graph in graphs for name in graph.requires if name not in PROVIDED})
     graphs = [graph for graph in graphs if PROVIDED.issuperset(graph.requires)]
     if not graphs:
+        if missing == [NATIVE_OPERATORS]:
+            raise DeviceError(
+                "the bundle needs the native operators, which are not built here; install Rust's cargo and then "
+                "phimoe-onnx again, or export with --operators stock"
+            )
         raise DeviceError(
             f"the bundle requires {', '.join(missing)}, which is not known here; upgrade phimoe-onnx, or export again"
         )

@@ -1,0 +1,460 @@
+//! Attention of some queries over the keys and values of one head, in float32.
+//!
+//! For a query over its span of keys, in this order:
+//!
+//! 1. score = scale * dot(query, key), the dot product in eight lanes: lane l takes l, l + 8, ... by fma from 0; then
+//!    lane l takes lane l + 4, l + 2, l + 1;
+//! 2. m = the largest score; weight = exp(score - m); their sum in sixteen lanes from the span's first key on, then as
+//!    above from l + 8 on;
+//! 3. out = (the sum over keys, in order, of weight * value by fma from 0) / sum.
+//!
+//! Nothing here depends on how many queries there are: a query alone and among others gives the same bits.
+
+use std::ops::Range;
+
+use crate::{Error, Kernels, exp};
+
+/// Head sizes are multiples of this: two vectors of `Lanes`.
+const WIDTH: usize = 16;
+/// Queries whose sums lie in registers together.
+const QUERIES: usize = 4;
+/// Keys that such queries meet together.
+const KEYS: usize = 3;
+/// Keys or values that stay in the first cache while all queries pass.
+const TILE: usize = 24;
+
+/// What the queries of one head look at: keys and values [T, D].
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    size: usize,
+    scale: f32,
+    keys: &'a [f32],
+    values: &'a [f32],
+}
+
+impl<'a> Head<'a> {
+    /// An error unless keys and values are both [T, `size`], and the size is a multiple of 16.
+    pub fn new(size: usize, scale: f32, keys: &'a [f32], values: &'a [f32]) -> Result<Self, Error> {
+        check_size(size)?;
+        if keys.len() != values.len() || !keys.len().is_multiple_of(size) {
+            return Err(Error::new(format!("{} floats of keys and {} of values", keys.len(), values.len())));
+        }
+        Ok(Self { size, scale, keys, values })
+    }
+}
+
+/// An error unless heads may have this size.
+pub fn check_size(size: usize) -> Result<(), Error> {
+    if size == 0 || !size.is_multiple_of(WIDTH) {
+        return Err(Error::new(format!("heads of {size} floats; expected a multiple of {WIDTH}")));
+    }
+    Ok(())
+}
+
+impl Kernels {
+    /// Rotary position embedding of one head x [D], in halves: `cos` and `sin` are [D / 2], of the position.
+    ///
+    /// # Panics
+    /// Unless the lengths agree.
+    pub fn rotate(&self, x: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
+        let half = x.len() / 2;
+        assert!(cos.len() == half && sin.len() == half && out.len() == 2 * half, "a head of {} floats", x.len());
+        let (low, high) = out.split_at_mut(half);
+        for i in 0..half {
+            low[i] = x[i] * cos[i] - x[half + i] * sin[i];
+            high[i] = x[half + i] * cos[i] + x[i] * sin[i];
+        }
+    }
+
+    /// `out` [R, D]: each of the queries [R, D] attends to its span of the head's keys, which is not empty.
+    ///
+    /// `scratch` is memory that the caller may keep for the next call: R times as many floats as the spans reach over.
+    pub fn attend(
+        &self,
+        head: &Head,
+        queries: &[f32],
+        spans: &[Range<usize>],
+        scratch: &mut Vec<f32>,
+        out: &mut [f32],
+    ) -> Result<(), Error> {
+        let (rows, length) = (spans.len(), head.keys.len() / head.size);
+        if queries.len() != rows * head.size || out.len() != queries.len() {
+            return Err(Error::new(format!("{} floats of {rows} queries into {}", queries.len(), out.len())));
+        }
+        if let Some(span) = spans.iter().find(|span| span.is_empty() || span.end > length) {
+            return Err(Error::new(format!("a query over {span:?} of {length} keys")));
+        }
+        if rows == 0 {
+            return Ok(());
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.name() != "plain" && crate::avx2::available() {
+            // SAFETY: the processor has what the function is compiled for.
+            unsafe { attend_avx2(head, queries, spans, scratch, out) };
+            return Ok(());
+        }
+        attend::<[f32; 8]>(head, queries, spans, scratch, out);
+        Ok(())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn attend_avx2(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
+    attend::<std::arch::x86_64::__m256>(head, queries, spans, scratch, out);
+}
+
+/// Eight floats.
+trait Lanes: Copy {
+    fn splat(value: f32) -> Self;
+    fn load(from: &[f32; 8]) -> Self;
+    fn store(self, to: &mut [f32; 8]);
+    /// self * b + c.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+}
+
+impl Lanes for [f32; 8] {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        [value; 8]
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; 8]) -> Self {
+        *from
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; 8]) {
+        *to = self;
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        std::array::from_fn(|l| self[l].mul_add(b[l], c[l]))
+    }
+}
+
+// SAFETY of all of these: inlined into `attend_avx2`, which runs where there is AVX2; the addresses are of eight floats.
+#[cfg(target_arch = "x86_64")]
+impl Lanes for std::arch::x86_64::__m256 {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; 8]) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; 8]) {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_storeu_ps(to.as_mut_ptr(), self) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_fmadd_ps(self, b, c) }
+    }
+}
+
+#[inline(always)]
+fn attend<L: Lanes>(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
+    let first = spans.iter().map(|span| span.start).min().unwrap_or(0);
+    let all = first..spans.iter().map(|span| span.end).max().unwrap_or(0);
+    let width = all.len();
+    scratch.clear();
+    scratch.resize(spans.len() * width, 0.0);
+    for tile in all.clone().step_by(TILE) {
+        let tile = tile..(tile + TILE).min(all.end);
+        for (quartet, scores) in queries.chunks(QUERIES * head.size).zip(scratch.chunks_mut(QUERIES * width)) {
+            score::<L>(head, quartet, tile.clone(), first, width, scores);
+        }
+    }
+    let mut sums = vec![0.0; spans.len()];
+    for ((scores, span), sum) in scratch.chunks_exact_mut(width).zip(spans).zip(&mut sums) {
+        *sum = soften(&mut scores[span.start - first..span.end - first]);
+    }
+    out.fill(0.0);
+    for tile in all.clone().step_by(TILE) {
+        let tile = tile..(tile + TILE).min(all.end);
+        let quartets = scratch.chunks(QUERIES * width).zip(spans.chunks(QUERIES));
+        for ((weights, spans), out) in quartets.zip(out.chunks_mut(QUERIES * head.size)) {
+            add_values::<L>(head, weights, spans, tile.clone(), first, width, out);
+        }
+    }
+    for (out, sum) in out.chunks_exact_mut(head.size).zip(sums) {
+        for out in out {
+            *out /= sum;
+        }
+    }
+}
+
+/// Scores of up to `QUERIES` queries with the keys of a tile.
+#[inline(always)]
+fn score<L: Lanes>(head: &Head, queries: &[f32], tile: Range<usize>, first: usize, width: usize, scores: &mut [f32]) {
+    let size = head.size;
+    let full = tile.start + tile.len() / KEYS * KEYS;
+    if queries.len() == QUERIES * size {
+        let queries: [&[f32]; QUERIES] = std::array::from_fn(|r| &queries[r * size..][..size]);
+        for key in (tile.start..full).step_by(KEYS) {
+            let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
+            write(dots::<L, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
+        }
+        for key in full..tile.end {
+            let keys = [&head.keys[key * size..][..size]];
+            write(dots::<L, QUERIES, 1>(queries, keys), head.scale, key - first, width, scores);
+        }
+    } else {
+        for (query, scores) in queries.chunks_exact(size).zip(scores.chunks_exact_mut(width)) {
+            for key in (tile.start..full).step_by(KEYS) {
+                let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
+                write(dots::<L, 1, KEYS>([query], keys), head.scale, key - first, width, scores);
+            }
+            for key in full..tile.end {
+                let keys = [&head.keys[key * size..][..size]];
+                write(dots::<L, 1, 1>([query], keys), head.scale, key - first, width, scores);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn write<const Q: usize, const K: usize>(dots: [[f32; K]; Q], scale: f32, at: usize, width: usize, scores: &mut [f32]) {
+    for (r, dots) in dots.iter().enumerate() {
+        for (j, dot) in dots.iter().enumerate() {
+            scores[r * width + at + j] = scale * dot;
+        }
+    }
+}
+
+#[inline(always)]
+fn dots<L: Lanes, const Q: usize, const K: usize>(queries: [&[f32]; Q], keys: [&[f32]; K]) -> [[f32; K]; Q] {
+    // loops, not closures: those are compiled by themselves, without the caller's instruction set
+    let mut sums = [[L::splat(0.0); K]; Q];
+    let length = queries[0].len() / 8;
+    for i in 0..length {
+        let mut key = [L::splat(0.0); K];
+        for j in 0..K {
+            key[j] = L::load(eight(keys[j], i));
+        }
+        for r in 0..Q {
+            let query = L::load(eight(queries[r], i));
+            for j in 0..K {
+                sums[r][j] = query.mul_add(key[j], sums[r][j]);
+            }
+        }
+    }
+    let mut dots = [[0.0; K]; Q];
+    for r in 0..Q {
+        for j in 0..K {
+            let mut lanes = [0.0; 8];
+            sums[r][j].store(&mut lanes);
+            dots[r][j] = tree(lanes);
+        }
+    }
+    dots
+}
+
+#[inline(always)]
+fn eight(x: &[f32], index: usize) -> &[f32; 8] {
+    &x.as_chunks().0[index]
+}
+
+#[inline(always)]
+fn tree<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Scores to weights; returns their sum.
+#[inline(always)]
+fn soften(scores: &mut [f32]) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; 16];
+    let larger = |largest: &mut f32, score: f32| *largest = if score > *largest { score } else { *largest };
+    let (chunks, rest) = scores.as_chunks_mut::<16>();
+    for chunk in &*chunks {
+        for l in 0..16 {
+            larger(&mut largest[l], chunk[l]);
+        }
+    }
+    for (largest, score) in largest.iter_mut().zip(&*rest) {
+        larger(largest, *score);
+    }
+    let m = largest.into_iter().fold(f32::NEG_INFINITY, |m, score| if score > m { score } else { m });
+    let mut sums = [0.0; 16];
+    for chunk in chunks {
+        for score in &mut *chunk {
+            *score -= m;
+        }
+        *chunk = exp(*chunk);
+        for l in 0..16 {
+            sums[l] += chunk[l];
+        }
+    }
+    let mut last = [0.0; 16];
+    for (last, score) in last.iter_mut().zip(&*rest) {
+        *last = score - m;
+    }
+    for ((weight, score), sum) in exp(last).iter().zip(rest).zip(&mut sums) {
+        *score = *weight;
+        *sum += weight;
+    }
+    tree(sums)
+}
+
+/// Adds the weighted values of a tile to the sums `out` of up to `QUERIES` queries.
+#[inline(always)]
+fn add_values<L: Lanes>(
+    head: &Head,
+    weights: &[f32],
+    spans: &[Range<usize>],
+    tile: Range<usize>,
+    first: usize,
+    width: usize,
+    out: &mut [f32],
+) {
+    let within = |span: &Range<usize>| span.start.max(tile.start)..span.end.min(tile.end);
+    // What all see is added for all at once; what some see comes before and after it, one query at a time.
+    let common = spans.iter().map(within).reduce(|a, b| a.start.max(b.start)..a.end.min(b.end)).unwrap_or(0..0);
+    let together = spans.len() == QUERIES && !common.is_empty();
+    let size = head.size;
+    for (r, span) in spans.iter().enumerate() {
+        let span = within(span);
+        let before = if together { span.start..common.start } else { span };
+        add::<L, 1>(head, [&weights[r * width..][..width]], before, first, &mut out[r * size..][..size]);
+    }
+    if together {
+        add::<L, QUERIES>(head, std::array::from_fn(|r| &weights[r * width..][..width]), common.clone(), first, out);
+        for (r, span) in spans.iter().enumerate() {
+            let after = common.end..within(span).end;
+            add::<L, 1>(head, [&weights[r * width..][..width]], after, first, &mut out[r * size..][..size]);
+        }
+    }
+}
+
+#[inline(always)]
+fn add<L: Lanes, const Q: usize>(head: &Head, weights: [&[f32]; Q], keys: Range<usize>, first: usize, out: &mut [f32]) {
+    if keys.is_empty() {
+        return;
+    }
+    let size = head.size;
+    let mut by_key = [[0.0; Q]; TILE];
+    for r in 0..Q {
+        for (own, weight) in by_key.iter_mut().zip(&weights[r][keys.start - first..keys.end - first]) {
+            own[r] = *weight;
+        }
+    }
+    let values = &head.values[keys.start * size..keys.end * size];
+    for at in (0..size).step_by(WIDTH) {
+        let mut sums = [[L::splat(0.0); 2]; Q];
+        for r in 0..Q {
+            let (halves, _) = out[r * size + at..][..WIDTH].as_chunks::<8>();
+            sums[r] = [L::load(&halves[0]), L::load(&halves[1])];
+        }
+        for (value, weights) in values.chunks_exact(size).zip(&by_key) {
+            let (halves, _) = value[at..at + WIDTH].as_chunks::<8>();
+            let value = [L::load(&halves[0]), L::load(&halves[1])];
+            for r in 0..Q {
+                let weight = L::splat(weights[r]);
+                sums[r] = [weight.mul_add(value[0], sums[r][0]), weight.mul_add(value[1], sums[r][1])];
+            }
+        }
+        for r in 0..Q {
+            let (halves, _) = out[r * size + at..][..WIDTH].as_chunks_mut::<8>();
+            sums[r][0].store(&mut halves[0]);
+            sums[r][1].store(&mut halves[1]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Head;
+    use crate::Kernels;
+
+    /// Numbers from -1 to 1, the same each time.
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / 8_388_608.0 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn near_double_precision_and_the_same_alone_among_others_and_by_all_kernels() {
+        for (size, length, rows) in [(16, 1, 1), (64, 100, 7), (128, 75, 32), (96, 200, 5)] {
+            let (keys, values) = (numbers(length * size, 1), numbers(length * size, 2));
+            let queries: Vec<f32> = numbers(rows * size, 3).iter().map(|q| 3.0 * q).collect();
+            let spans: Vec<_> =
+                (0..rows).map(|r| (r * 5 % length).min(length / 2)..length - r % length.div_ceil(3)).collect();
+            let scale = 1.0 / (size as f32).sqrt();
+            let head = Head::new(size, scale, &keys, &values).unwrap();
+            let mut out = vec![f32::NAN; rows * size];
+            Kernels::detect().unwrap().attend(&head, &queries, &spans, &mut Vec::new(), &mut out).unwrap();
+            for (r, span) in spans.iter().enumerate() {
+                let (query, out) = (&queries[r * size..][..size], &out[r * size..][..size]);
+                for kernels in Kernels::all() {
+                    let mut alone = vec![f32::NAN; size];
+                    let span = std::slice::from_ref(span);
+                    kernels.attend(&head, query, span, &mut vec![1.0; 7], &mut alone).unwrap();
+                    assert_eq!(alone, out, "{} {size} {r}", kernels.name());
+                }
+                let dot = |key: usize| -> f64 {
+                    let key = &keys[key * size..][..size];
+                    query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(scale)
+                };
+                let weights: Vec<f64> = span.clone().map(|key| dot(key).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for (d, out) in out.iter().enumerate() {
+                    let values = span.clone().map(|key| f64::from(values[key * size + d]));
+                    let exact = weights.iter().zip(values).map(|(w, v)| w * v).sum::<f64>() / total;
+                    assert!((f64::from(*out) - exact).abs() < 2e-6, "{out} {exact}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_query_does_not_see_does_not_touch_it() {
+        let size = 32;
+        let (mut keys, mut values) = (numbers(10 * size, 4), numbers(10 * size, 5));
+        keys[9 * size..].fill(f32::NAN);
+        values[..size].fill(f32::NAN);
+        let head = Head::new(size, 1.0, &keys, &values).unwrap();
+        let mut out = vec![0.0; 5 * size];
+        let spans = [0..9, 1..9, 1..9, 2..10, 1..9];
+        Kernels::detect().unwrap().attend(&head, &numbers(5 * size, 6), &spans, &mut Vec::new(), &mut out).unwrap();
+        for (r, out) in out.chunks_exact(size).enumerate() {
+            assert_eq!(out.iter().all(|x| x.is_nan()), [0, 3].contains(&r));
+            assert_eq!(out.iter().any(|x| x.is_nan()), [0, 3].contains(&r));
+        }
+    }
+
+    #[test]
+    fn wrong_shapes_are_errors() {
+        let keys = [0.0; 64];
+        assert!(Head::new(24, 1.0, &keys, &keys).is_err_and(|error| error.to_string().contains("24 floats")));
+        assert!(Head::new(16, 1.0, &keys, &keys[16..]).is_err());
+        let head = Head::new(16, 1.0, &keys, &keys).unwrap();
+        let attend =
+            |queries: &[f32], span| Kernels::plain().attend(&head, queries, &[span], &mut Vec::new(), &mut [0.0; 16]);
+        assert!(attend(&keys[..16], 0..4).is_ok());
+        for (queries, span) in [(&keys[..16], 2..5), (&keys[..16], 2..2), (&keys[..32], 0..4)] {
+            assert!(attend(queries, span).is_err());
+        }
+    }
+}

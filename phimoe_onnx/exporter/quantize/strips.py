@@ -1,0 +1,130 @@
+"""The layout of weights that the native operators read where they lie; native/FORMAT.md is its contract.
+
+Layout alone, as format.py is for ONNX Runtime's operators; two_level.py rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STRIP = 16  # outputs that lie side by side
+TILE = 64  # inputs of a piece of codes
+BLOCK = 32  # inputs that share an integer scale
+LARGEST_SUPERBLOCK = 512
+ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Integers of `bits` (4 or 8) with two levels of scales, sixteen outputs side by side.
+
+    A weight is S * s * level: S a bfloat16 for each superblock of a row, s an integer from 0 to 15 for each 32 inputs
+    (1 with 8 bits), level an integer of `bits`, from -8 to 7 or from -127 to 127.
+    """
+
+    bits: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} in strips"
+
+    @property
+    def dtype(self) -> str:
+        """As manifest.json calls the codes."""
+        return f"int{self.bits}"
+
+    def strip_bytes(self, k: int) -> int:
+        """Bytes of sixteen outputs with k inputs each."""
+        tiles = -(-k // TILE)
+        return self._header_bytes(k) + tiles * TILE * STRIP * self.bits // 8
+
+    def nbytes(self, n: int, k: int) -> tuple[int, ...]:
+        """Bytes of [n, k]."""
+        return (-(-n // STRIP) * self.strip_bytes(k),)
+
+    def _header_bytes(self, k: int) -> int:
+        tiles = -(-k // TILE)
+        superblocks = tiles * TILE // superblock_size(k)
+        scales = STRIP * (2 * superblocks + (tiles if self.bits < 8 else 0))
+        return -(-scales // ALIGNMENT) * ALIGNMENT
+
+    def pack(self, levels: Tensor, s: Tensor, S: Tensor) -> Tensor:
+        """The matrix as its strips, uint8 [strips, strip_bytes].
+
+        Args:
+            levels: int8 [n, k], k a multiple of 32.
+            s: uint8 [n, k / 32], ones with 8 bits.
+            S: bfloat16 [n, superblocks].
+        """
+        import torch
+        from torch.nn.functional import pad
+
+        n, k = levels.shape
+        strips, tiles = -(-n // STRIP), -(-k // TILE)
+        rows = (0, strips * STRIP - n)
+        levels = pad(levels, (0, tiles * TILE - k, *rows)).view(strips, STRIP, tiles, TILE // 4, 4)
+        codes = levels.permute(0, 2, 3, 1, 4)  # [strips, tiles, TILE / 4, STRIP, 4]
+        scales = [pad(S, (0, 0, *rows)).view(strips, STRIP, -1).transpose(1, 2).contiguous().view(torch.uint8)]
+        if self.bits == 4:
+            low, high = (codes + 8).to(torch.uint8).chunk(2, dim=2)
+            codes = low | high << 4
+            pairs = pad(s, (0, 2 * tiles - s.shape[1], *rows)).view(strips, STRIP, tiles, 2)
+            scales.append((pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2))
+        header = torch.cat([part.reshape(strips, -1) for part in scales], dim=1)
+        header = pad(header, (0, self._header_bytes(k) - header.shape[1]))
+        return torch.cat((header, codes.contiguous().view(torch.uint8).reshape(strips, -1)), dim=1)
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        """The float32 [n, k] that strips, uint8 [strips, strip_bytes], stand for."""
+        import torch
+
+        strips, tiles, header = len(packed), -(-k // TILE), self._header_bytes(k)
+        superblocks = tiles * TILE // superblock_size(k)
+        outer = packed[:, : 2 * STRIP * superblocks].contiguous().view(torch.bfloat16)
+        scales = outer.view(strips, superblocks, STRIP).transpose(1, 2).float()
+        scales = scales.repeat_interleave(superblock_size(k) // BLOCK, dim=2)  # [strips, STRIP, blocks]
+        if self.bits == 8:
+            codes = packed[:, header:].contiguous().view(torch.int8).view(strips, tiles, TILE // 4, STRIP, 4)
+        else:
+            pairs = packed[:, 2 * STRIP * superblocks :][:, : STRIP * tiles].view(strips, tiles, STRIP).transpose(1, 2)
+            scales = scales * torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(2).float()
+            nibbles = packed[:, header:].view(strips, tiles, TILE // 8, STRIP, 4)
+            codes = torch.cat((nibbles & 15, nibbles >> 4), dim=2).to(torch.int8) - 8
+        levels = codes.permute(0, 3, 1, 2, 4).reshape(strips, STRIP, 2 * tiles, BLOCK)
+        rows: Tensor = (levels * scales.unsqueeze(-1)).reshape(strips * STRIP, -1)[:n, :k]
+        return rows
+
+
+def superblock_size(k: int) -> int:
+    """How many of k inputs share an S: the largest multiple of 64 up to 512 that divides k, rounded up to tiles."""
+    tiles = -(-k // TILE)
+    return TILE * max(size for size in range(1, LARGEST_SUPERBLOCK // TILE + 1) if tiles % size == 0)
+
+
+def expert_bytes(gate_up: Strips, down: Strips, hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of an expert: the strips of gate and up in turns, then those of down."""
+    pairs = gate_up.nbytes(intermediate_size, hidden_size)[0]
+    return 2 * pairs + down.nbytes(hidden_size, intermediate_size)[0]
+
+
+def pack_expert(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Strips of three matrices, each uint8 [strips, strip_bytes], as one expert, uint8 [expert_bytes]."""
+    import torch
+
+    return torch.cat((torch.stack((gate, up), dim=1).flatten(), down.flatten()))
+
+
+def unpack_expert(
+    packed: Tensor, gate_up: Strips, down: Strips, hidden_size: int, intermediate_size: int
+) -> tuple[Tensor, Tensor]:
+    """gate_up_proj [2 I, H] and down_proj [H, I], float32, of what `pack_expert` made."""
+    import torch
+
+    pairs = 2 * gate_up.nbytes(intermediate_size, hidden_size)[0]
+    gate, up = packed[:pairs].view(-1, 2, gate_up.strip_bytes(hidden_size)).unbind(1)
+    both = [gate_up.unpack(part, intermediate_size, hidden_size) for part in (gate, up)]
+    rest = packed[pairs:].view(-1, down.strip_bytes(intermediate_size))
+    return torch.cat(both), down.unpack(rest, hidden_size, intermediate_size)

@@ -1,0 +1,122 @@
+"""Bundles of native operators: the same model as a stock bundle of the same rounding, and right in every use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from phimoe_onnx import PhiMoE, export, verify
+from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.cli.export import main
+from phimoe_onnx.errors import DeviceError
+from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.parity.thresholds import Thresholds
+from phimoe_onnx.reference import load_reference
+from phimoe_onnx.runtime.ort import operators, session
+from tests.checkpoints import MODEL
+
+Checkpoint = Callable[..., Path]
+LOOSE = Thresholds(kl=0.5, kernel_kl=0.1, perplexity_ratio=1.2)  # a random model's logits say little
+built = pytest.mark.skipif(operators.library() is None, reason="the library of the native operators is not built here")
+
+
+@pytest.mark.parametrize(
+    ("shape", "store"),
+    [
+        ("longrope-window", {}),
+        ("tied", {"*.down_proj": "int8"}),
+        ("head_dim", {"lm_head.weight": "int8", "*self_attn*": "int8"}),
+    ],
+)
+def test_native_and_stock_are_one_model(
+    tmp_path: Path, checkpoint: Checkpoint, shape: str, store: dict[str, str]
+) -> None:
+    """Every number that they stand for is the same."""
+    source = checkpoint(shape)
+    folders = [
+        export(source, tmp_path / kind, quantize="int4", store=store, operators=kind, rounding="two-level")
+        for kind in ("native", "stock")
+    ]
+    reference = load_reference(source)
+    native, stock = (stored_model(reference, folder, read_manifest(folder)).state_dict() for folder in folders)
+    assert native.keys() == stock.keys()
+    for name in native:
+        assert np.array_equal(native[name], stock[name]), name
+    changed = [name for name, tensor in reference.state_dict().items() if not np.array_equal(tensor, native[name])]
+    assert any("gate_up_proj" in name for name in changed)
+    assert not any("norm" in name or ".gate." in name for name in changed)
+
+
+def test_the_manifest_says_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "bundle"
+    assert main([str(MODEL), "-o", str(folder), "--quantize", "int4", "--operators", "native"]) == 0
+    out = capsys.readouterr().out
+    assert "int4 in strips" in out
+    assert out.splitlines()[-1].startswith("native operators: ")
+    assert "--operators stock" in out.splitlines()[-1]
+    manifest = read_manifest(folder)
+    assert [graph.file for graph in manifest.graphs] == ["model.onnx", "model.plain.onnx"]
+    assert {graph.requires for graph in manifest.graphs} == {("phimoe.native.1",)}
+    assert not (folder / "genai_config.json").exists()  # onnxruntime-genai cannot open it
+    data = sum(path.stat().st_size for path in folder.glob("*.data"))
+    assert data < 3_300_000  # 4.74 M weights, the small ones float32
+
+
+def test_without_the_library_one_sentence_says_what_to_do(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4", operators="native")
+    monkeypatch.setattr(session, "PROVIDED", frozenset())
+    with pytest.raises(DeviceError, match=r"native operators.*--operators stock"):
+        PhiMoE.load(folder)
+
+
+@built
+@pytest.mark.parametrize("shape", ["longrope-window", "tied", "head_dim", "no-bias", "experts"])
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_parity_in_every_shape(tmp_path: Path, checkpoint: Checkpoint, shape: str, quantize: str) -> None:
+    source = checkpoint(shape)
+    folder = export(source, tmp_path / "bundle", quantize=quantize, operators="native")
+    report = verify(folder, source, tokens=150, new_tokens=8, thresholds=LOOSE)
+    assert report.failures == []
+    assert report.bundle_to_stored is not None
+    assert report.bundle_to_stored.mean_difference < 0.1
+
+
+@built
+def test_the_trained_model_passes_the_default_thresholds(tmp_path: Path) -> None:
+    folder = export(MODEL, tmp_path / "bundle", quantize="int4", operators="native")
+    report = verify(folder, MODEL, tokens=768, new_tokens=16)
+    assert report.failures == []
+
+
+@built
+def test_a_row_is_the_same_alone_and_among_others(tmp_path: Path) -> None:
+    """Greedy tokens of uneven prompts, alone, together, and with other numbers of threads."""
+    folder = export(MODEL, tmp_path / "bundle", quantize="int4", operators="native")
+    prompts = ["She had been forced into prudence in her youth,", "The sea", "It was the best of times. " * 20]
+    expected = [PhiMoE.load(folder, threads=1).generate(prompt, max_new_tokens=24).token_ids for prompt in prompts]
+    model = PhiMoE.load(folder, threads=2)
+    assert [each.token_ids for each in model.generate(prompts, max_new_tokens=24)] == expected
+
+
+@built
+def test_the_graph_without_optional_inputs_computes_the_same(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    source = checkpoint("longrope-window")
+    folder = export(source, tmp_path / "bundle", quantize="int4", operators="native")
+    graphs = [ir.load(folder / name).graph for name in ("model.onnx", "model.plain.onnx")]
+    counted = [[(node.domain, node.op_type) for node in graph] for graph in graphs]
+    assert counted[0] == counted[1]
+
+
+@built
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_other_tasks(tmp_path: Path, checkpoint: Checkpoint, task: str) -> None:
+    source = checkpoint("plain", task)
+    folder = export(source, tmp_path / "bundle", quantize="int8", operators="native")
+    report = verify(folder, source, tokens=120, thresholds=LOOSE)
+    assert report.failures == []
