@@ -89,9 +89,9 @@ class StoreProjections(ir.passes.InPlacePass):
         self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Format
     ) -> None:
         name = weight.name.removesuffix(".weight")
-        stored = [initializer(graph, each) for each in in_columns(name, weight.parts, form, self.recipe)]
+        levels, scales = (initializer(graph, each) for each in in_columns(name, weight.parts, form, self.recipe))
         new = Nodes()
-        output = new.matmul_dequantized(matmul.inputs[0], *stored, name, form)
+        output = new.matmul_dequantized(matmul.inputs[0], levels, scales, name, form)
         replace(graph, [transpose, matmul], new, [(matmul.outputs[0], output)])
 
     def _strips(self, graph: ir.Graph, transpose: ir.Node, matmul: ir.Node, weight: Parameter, form: Strips) -> None:
