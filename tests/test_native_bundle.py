@@ -47,7 +47,9 @@ def test_it_writes_the_exact_tokens_alone_and_in_batches_over_the_rope_boundary(
 
 def test_without_the_library_it_says_what_to_do(native: tuple[Path, ToyModel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "PROVIDED", frozenset())
-    with pytest.raises(DeviceError, match="install Rust's cargo and then phimoe-onnx again, or export with --operators"):
+    with pytest.raises(
+        DeviceError, match="install Rust's cargo and then phimoe-onnx again, or export with --operators"
+    ):
         PhiMoE.load(native[0])
 
 
