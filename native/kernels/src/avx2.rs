@@ -16,7 +16,7 @@ use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip,
 use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 
 /// From so many rows on a panel is made.
-const PANEL_ROWS: usize = 5;
+const PANEL_ROWS: usize = 9;
 
 pub(crate) fn available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
@@ -91,7 +91,9 @@ fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn broadcast(q: &[i8; TILE], at: usize) -> __m256i {
-    _mm256_set1_epi32(i32::from_ne_bytes([q[at] as u8, q[at + 1] as u8, q[at + 2] as u8, q[at + 3] as u8]))
+    let four = &q[at..at + 4];
+    // SAFETY: 4 bytes, at any address.
+    _mm256_set1_epi32(unsafe { four.as_ptr().cast::<i32>().read_unaligned() })
 }
 
 #[inline]
@@ -154,7 +156,7 @@ fn groups_3<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, us
     // A table's index is three bits; the fourth may be anything.
     let table = table(|i| LEVELS_3[i & 7]);
     let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(4));
-    for r in [0, 2, 1, 3] {
+    for r in 0..4 {
         let codes = load_halves(tile, r);
         let highest = load_halves(tile, 4 + r % 2);
         for i in 0..4 {

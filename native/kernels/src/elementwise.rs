@@ -59,7 +59,11 @@ fn largest_magnitude(x: &[f32]) -> u32 {
 #[inline(always)]
 pub(crate) fn swiglu(gate: &mut [[f32; STRIP]], up: &[[f32; STRIP]]) {
     for (gate, up) in gate.iter_mut().zip(up) {
-        let e = exp(gate.map(|g| -g));
+        let mut negative = *gate;
+        for g in &mut negative {
+            *g = -*g;
+        }
+        let e = exp(negative);
         for i in 0..STRIP {
             gate[i] = gate[i] / (1.0 + e[i]) * up[i];
         }

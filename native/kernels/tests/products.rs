@@ -88,7 +88,7 @@ fn every_kernel_gives_the_bits_of_plain() {
             let rows = all_rows(&quantized);
             let expected = multiply(Kernels::plain(), &matrix, &rows);
             for kernels in Kernels::all() {
-                for count in [1, 2, 3, 4, 5, many].into_iter().filter(|count| *count <= many) {
+                for count in [1, 2, 3, 4, 5, 11, many].into_iter().filter(|count| *count <= many) {
                     let found = multiply(kernels, &matrix, &rows[..count]);
                     let name = kernels.name();
                     assert!(bits(&found) == bits(&expected[..count * n]), "{name}, {width} bits, [{n}, {k}], {count}");
@@ -131,8 +131,8 @@ fn the_largest_sums_are_exact() {
                 for kernels in Kernels::all() {
                     let y = multiply(kernels, &weights.matrix(), &[quantized.row(0)]);
                     assert_eq!(y, [sum as f32; 16], "{} with {width} bits", kernels.name());
-                    let y = multiply(kernels, &weights.matrix(), &[quantized.row(0); 6]);
-                    assert_eq!(y, [sum as f32; 96], "{} with {width} bits", kernels.name());
+                    let y = multiply(kernels, &weights.matrix(), &[quantized.row(0); 11]);
+                    assert_eq!(y, [sum as f32; 176], "{} with {width} bits", kernels.name());
                 }
             }
         }
