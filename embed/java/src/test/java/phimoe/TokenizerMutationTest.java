@@ -44,7 +44,7 @@ class TokenizerMutationTest {
             }
         }
         assertEquals(List.of(), wrong);
-        assertTrue(read > 300, read + " were read");
+        assertTrue(read > 200, read + " were read"); // the others are refused
     }
 
     private static void change(JsonElement tokenizer, JsonArray step) {
