@@ -155,3 +155,20 @@ def test_with_cuda_graphs_a_cache_serves_again_and_forgets(sessions: Sessions) -
     assert list(model._decoders.idle or {}) == [(1, min(256, sessions.decoding.context))]
     assert [result.token_ids for result in model.generate(rows, max_new_tokens=9)] == expected
     assert {slots for slots, _ in model._decoders.idle or {}} == {1, 2}
+
+
+def test_logprobs_are_the_hosts_and_change_no_token(sessions: Sessions) -> None:
+    rows = prompts(sessions.decoding.vocab_size, 3, 30, 11)
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.9, "seed": 5, "repetition_penalty": 1.2}
+    model, host = sessions.load(), sessions.load()
+    host._decoders.sampling = None  # its caches are the CPU's then
+    without = model.generate(rows, **options)
+    for before, found, right in zip(
+        without, model.generate(rows, logprobs=3, **options), host.generate(rows, logprobs=3, **options), strict=True
+    ):
+        assert before.token_ids == found.token_ids == right.token_ids
+        assert found.logprobs
+        assert right.logprobs
+        for ours, theirs in zip(found.logprobs, right.logprobs, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+            assert [each.logprob for each in ours.top] == pytest.approx([each.logprob for each in theirs.top], abs=1e-3)
