@@ -77,7 +77,7 @@ class Kept:
             new_tokens=new_tokens,
             stored=self._stored(report, manifest),
         )
-        arrays = {name: np.concatenate(parts, axis=name == "routing") for name, parts in self.arrays.items()}
+        arrays = {name: np.concatenate(parts, axis=1 if name == "routing" else 0) for name, parts in self.arrays.items()}
         return Golden(header, arrays)
 
     def _stored(self, report: Report, manifest: Manifest) -> Stored | None:
