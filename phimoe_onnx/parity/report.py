@@ -50,7 +50,8 @@ class Report:
         stored_to_reference: the rounding of weights and cache alone, with the reference's choice of experts replayed.
         routing_agreement: the share of tokens and layers whose two experts stay the same with the stored weights.
         perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
-        greedy: "prompt", "reference" and "bundle" as text, and "agreeing", the number of equal tokens at the start.
+        greedy: "prompt", "reference" and "bundle" as text, the reference's up to the token with which the two part;
+            "agreeing", the number of equal tokens at the start, and "new_tokens", of how many.
         notes: what else a reader must know, such as which figures are bounds.
         checks: what was held against a threshold.
         failures: those that are past their limit, in words; empty means success.

@@ -77,7 +77,8 @@ class Kept:
             new_tokens=new_tokens,
             stored=self._stored(report, manifest),
         )
-        arrays = {name: np.concatenate(parts, axis=name == "routing") for name, parts in self.arrays.items()}
+        axes = {"routing": 1}  # its first are the layers
+        arrays = {name: np.concatenate(parts, axis=axes.get(name, 0)) for name, parts in self.arrays.items()}
         return Golden(header, arrays)
 
     def _stored(self, report: Report, manifest: Manifest) -> Stored | None:

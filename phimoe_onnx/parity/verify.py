@@ -51,7 +51,7 @@ def verify(
     """Compares a bundle with the checkpoint that it came from.
 
     The bundle runs first and is then given up; PyTorch runs layer by layer (layered.py). So the most memory that is
-    needed at once is what the bundle takes to run, or some 3 GB for the largest PhiMoE.
+    needed at once is what the bundle takes to run, or some 4 GB for the largest PhiMoE.
 
     Args:
         bundle: its folder.
