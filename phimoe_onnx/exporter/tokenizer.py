@@ -117,7 +117,7 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
     """
     for token in read_json(path)["added_tokens"]:
         found = tokenizer.token_to_id(token["content"])
-        if found != token["id"] or tokenizer.id_to_token(found) != token["content"]:
+        if found is None or found != token["id"] or tokenizer.id_to_token(found) != token["content"]:
             raise ConfigError(
                 f"{path}: its added token {brief(token['content'])} has the id {brief(token['id'])}, but its "
                 f"vocabulary makes it {found}; download the checkpoint's file again"
