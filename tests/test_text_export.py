@@ -80,6 +80,7 @@ def configured(**config: Any) -> Callable[[Path], Any]:
         (configured(added_tokens_decoder={"1": {"text": "a"}}), r"tokenizer_config\.json: its tokens are damaged"),
         (configured(added_tokens_decoder={"x": {"content": "a"}}), r"tokenizer_config\.json: its tokens are damaged"),
         (configured(added_tokens_decoder=[5]), r"tokenizer_config\.json: its tokens are damaged"),
+        (configured(added_tokens_decoder=None), "added_tokens_decoder holds what is no object"),
         (configured(added_tokens_decoder={"0": "<unk>"}), "added_tokens_decoder holds what is no object"),
         (configured(added_tokens_decoder={"0": {"content": "<unk>", "special": None}}), "its tokens are damaged"),
         (
