@@ -153,6 +153,7 @@ def test_a_config_that_is_not_merged_is_refused(tmp_path: Path, config: dict[str
         ({f"{Q_PROJ}.lora_A.weight": torch.ones(4, 64)}, [f"{Q_PROJ}.lora_A.weight", "other factor"]),
         ({f"{Q_PROJ}.lora_magnitude_vector": torch.ones(64)}, ["lora_magnitude_vector", "not merged"]),
         ({"lm_head.weight": torch.ones(7, 64)}, ["lm_head.weight", "[7, 64]", "[2048, 64]"]),
+        ({"lm_head.weight": torch.ones(2048, 64, dtype=torch.int8)}, ["lm_head.weight", "'I8'", "F32, F16, BF16"]),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tensors: dict[str, torch.Tensor], words: list[str]) -> None:

@@ -228,6 +228,27 @@ def header(folder: Path, entry: object) -> None:
             lambda f: header(f, {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}),
             [SHARD, "lm_head.bias", "8 bytes", "F32 [4]"],
         ),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}),
+            [SHARD, "lm_head.bias", "damaged"],
+        ),
+        (
+            lambda f: header(f, {"dtype": 5, "shape": [4], "data_offsets": [0, 16]}),
+            [SHARD, "lm_head.bias", "damaged"],
+        ),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}),
+            [SHARD, "4 bytes behind its last tensor"],
+        ),
+        (
+            lambda f: header(f, {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}),
+            [SHARD, "overlap or leave bytes between them, at byte 4"],
+        ),
+        (
+            lambda f: (f / SHARD).write_bytes(struct.pack("<Q", 27) + b'{"__metadata__":{"a":1.5}} '),
+            [SHARD, "__metadata__"],
+        ),
+        (lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": "x" * 300})), [INDEX, "weight_map"]),
         (lambda f: edit_index(f, lambda m: m.update({"model.absent": SHARD})), [SHARD, "model.absent", INDEX]),
         (
             lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": "absent.safetensors"})),

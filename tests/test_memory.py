@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from phimoe_onnx.errors import DeviceError, OutOfMemoryError
+from phimoe_onnx.errors import BundleError, DeviceError, OutOfMemoryError
 from phimoe_onnx.runtime.model import PhiMoE
-from phimoe_onnx.runtime.ort.errors import memory_errors
+from phimoe_onnx.runtime.ort.errors import memory_errors, run_errors
 
 # As ONNX Runtime 1.31 words them: its arena, the same under gpu_mem_limit, and CUDA.
 TEXTS = {
@@ -33,6 +33,14 @@ def test_other_errors_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError, match="no kernel") as caught, memory_errors("loading x", 1):
         raise RuntimeError("no kernel")
     assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_what_onnxruntime_says_of_a_run_is_an_error_of_the_bundle() -> None:
+    said = "a step: ONNX Runtime [0-9.]+ cannot run the bundle's graph: no kernel"
+    with pytest.raises(BundleError, match=said), run_errors("a step", 1):
+        raise RuntimeError("no kernel")
+    with pytest.raises(OutOfMemoryError), run_errors("a step", 1):
+        raise RuntimeError("bad_alloc")
 
 
 def test_a_cache_larger_than_any_memory(bundle: Callable[..., Path]) -> None:

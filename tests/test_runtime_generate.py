@@ -271,7 +271,16 @@ def test_score(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a", {"temperature": 10**400}, "temperature has more digits than a float holds"),
         ("a", {"repetition_penalty": 1e-45}, "repetition_penalty is 1e-45, expected 1e-30 to 1e30"),
         ([{"role": "user", "content": "a"}], {"tools": [5]}, "tools holds 5, expected a JSON schema"),
+        ([{"role": "user", "content": "a"}], {"tools": 5}, "tools is 5, expected a list of JSON schemas"),
         ([{"role": "tool", "content": "a"}], {}, "no tools"),
+        (np.array(5), {}, "the prompt is of type ndarray"),
+        (memoryview(b"ab"), {}, "the prompt is of type memoryview"),
+        ([np.array(5)], {}, "prompt 0 is of type ndarray"),
+        ("a", {"logits_processor": 0}, "logits_processor is 0, expected a function"),
+        ("a", {"stop": np.array(1)}, "stop is array"),
+        ("a", {"max_new_tokens": "9" * 5000}, "max_new_tokens is '999.{0,90}', expected an integer"),
+        ("a", {"max_new_tokens": 10**5000}, "max_new_tokens is a int of too many digits"),
+        ("a", {"top_k": -(10**5000)}, "top_k is a int of too many digits"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -368,6 +377,8 @@ def test_an_answer_that_is_left_early_is_kept_as_far_as_it_came(endless: Loaded)
     assert chat.messages == [{"role": "user", "content": "the"}, {"role": "assistant", "content": "".join(begun)}]
     with pytest.raises(GenerationError, match="empty"):
         chat.send("")
+    with pytest.raises(GenerationError, match="the message is of type ndarray, expected a string"):
+        chat.send(np.array([1, 2]))  # type: ignore[call-overload]
     assert len(chat.messages) == 2
 
 

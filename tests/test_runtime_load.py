@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from phimoe_onnx.bundle import File, Graph, describe_files, read_manifest
-from phimoe_onnx.errors import BundleError, DeviceError
+from phimoe_onnx.errors import BundleError, DeviceError, PhiMoEError
 from phimoe_onnx.runtime import PhiMoE
 from phimoe_onnx.runtime.ort.session import choose_graph
 from tests.toy_bundle import write_bundle
@@ -91,6 +92,30 @@ def test_devices(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         PhiMoE.load(bundle, device="cuda")
     with pytest.raises(DeviceError, match="threads is 0"):
         PhiMoE.load(bundle, threads=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": "1"}, "slots is '1', expected an integer"),
+        ({"slots": None}, "slots is None, expected an integer"),
+        ({"queue": False}, "queue is False, expected an integer"),
+        ({"capacity": 16.0}, "capacity is 16.0, expected an integer"),
+        ({"capacity": -(10**5000)}, "capacity is a int of too many digits, expected 1 or more"),
+        ({"threads": "2"}, "threads is '2', expected 1 or more"),
+        ({"threads": True}, "threads is True, expected 1 or more"),
+        ({"device": ["cpu"]}, r"device is \['cpu'\], expected one of cpu, cuda"),
+        ({"cuda_graphs": 1}, "cuda_graphs is for device='cuda'"),
+    ],
+)
+def test_options_of_other_types_are_named(bundle: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PhiMoEError, match=message):
+        PhiMoE.load(bundle, **options)
+
+
+def test_numpys_small_integers_are_integers(bundle: Path) -> None:
+    model = PhiMoE.load(bundle, slots=np.uint8(7), capacity=np.uint8(40))
+    assert len(model.generate([5, 6], max_new_tokens=1).token_ids) <= 1
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")

@@ -48,6 +48,12 @@ def leave_the_slow_one(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")
 
 
+def renumber(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["id"] = 5
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def write(name: str, data: bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(data)
 
@@ -74,6 +80,15 @@ def configured(**config: Any) -> Callable[[Path], Any]:
         (configured(added_tokens_decoder={"1": {"text": "a"}}), r"tokenizer_config\.json: its tokens are damaged"),
         (configured(added_tokens_decoder={"x": {"content": "a"}}), r"tokenizer_config\.json: its tokens are damaged"),
         (configured(added_tokens_decoder=[5]), r"tokenizer_config\.json: its tokens are damaged"),
+        (configured(added_tokens_decoder=None), "added_tokens_decoder holds what is no object"),
+        (configured(added_tokens_decoder={"0": "<unk>"}), "added_tokens_decoder holds what is no object"),
+        (configured(added_tokens_decoder={"0": {"content": "<unk>", "special": None}}), "its tokens are damaged"),
+        (
+            configured(tokenizer_class="MyTokenizer"),
+            "tokenizer_class is 'MyTokenizer', expected one of Llama",
+        ),
+        (configured(additional_special_tokens="<s>"), "additional_special_tokens is '<s>', expected a list"),
+        (renumber, "its added token '<unk>' has the id 5, but its vocabulary makes it 0"),
         (configured(add_prefix_space=False), "add_prefix_space is False, for which transformers makes another"),
     ],
 )
@@ -129,3 +144,9 @@ def test_the_small_models_files_stay_as_they_are(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (bundle / name).read_bytes() == (MODEL / name).read_bytes()
     assert "clean_up_tokenization_spaces" not in (bundle / "manifest.json").read_text()
+
+
+def test_flags_of_tomorrow_are_passed_over_in_silence(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    token = CONFIG["added_tokens_decoder"]["0"] | {"tomorrow": True}
+    assert tokenizer_files(configure(folder, added_tokens_decoder=CONFIG["added_tokens_decoder"] | {"0": token})) == {}
+    assert capfd.readouterr() == ("", "")

@@ -113,6 +113,15 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer(tmp_path, hidden=())
 
 
+def test_a_tokenizer_at_which_the_library_panics_is_named(tmp_path: Path) -> None:
+    tokenizer = json.loads(make_tokenizer().to_str())
+    tokenizer["model"]["merges"][1] = ["\N{LOWER ONE EIGHTH BLOCK}", "a"]
+    tokenizer["model"]["continuing_subword_prefix"] = "abcdef"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BundleError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        Tokenizer(tmp_path, hidden=())
+
+
 def test_byte_tokens_marked_as_special_are_text(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -49,7 +49,9 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: is no readable safetensors file ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: is truncated or no safetensors file; download it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: the header's __metadata__ holds what is no text; download the shard again")
     data_bytes = size - 8 - length
     stored = {name: _stored(file, name, entry, data_bytes) for name, entry in header.items()}
     _check_covered(file, [entry["data_offsets"] for entry in header.values()], data_bytes)

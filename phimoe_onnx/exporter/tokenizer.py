@@ -145,10 +145,10 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], special
     """
     named = [token for value in special.values() for token in (value if isinstance(value, list) else [value])]
     texts = {content(token) for token in named}
-    declared = config.get("added_tokens_decoder") or {}
-    wanted = [declared[id] for id in sorted(declared, key=int)]
-    if not all(isinstance(token, dict) for token in wanted):
+    declared = config.get("added_tokens_decoder", {})
+    if not isinstance(declared, dict) or not all(isinstance(token, dict) for token in declared.values()):
         raise TypeError("added_tokens_decoder holds what is no object")
+    wanted = [declared[id] for id in sorted(declared, key=int)]
     known = {content(token) for token in wanted}
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     # one that is there keeps its flags, unless it is named with flags

@@ -129,8 +129,10 @@ class PhiMoE:
             DeviceError: the device or the installed ONNX Runtime cannot run the bundle.
 
         """
+        slots, queue = integer("slots", slots), integer("queue", queue)
+        capacity = None if capacity is None else integer("capacity", capacity)
         for name, value, least in (("slots", slots, 1), ("queue", queue, 0), ("capacity", capacity, 1)):
-            if (name, value) != ("capacity", None) and integer(name, value) < least:
+            if value is not None and value < least:
                 raise GenerationError(f"{name} is {brief(value)}, expected {least} or more")
         folder = Path(bundle)
         with unchanged(folder) as manifest:

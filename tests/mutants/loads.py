@@ -185,7 +185,7 @@ def _same(path: Path, other: Path) -> bool:
 def _check_error(error: PhiMoEError, bundle: Path) -> None:
     """A message names a file or what was asked for, and is no wall of text."""
     text = str(error)
-    others = (".onnx", "chat template", "the prompt", "the bundle's graph", "the graph's logits")
+    others = (".onnx", "/bundle/", "chat template", "the prompt", "the bundle's graph", "the graph's logits")
     named = any(name in text for name in (*others, *(path.name for path in bundle.iterdir())))
     assert named, f"names nothing: {text}"
     assert len(text) < 1200, f"{len(text)} characters: {text[:300]} ..."

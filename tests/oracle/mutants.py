@@ -36,6 +36,9 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     CONVERSATION,
     [*CONVERSATION, {"role": "assistant", "content": " b "}, USER],
 ]
+# what transformers 4.57 refuses and we take on purpose: other spellings of the model's name, a boundary that stands
+# beside rope_scaling, and what a safetensors file says of its writer
+STRICTER = ("does not recognize this architecture", "original_max_position_embeddings", "File metadata is not")
 ENDLESS = re.compile(r"10\s*\*\*")  # which transformers would go on with for hours
 
 
@@ -58,14 +61,15 @@ def judge(file: str, checkpoint: Path, adapter: Path | None, bundle: Path, manif
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         oracle = theirs(lambda: transformers.AutoTokenizer.from_pretrained(checkpoint))
-        _compare_ids(oracle, bundle, manifest)
-        _compare_prompts(oracle, bundle)
+        if oracle is not None:
+            _compare_ids(oracle, bundle, manifest)
+            _compare_prompts(oracle, bundle)
         if adapter is None and ("config" in file or "safetensors" in file):
             _compare_logits(checkpoint, bundle)
 
 
 def theirs(call: Any) -> Any:
-    """What transformers gives.
+    """What transformers gives, None where it is stricter than we mean to be.
 
     Raises:
         AssertionError: it refuses.
@@ -73,7 +77,7 @@ def theirs(call: Any) -> Any:
     try:
         return call()
     except Exception as error:
-        if "File metadata is not" in str(error):  # a word for people, beside numbers that are as sound as ever
+        if any(reason in str(error) for reason in STRICTER):
             return None
         raise AssertionError(f"transformers refuses it: {type(error).__name__}: {str(error)[:200]}") from None
 
@@ -130,6 +134,8 @@ def _compare_logits(checkpoint: Path, bundle: Path) -> None:
         return
     with torch.inference_mode():
         expected = theirs(lambda: model.eval()(torch.tensor([PROMPT])).logits[0].numpy())
+    if expected is None:
+        return
     try:
         found = reference.logits(reference.load_reference(checkpoint), PROMPT)
     except CheckpointError as error:  # an export says so when it comes to these weights
