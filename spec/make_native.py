@@ -92,6 +92,14 @@ def agreed(opened: list[Witness], batch: list[list[int]], options: Fields) -> li
     return first
 
 
+def long(opened: list[Witness], length: int, options: Fields) -> Iterator[list[int]]:
+    """The prompts that every witness agrees to and that do not end by themselves."""
+    for ids in prompts(length):
+        results = agreed(opened, [ids], options)
+        if results and results[0]["finish_reason"] == "length":
+            yield ids
+
+
 def main() -> None:
     """Writes the bundle and the cases."""
     write_bundle(BUNDLE)
@@ -99,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         opened = [stack.enter_context(witness) for witness in witnesses(BUNDLE, Path(folder))]
         for name, (lengths, options) in ASKED.items():
-            batch = [next(ids for ids in prompts(length) if agreed(opened, [ids], options)) for length in lengths]
+            batch = [next(long(opened, length, options)) for length in lengths]
             expected = agreed(opened, batch, options)
             if not expected:
                 raise SystemExit(f"{name}: the rows of the batch are not what each is alone")
