@@ -113,6 +113,7 @@ def java(session: nox.Session) -> None:
     """embed/java, over Maven Central's ONNX Runtime, and its documentation."""
     if not shutil.which("mvn"):
         session.skip("there is no Maven here")
+    _cargo_build_operators(session)
     session.run("mvn", "-q", "-B", "-f", "embed/java/pom.xml", "test", "javadoc:jar", external=True)
 
 
@@ -121,6 +122,7 @@ def csharp(session: nox.Session) -> None:
     """embed/csharp, over NuGet's ONNX Runtime."""
     if not shutil.which("dotnet"):
         session.skip("there is no .NET SDK here")
+    _cargo_build_operators(session)
     session.run("dotnet", "test", "embed/csharp", external=True)
 
 
@@ -136,6 +138,12 @@ def web(session: nox.Session) -> None:
     if not shutil.which(os.environ.get("CHROMIUM", "chromium")):
         session.skip("there is no Chromium here")
     _npm_test(session, "embed/web")
+
+
+def _cargo_build_operators(session: nox.Session) -> None:
+    """The native operators, where there is cargo: the languages' builds take them from native/target."""
+    if shutil.which("cargo"):
+        session.run("cargo", "build", "--release", "--manifest-path", "native/Cargo.toml", external=True)
 
 
 def _npm_test(session: nox.Session, folder: str) -> None:

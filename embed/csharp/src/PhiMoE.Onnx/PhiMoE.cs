@@ -139,7 +139,7 @@ public sealed class PhiMoE : IDisposable
 
     private static PhiMoE Open(string bundle, Manifest manifest, int? threads)
     {
-        Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed());
+        Graph graph = Session.ChooseGraph(bundle, manifest, Session.Installed(), Operators.Provided);
         Bundle.CheckFiles(bundle, manifest);
         Tokenizer tokenizer = new Tokenizer(
             bundle, manifest.Decoding.HiddenTokens.Values, manifest.Decoding.CleanUpTokenizationSpaces);

@@ -7,8 +7,6 @@ namespace PhiMoEOnnx;
 internal sealed class Session : IDisposable
 {
     private const string Device = "cpu";
-    // of what a graph may require: nothing yet
-    private static readonly IReadOnlySet<string> Provided = new HashSet<string>();
     // ONNX Runtime starts whatever is asked for, and a million threads would never all be running
     private static readonly int MostThreads = Math.Max(256, Environment.ProcessorCount);
     // a pass below so many bytes of weights times tokens is too short to be worth waking another thread
@@ -25,11 +23,15 @@ internal sealed class Session : IDisposable
         _weights = weights;
     }
 
-    /// <summary>The manifest's first graph that runs here, on ONNX Runtime <c>installed</c> ("1.32.0").</summary>
+    /// <summary>
+    /// The manifest's first graph that runs here, on ONNX Runtime <c>installed</c> ("1.32.0") and with <c>provided</c>
+    /// of what a graph may require.
+    /// </summary>
     /// <exception cref="DeviceException">
     /// None is for the CPU, or each requires what is unknown here or a newer release.
     /// </exception>
-    public static Graph ChooseGraph(string folder, Manifest manifest, string installed)
+    public static Graph ChooseGraph(
+        string folder, Manifest manifest, string installed, IReadOnlySet<string> provided)
     {
         Graph[] here = manifest.Graphs.Where(graph => graph.Devices.ContainsKey(Device)).ToArray();
         if (here.Length == 0)
@@ -38,12 +40,13 @@ internal sealed class Session : IDisposable
             throw new DeviceException(
                 $"{folder}: was exported for {others}, not for {Device}; export it again with --target {Device}");
         }
-        Graph[] understood = here.Where(graph => graph.Requires.All(Provided.Contains)).ToArray();
+        Graph[] understood = here.Where(graph => graph.Requires.All(provided.Contains)).ToArray();
         if (understood.Length == 0)
         {
-            string unknown = string.Join(", ", here.SelectMany(graph => graph.Requires).Except(Provided));
-            throw new DeviceException(
-                $"{folder}: its graphs require {unknown}, which this release does not know; upgrade PhiMoE.Onnx");
+            string unknown = string.Join(", ", here.SelectMany(graph => graph.Requires).Except(provided));
+            throw new DeviceException(unknown == Operators.Name
+                ? $"{folder}: {Operators.Missing}"
+                : $"{folder}: its graphs require {unknown}, which this release does not know; upgrade PhiMoE.Onnx");
         }
         int[] release = Release(installed);
         Graph? graph = understood.FirstOrDefault(each => Compare(Release(each.Devices[Device]), release) <= 0);
@@ -72,13 +75,13 @@ internal sealed class Session : IDisposable
         }
         string path = Path.Combine(folder, graph.File);
         ExternalData.Check(path, manifest.Files);
-        InferenceSession all = Open(path, threads ?? 0);
+        InferenceSession all = Open(path, graph, threads ?? 0);
         try
         {
             Agreement.Check(folder, graph, all, manifest.Decoding);
             long weights = manifest.Files.Where(file => file.Key.EndsWith(".data", StringComparison.Ordinal))
                 .Sum(file => file.Value.Size);
-            return new Session(all, threads == null && weights <= Short ? Open(path, 1) : null, weights);
+            return new Session(all, threads == null && weights <= Short ? Open(path, graph, 1) : null, weights);
         }
         catch
         {
@@ -113,7 +116,7 @@ internal sealed class Session : IDisposable
         }
     }
 
-    private static InferenceSession Open(string path, int threads)
+    private static InferenceSession Open(string path, Graph graph, int threads)
     {
         using SessionOptions options = new SessionOptions
         {
@@ -125,6 +128,10 @@ internal sealed class Session : IDisposable
         options.AddSessionConfigEntry("session.load_model_format", "ONNX"); // the one that ExternalData has looked at
         try
         {
+            if (graph.Requires.Contains(Operators.Name))
+            {
+                options.RegisterCustomOpLibrary(Operators.Library);
+            }
             return new InferenceSession(path, options);
         }
         catch (OnnxRuntimeException error)

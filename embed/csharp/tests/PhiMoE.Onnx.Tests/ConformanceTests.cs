@@ -135,7 +135,7 @@ public sealed class ConformanceTests : IClassFixture<Conformance>
 
     private static bool LoadsItsOwn(object[] name) => Conformance.LoadsItsOwn(Conformance.Case((string)name[0]));
 
-    private static async Task AssertGenerates(PhiMoE model, JsonElement given)
+    internal static async Task AssertGenerates(PhiMoE model, JsonElement given)
     {
         JsonElement expected = given.GetProperty("expected");
         GenerationOptions options = Conformance.Options(given.GetProperty("options"));

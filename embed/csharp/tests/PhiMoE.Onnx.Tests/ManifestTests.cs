@@ -8,6 +8,8 @@ public sealed class ManifestTests : IDisposable
     private const string VocabSize = "\"vocab_size\": 2048";
     private static readonly string Deep = new string('[', 100_000) + new string(']', 100_000);
 
+    private static readonly HashSet<string> Without = new HashSet<string>(); // native operators
+
     private readonly string _bundle = Conformance.CopyBundle();
     private readonly string _path;
 
@@ -97,7 +99,7 @@ public sealed class ManifestTests : IDisposable
         Manifest manifest = WithGraphs(
             MakeGraph("d", "cpu", "1.0", "operators/9"), MakeGraph("e", "cuda", "1.0"),
             MakeGraph("a", "cpu", "1.32"), MakeGraph("b", "cpu", "1.31.9"), MakeGraph("c", "cpu", "1.9"));
-        Assert.Equal(expected, Session.ChooseGraph(_bundle, manifest, installed).File);
+        Assert.Equal(expected, Session.ChooseGraph(_bundle, manifest, installed, Without).File);
     }
 
     [Fact]
@@ -119,5 +121,5 @@ public sealed class ManifestTests : IDisposable
     private Manifest WithGraphs(params Graph[] graphs) => Bundle.ReadManifest(_bundle) with { Graphs = graphs };
 
     private string Refusal(params Graph[] graphs) =>
-        Assert.Throws<DeviceException>(() => Session.ChooseGraph(_bundle, WithGraphs(graphs), "1.32.0")).Message;
+        Assert.Throws<DeviceException>(() => Session.ChooseGraph(_bundle, WithGraphs(graphs), "1.32.0", Without)).Message;
 }

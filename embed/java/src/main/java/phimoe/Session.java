@@ -44,7 +44,8 @@ final class Session implements AutoCloseable {
      * @throws BundleException the graph reads files that are not listed, or is not the one that the manifest describes
      */
     Session(Path bundle, Manifest manifest, Integer threads) {
-        Path path = bundle.resolve(chooseGraph(manifest.graphs(), ENVIRONMENT.getVersion()).file());
+        Graph graph = chooseGraph(manifest.graphs(), ENVIRONMENT.getVersion(), Operators.provided());
+        Path path = bundle.resolve(graph.file());
         if (!manifest.decoding().cache().shared()) {
             throw new DeviceException("the bundle's cache cannot be one buffer (decoding.cache.shared is false), which Java "
                     + "needs; export it with --target cpu");
@@ -55,21 +56,24 @@ final class Session implements AutoCloseable {
         ExternalData.check(path, manifest.files().keySet());
         weights = manifest.files().entrySet().stream().filter(file -> file.getKey().endsWith(".data"))
                 .mapToLong(file -> file.getValue().size()).sum();
-        session = open(path, manifest.decoding(), threads == null ? 0 : threads);
+        session = open(path, graph, manifest.decoding(), threads == null ? 0 : threads);
         try {
-            single = threads == null && weights <= SHORT ? open(path, manifest.decoding(), 1) : null;
+            single = threads == null && weights <= SHORT ? open(path, graph, manifest.decoding(), 1) : null;
         } catch (RuntimeException error) {
             close(session);
             throw error;
         }
     }
 
-    private static OrtSession open(Path path, Manifest.Decoding decoding, int threads) {
+    private static OrtSession open(Path path, Graph graph, Manifest.Decoding decoding, int threads) {
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
             options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR);
             options.setIntraOpNumThreads(threads);
             options.addConfigEntry("session.intra_op.spin_duration_us", "50"); // longer, and threads take a busy machine's time
             options.addConfigEntry("session.load_model_format", "ONNX"); // by any name: ExternalData knows this format
+            if (graph.requires().contains(Operators.NAME)) {
+                options.registerCustomOpLibrary(Operators.library());
+            }
             OrtSession session = ENVIRONMENT.createSession(path.toString(), options);
             try {
                 Agreement.check(session, path, decoding);
@@ -87,9 +91,10 @@ final class Session implements AutoCloseable {
     /**
      * The first graph that ONNX Runtime `installed` loads on the CPU and from Java, where it takes no optional inputs.
      *
+     * @param provided what a graph may require
      * @throws DeviceException there is none
      */
-    static Graph chooseGraph(List<Graph> graphs, String installed) {
+    static Graph chooseGraph(List<Graph> graphs, String installed, Set<String> provided) {
         List<Graph> here = graphs.stream().filter(graph -> graph.devices().containsKey(DEVICE)).toList();
         if (here.isEmpty()) {
             Set<String> devices = new TreeSet<>();
@@ -102,12 +107,14 @@ final class Session implements AutoCloseable {
             throw new DeviceException(
                     "every graph of the bundle has optional inputs, which Java cannot give; export it with --target cpu");
         }
-        List<Graph> known = usable.stream().filter(graph -> graph.requires().isEmpty()).toList();
+        List<Graph> known = usable.stream().filter(graph -> provided.containsAll(graph.requires())).toList();
         if (known.isEmpty()) {
             Set<String> missing = new TreeSet<>();
             usable.forEach(graph -> missing.addAll(graph.requires()));
-            throw new DeviceException(
-                    "the bundle requires " + String.join(", ", missing) + ", not known here; upgrade phimoe");
+            missing.removeAll(provided);
+            throw new DeviceException(missing.equals(Set.of(Operators.NAME))
+                    ? Operators.missing()
+                    : "the bundle requires " + String.join(", ", missing) + ", not known here; upgrade phimoe");
         }
         return known.stream().filter(graph -> RELEASES.compare(graph.devices().get(DEVICE), installed) <= 0).findFirst()
                 .orElseThrow(() -> new DeviceException("the bundle needs ONNX Runtime "

@@ -87,7 +87,7 @@ class ConformanceTest {
     }
 
     /** Holds that a model makes of a case's prompts what it expects, and its stream too. */
-    private static void generate(PhiMoE model, JsonObject test) {
+    static void generate(PhiMoE model, JsonObject test) {
         List<Prompt> prompts = Conformance.prompts(test);
         Options options = Conformance.options(test.getAsJsonObject("options"));
         JsonElement expected = test.get("expected");

@@ -18,6 +18,7 @@ import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
 import java.util.Random;
+import java.util.Set;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
@@ -110,10 +111,10 @@ class ManifestTest {
                 "a.onnx", Map.of(parts[0], parts[1]), optional == null ? List.of() : List.of(optional),
                 requires == null ? List.of() : List.of(requires));
         if (names == null) {
-            assertEquals(expected, Session.chooseGraph(List.of(graph), installed).file());
+            assertEquals(expected, Session.chooseGraph(List.of(graph), installed, Set.of()).file());
         } else {
             DeviceException error =
-                    assertThrows(DeviceException.class, () -> Session.chooseGraph(List.of(graph), installed));
+                    assertThrows(DeviceException.class, () -> Session.chooseGraph(List.of(graph), installed, Set.of()));
             assertTrue(error.getMessage().contains(names), error.getMessage());
         }
     }
@@ -127,7 +128,7 @@ class ManifestTest {
                 new Manifest.Graph("newer", Map.of("cpu", "1.40"), List.of(), List.of()),
                 new Manifest.Graph("fits", Map.of("cuda", "9", "cpu", "1.29"), List.of(), List.of()),
                 new Manifest.Graph("later", Map.of("cpu", "1.28"), List.of(), List.of()));
-        assertEquals("fits", Session.chooseGraph(graphs, "1.29.1").file());
+        assertEquals("fits", Session.chooseGraph(graphs, "1.29.1", Set.of("operators/2")).file());
     }
 
     @Test
