@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -78,6 +78,23 @@ def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.Inferenc
     return _open(bundle / file, device, None, ())
 
 
+def open_extended(
+    bundle: Path, manifest: Manifest, threads: int | None, extend: Callable[[bytes], bytes]
+) -> ort.InferenceSession:
+    """A session on the CPU over the graph that `open_sessions` takes, as `extend` makes it of the file's bytes.
+
+    Raises:
+        OutOfMemoryError, DeviceError, BundleError: as `open_sessions`, and what `extend` does.
+    """
+    graph = choose_graph(manifest, "cpu", ort.__version__)
+    check_threads(threads)
+    path = bundle / graph.file
+    check_external_data(path, manifest.files)
+    extended = extend(path.read_bytes())
+    with released(bundle):
+        return _open(path, "cpu", threads, graph.requires, data=extended)
+
+
 def _open(
     path: Path,
     device: str,
@@ -85,7 +102,9 @@ def _open(
     requires: Collection[str],
     memory_limit: int | None = None,
     cuda_graphs: bool = False,
+    data: bytes | None = None,
 ) -> ort.InferenceSession:
+    """A session over the graph at `path`, or over `data` in its place, with the weights beside that file."""
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
     # by any name: external_data.py knows this one
@@ -113,7 +132,11 @@ def _open(
         ):
             if NATIVE_OPERATORS in requires:
                 options.register_custom_ops_library(str(operators.library()))
-            session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
+            if data is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            session = ort.InferenceSession(
+                data or str(path), options, providers=[(provider, choices)], enable_fallback=0
+            )
     except OutOfMemoryError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base below this
