@@ -58,7 +58,8 @@ class PhiMoE:
     """A loaded bundle; `PhiMoE.load` makes one.
 
     A bundle serves one task: text-generation `generate`, `chat`, `score` and `logits`; text-classification `classify`;
-    feature-extraction `embed`; any `routing` and `hidden_states`. Its methods may be called from several threads; what they generate runs side by side.
+    feature-extraction `embed`; any of them `routing` and `hidden_states`. Its methods may be called from several
+    threads; what they generate runs side by side.
 
     Attributes:
         manifest: the bundle's manifest.

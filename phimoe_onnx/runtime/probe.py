@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, ROPE_LENGTH, Manifest, cache_names, check_files
+from phimoe_onnx.bundle import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS_TO_KEEP,
+    ROPE_LENGTH,
+    Manifest,
+    cache_names,
+    check_files,
+)
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import GenerationError
 from phimoe_onnx.runtime.ort.errors import run_errors

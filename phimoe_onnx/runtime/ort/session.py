@@ -133,7 +133,9 @@ def _open(
             if NATIVE_OPERATORS in requires:
                 options.register_custom_ops_library(str(operators.library()))
             if data is not None:
-                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(path.parent)
+                )
             session = ort.InferenceSession(
                 data or str(path), options, providers=[(provider, choices)], enable_fallback=0
             )

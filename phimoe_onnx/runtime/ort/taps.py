@@ -21,8 +21,8 @@ class Taps(NamedTuple):
 
     Attributes:
         scores: of each layer, the router's, float32 [..., tokens, experts].
-        hidden: what goes into each layer, and what the final norm gives, [..., tokens, hidden_size]; one more than there
-            are layers.
+        hidden: what goes into each layer, and what the final norm gives, [..., tokens, hidden_size]; there is one more
+            than there are layers.
     """
 
     scores: list[str]
@@ -85,7 +85,8 @@ def _node(op_type: str, inputs: list[str], output: str) -> tuple[int, bytes]:
 
 def _read(model: bytes) -> tuple[dict[str, _Node], set[str]]:
     """The main graph's nodes by name, and the names of its outputs."""
-    nodes, outputs = {}, set()
+    nodes: dict[str, _Node] = {}
+    outputs: set[str] = set()
     for start, end in _at(model, 0, len(model), _GRAPH):
         for first, last in _at(model, start, end, _NODE):
             values: dict[int, list[str]] = {_INPUTS: [], _OUTPUTS: [], _NODE_NAME: [""], _OP_TYPE: [""]}
