@@ -86,9 +86,10 @@ def usage(name: str, pieces: Sequence[Routing], width: float) -> Usage:
         np.add.at(pairs[layer], (experts[layer, :, 0], experts[layer, :, 1]), 1)
         np.add.at(totals[layer], experts[layer], weights[layer])
     chosen = pairs.sum(axis=2) + pairs.sum(axis=1)
-    bins = np.full(margins.shape, BINS)  # an infinite margin, of a choice without rivals, is beyond them all
-    if width:
-        np.minimum((margins + width) / width // BIN, BINS, out=bins, casting="unsafe")
+    # an infinite margin, of a choice without rivals, is beyond all bins, and so is any where the mask has no width
+    widths = (margins + width) / width if width else np.full(margins.shape, np.inf)
+    # the margin of a level rival is -width in float32, which may be a little less than it in float64
+    bins = np.clip(np.floor(widths / BIN), 0, BINS).astype(np.int64)
     return Usage(
         name=name,
         tokens=tokens,

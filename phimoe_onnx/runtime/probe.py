@@ -28,8 +28,8 @@ from phimoe_onnx.bundle import (
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import GenerationError
 from phimoe_onnx.runtime.ort.errors import run_errors
-from phimoe_onnx.runtime.ort.session import open_extended
-from phimoe_onnx.runtime.ort.taps import Taps, tap
+from phimoe_onnx.runtime.ort.session import open_tapped
+from phimoe_onnx.runtime.ort.taps import Taps
 
 Arrays = list[NDArray[np.float32]]
 
@@ -78,15 +78,8 @@ class Probe:
         """
         check_files(bundle, manifest)
         jitter = read_config(bundle).router_jitter_noise
-        found: list[Taps] = []
-
-        def extend(model: bytes) -> bytes:
-            extended, taps = tap(model, manifest.decoding.cache.num_hidden_layers)
-            found.append(taps)
-            return extended
-
-        session = open_extended(bundle, manifest, threads, extend)
-        return cls(session, found[0], manifest, jitter)
+        session, taps = open_tapped(bundle, manifest, threads)
+        return cls(session, taps, manifest, jitter)
 
     def routing(self, ids: Sequence[int], step: Callable[[int], None] = lambda tokens: None) -> Routing:
         """The routing of a text of 1 to `context` tokens; `step` is called with how many were just read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.ort.external_data import check_external_data
 from phimoe_onnx.runtime.ort.mapped import released
+from phimoe_onnx.runtime.ort.taps import Taps, tap
 from phimoe_onnx.runtime.ort.threads import SPIN_DURATION, Sessions, check_threads, is_small
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -78,21 +79,20 @@ def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.Inferenc
     return _open(bundle / file, device, None, ())
 
 
-def open_extended(
-    bundle: Path, manifest: Manifest, threads: int | None, extend: Callable[[bytes], bytes]
-) -> ort.InferenceSession:
-    """A session on the CPU over the graph that `open_sessions` takes, as `extend` makes it of the file's bytes.
+def open_tapped(bundle: Path, manifest: Manifest, threads: int | None) -> tuple[ort.InferenceSession, Taps]:
+    """A session on the CPU over the graph that `open_sessions` takes there, with values of its inside as outputs, too.
 
     Raises:
-        OutOfMemoryError, DeviceError, BundleError: as `open_sessions`, and what `extend` does.
+        OutOfMemoryError, DeviceError, BundleError: as `open_sessions`; or the graph has not the nodes that the exporter
+            makes today.
     """
     graph = choose_graph(manifest, "cpu", ort.__version__)
     check_threads(threads)
     path = bundle / graph.file
     check_external_data(path, manifest.files)
-    extended = extend(path.read_bytes())
+    tapped, taps = tap(path, manifest.decoding.cache.num_hidden_layers)
     with released(bundle):
-        return _open(path, "cpu", threads, graph.requires, data=extended)
+        return _open(path, "cpu", threads, graph.requires, data=tapped), taps
 
 
 def _open(

@@ -7,6 +7,7 @@ behind the file's bytes. The names are those that the exporter gives, exporter/p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from phimoe_onnx.errors import BundleError
@@ -35,30 +36,38 @@ class _Node(NamedTuple):
     outputs: list[str]
 
 
-def tap(model: bytes, layers: int) -> tuple[bytes, Taps]:
-    """A serialised ModelProto with the outputs more, and their names.
+def tap(graph: Path, layers: int) -> tuple[bytes, Taps]:
+    """An ONNX file's bytes with the outputs more, and their names.
 
     The native operator keeps the router's scores to itself, so a product of its own inputs is added for them: the same
     numbers, but for the order of the sums.
 
     Raises:
-        BundleError: the graph has not the nodes that the exporter makes today.
+        BundleError: the graph has not the nodes that the exporter makes today, or is damaged.
     """
-    nodes, outputs = _read(model)
+    model = graph.read_bytes()
     added: list[tuple[int, bytes]] = []
     scores, hidden = [], []
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        name = f"{prefix}block_sparse_moe.gate/MatMul"
-        if (mixer := nodes.get(f"{prefix}block_sparse_moe.SparseMixerMoE")) is not None:
-            x, router, *_ = mixer.inputs
-            added += [_node("Transpose", [router], f"{router}.transposed")]
-            added += [_node("MatMul", [x, f"{router}.transposed"], name)]
-        elif name not in nodes:
-            raise BundleError(f"the graph has no node {name}, so its routing cannot be read; export the bundle again")
-        scores.append(name)
-        hidden.append(_residual(nodes, f"{prefix}input_layernorm"))
-    hidden.append(_norm(nodes, "model.norm").outputs[0])
+    try:
+        nodes, outputs = _read(model)
+        for layer in range(layers):
+            prefix = f"model.layers.{layer}."
+            name = f"{prefix}block_sparse_moe.gate/MatMul"
+            if (mixer := nodes.get(f"{prefix}block_sparse_moe.SparseMixerMoE")) is not None:
+                x, router, *_ = mixer.inputs
+                added += [_node("Transpose", [router], f"{router}.transposed")]
+                added += [_node("MatMul", [x, f"{router}.transposed"], name)]
+            elif name not in nodes:
+                raise KeyError(name)
+            scores.append(name)
+            hidden.append(_residual(nodes, f"{prefix}input_layernorm"))
+        hidden.append(_norm(nodes, "model.norm").outputs[0])
+    except KeyError as error:
+        raise BundleError(
+            f"{graph}: has no node {error.args[0]}, so its inside cannot be read; export the bundle again"
+        ) from None
+    except (ValueError, IndexError):
+        raise BundleError(f"{graph}: is damaged, so no ONNX graph; copy or export the bundle again") from None
     new = [name for name in dict.fromkeys([*scores, *hidden]) if name not in outputs]
     added += [(_OUTPUT, message((_NAME, name))) for name in new]
     return model + message((_GRAPH, message(*added))), Taps(scores, hidden)
@@ -74,7 +83,7 @@ def _norm(nodes: dict[str, _Node], name: str) -> _Node:
     """A layer norm, which a pass has named after its module alone, or tracing after the operator, too."""
     norm = nodes.get(name) or nodes.get(f"{name}/LayerNormalization")
     if norm is None:
-        raise BundleError(f"the graph has no node {name}, so its inside cannot be read; export the bundle again")
+        raise KeyError(name)
     return norm
 
 
