@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--rounding",
         choices=ROUNDINGS,
-        help="rtn, to nearest, or two-level, on the native operators' grid, which both kinds compute with (default: rtn "
-        "with stock operators, two-level with native ones)",
+        help="rtn, to nearest, or two-level, on the native operators' grid, which both kinds compute with (default: "
+        "rtn with stock operators, two-level with native ones)",
     )
     add(
         "--block-size",
