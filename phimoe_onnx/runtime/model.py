@@ -356,7 +356,7 @@ class PhiMoE:
                 is outside the vocabulary; or the limit.
 
         """
-        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+        if isinstance(prompt, np.ndarray) and prompt.ndim > 1:
             raise GenerationError(f"{name} is an array of the shape {list(prompt.shape)}, expected token ids [tokens]")
         if not isinstance(prompt, str) and not _is_list(prompt):
             kind = type(prompt).__name__
