@@ -19,7 +19,7 @@ import pytest
 import phimoe_onnx
 from phimoe_onnx.cli import _start
 
-COMMANDS = ("export", "generate", "chat", "classify", "verify", "bench")
+COMMANDS = ("export", "generate", "chat", "classify", "verify", "bench", "experts")
 PACKAGE = Path(phimoe_onnx.__file__).parent
 POSIX = ("resource", "fcntl", "termios", "tty", "pty", "pwd", "grp", "readline", "curses", "syslog")
 FOREIGN = (
@@ -51,7 +51,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "--version" in {option.split()[0] for option in options}
     for option in options:  # each that takes a value says what it is otherwise
         names = option.replace(", ", ",").split("  ")[0]
-        required = names.split()[0] in ("--reference", "--golden") and command == "verify"
+        required = names.split()[0] in {"verify": ("--reference", "--golden"), "experts": ("--text",)}.get(command, ())
         if " " in names.strip() and not required:
             assert "default:" in option, option
 
@@ -85,7 +85,8 @@ def test_what_argparse_refuses_is_a_line(
     assert errors.startswith("error: ")
     assert errors.endswith(f"; phimoe-{command} --help says more\n")
     assert errors.count("\n") == 1
-    if command != "export" and not (command == "verify" and "--threads" in arguments):
+    lacks = {"verify": "--threads", "experts": "--device"}
+    if command != "export" and lacks.get(command) not in arguments:
         assert message in errors
 
 
@@ -131,6 +132,7 @@ def test_a_bad_option_is_said_before_torch_is_imported(command: str, arguments: 
         ("classify", "onnxruntime"),
         ("verify", "torch"),
         ("bench", "numpy"),
+        ("experts", "numpy"),
     ],
 )
 def test_an_early_ctrl_c_is_quiet(tmp_path: Path, command: str, module: str) -> None:
@@ -144,7 +146,7 @@ try:
 except KeyboardInterrupt:
     pass
 """)
-    more = {"verify": ["--reference", "nowhere"], "generate": ["a"]}
+    more = {"verify": ["--reference", "nowhere"], "generate": ["a"], "experts": ["--text", __file__]}
     arguments = ["nowhere", *more.get(command, [])]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from phimoe_onnx.cli import _start\n"
     code += f"sys.argv[1:] = {arguments}; sys.exit(_start.{command}())"

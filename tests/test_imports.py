@@ -28,9 +28,10 @@ ALLOWED = {
     "reference": {"layered", "checkpoint", "config", "modeling"},
     "exporter": {"checkpoint", "text", "reference", "bundle", "config", "modeling"},
     "runtime": {"bundle", "config", "text"},
+    "analytics": {"runtime"},
     "bench": {"runtime", "bundle", "config"},
     "parity": {"exporter", "runtime", "layered", "reference", "checkpoint", "bundle", "config", "modeling"},
-    "cli": {"bench", "exporter", "checkpoint", "runtime", "parity", "text", "bundle", "config"},
+    "cli": {"analytics", "bench", "exporter", "checkpoint", "runtime", "parity", "text", "bundle", "config"},
 }
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
 
@@ -96,6 +97,7 @@ def python(code: str) -> str:
         "import phimoe_onnx.runtime",
         "import phimoe_onnx; phimoe_onnx.PhiMoE",
         "import phimoe_onnx.cli.generate, phimoe_onnx.cli.chat, phimoe_onnx.cli.classify, phimoe_onnx.cli.bench",
+        "import phimoe_onnx.cli.experts, phimoe_onnx.analytics.page",
         "import phimoe_onnx.cli.export, phimoe_onnx.cli.verify",  # for a fast --help
         "import phimoe_onnx.cli.optimum_export",  # at every start of optimum-cli
     ],

@@ -84,7 +84,7 @@ def test_a_logits_processor_does_not_show_even_where_it_writes_in_place(model: P
 def test_a_batch_has_each_rows_own(model: PhiMoE) -> None:
     prompts = [PROMPT, "Emma", "And the LORD said unto"]
     for prompt, found in zip(prompts, model.generate(prompts, max_new_tokens=8, logprobs=3), strict=True):
-        check(model, prompt, found, 3, apart=1e-2)  # a step of several rows has other sums, rounded to int8
+        check(model, prompt, found, 3, apart=0.1)  # a step of several rows rounds other sums to int8
 
 
 def test_a_streams_pieces_carry_them_beside_their_tokens_also_at_a_stop_string(model: PhiMoE) -> None:

@@ -41,6 +41,11 @@ def bench() -> int:
     return _start("bench")
 
 
+def experts() -> int:
+    """phimoe-experts."""
+    return _start("experts")
+
+
 def _start(command: str) -> int:
     try:
         with imports():

@@ -16,7 +16,7 @@ import phimoe_onnx
 from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_manifest
 from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
-from phimoe_onnx.exporter.recipe import BLOCK_SIZES, QUANTIZE
+from phimoe_onnx.exporter.recipe import BLOCK_SIZES, DEFAULT_ROUNDING, QUANTIZE, ROUNDINGS
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.memory import peak_memory
 
@@ -61,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--operators",
         default="stock",
-        metavar="KIND",
-        help="what computes with int4 and int8 weights: stock (default; ONNX Runtime's operators, which every program "
-        "has) or native (this project's)",
+        choices=DEFAULT_ROUNDING,
+        help="what computes with int4 and int8 weights: ONNX Runtime's operators, which every program has, or native "
+        "ones, this project's own (default: stock)",
     )
     add(
         "--rounding",
-        metavar="NAME",
-        help="rtn, to nearest (default of stock operators), or two-level (of native ones; both can compute with it)",
+        choices=ROUNDINGS,
+        help="rtn, to nearest, or two-level, on the native operators' grid, which both kinds compute with (default: "
+        "rtn with stock operators, two-level with native ones)",
     )
     add(
         "--block-size",

@@ -4,6 +4,7 @@ from phimoe_onnx.runtime.classification import Classification
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.logprobs import Alternative, Logprobs
 from phimoe_onnx.runtime.model import PhiMoE, Score
+from phimoe_onnx.runtime.probe import Routing
 from phimoe_onnx.runtime.request import Options
 from phimoe_onnx.runtime.row import Generation, Piece
 
@@ -16,5 +17,6 @@ __all__ = [
     "Options",
     "PhiMoE",
     "Piece",
+    "Routing",
     "Score",
 ]

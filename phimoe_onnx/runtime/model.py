@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, check_files, unchanged
-from phimoe_onnx.errors import BundleError, GenerationError, brief
+from phimoe_onnx.errors import BundleError, DeviceError, GenerationError, brief
 from phimoe_onnx.runtime.classification import Classification, classify
 from phimoe_onnx.runtime.conversation import Conversation
 from phimoe_onnx.runtime.decoder import Decoder, Decoders
@@ -20,6 +22,7 @@ from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import PieceStream, generate
 from phimoe_onnx.runtime.ort.session import open_sampling, open_sessions
 from phimoe_onnx.runtime.ort.threads import Sessions
+from phimoe_onnx.runtime.probe import Probe, Routing
 from phimoe_onnx.runtime.request import Options, Request, check_names, integer, make_request
 from phimoe_onnx.runtime.row import Generation
 from phimoe_onnx.runtime.texts import run_texts
@@ -55,7 +58,8 @@ class PhiMoE:
     """A loaded bundle; `PhiMoE.load` makes one.
 
     A bundle serves one task: text-generation `generate`, `chat`, `score` and `logits`; text-classification `classify`;
-    feature-extraction `embed`. Its methods may be called from several threads; what they generate runs side by side.
+    feature-extraction `embed`; any of them `routing` and `hidden_states`. Its methods may be called from several
+    threads; what they generate runs side by side.
 
     Attributes:
         manifest: the bundle's manifest.
@@ -79,6 +83,7 @@ class PhiMoE:
         slots: int = 64,
         queue: int = 1024,
         capacity: int | None = None,
+        open_probe: Callable[[], Probe] | None = None,
     ) -> None:
         self.manifest = manifest
         self.decoding = manifest.decoding
@@ -91,6 +96,9 @@ class PhiMoE:
             sessions, manifest.decoding, device, sampling, cache_limit, idle={} if cuda_graphs else None
         )
         self.engine = Engine(self._decoders.open, tokenizer, slots, queue)
+        self._open_probe = open_probe
+        self._probe: Probe | None = None
+        self._probe_lock = threading.Lock()
 
     @classmethod
     def load(
@@ -147,7 +155,8 @@ class PhiMoE:
             sessions = open_sessions(folder, manifest, device, threads, memory_limit, cuda_graphs)
             sampling = open_sampling(folder, manifest, device)
         cache_limit = None if memory_limit is None else memory_limit - sessions.weights
-        options = (sampling, cache_limit, cuda_graphs, slots, queue, capacity)
+        open_probe = partial(Probe.open, folder, manifest, threads) if device == "cpu" else None
+        options = (sampling, cache_limit, cuda_graphs, slots, queue, capacity, open_probe)
         return cls(sessions, manifest, tokenizer, template, device, *options)
 
     @overload
@@ -300,6 +309,41 @@ class PhiMoE:
         results = run_texts(self._sessions.main, ids)
         return results if batch else results[0]
 
+    def routing(self, text: Prompt) -> Routing:
+        """Which experts each token of a text takes in each layer, with what weights, and how near others were.
+
+        The first call opens the graph once more, which takes the memory of its weights again; see probe.py.
+
+        Args:
+            text: as for `encode`; of any task's bundle.
+
+        Raises:
+            GenerationError: the text is empty, or has more tokens than the context holds.
+            DeviceError: the model was loaded on another device than the CPU.
+            BundleError: the bundle was changed since it was loaded, or was written by an older exporter.
+            OutOfMemoryError: there is too little memory.
+
+        """
+        ids = self._encode_whole(text, "the text")
+        return self._inside().routing(ids)
+
+    def hidden_states(self, text: Prompt) -> NDArray[np.float32]:
+        """What runs from layer to layer while a text is read: float32 [layers + 1, tokens, hidden_size].
+
+        Number i is what goes into layer i, so 0 are the embeddings. The last one is what the final norm makes of the
+        last layer's, as transformers has it. Arguments and errors are as for `routing`.
+        """
+        ids = self._encode_whole(text, "the text")
+        return self._inside().hidden_states(ids)
+
+    def _inside(self) -> Probe:
+        if self._open_probe is None:
+            raise DeviceError("only on the CPU can the inside of a graph be read; load the bundle with device='cpu'")
+        with self._probe_lock:
+            if self._probe is None:
+                self._probe = self._open_probe()
+        return self._probe
+
     def encode(
         self, prompt: Prompt, name: str = "the prompt", tools: Tools | None = None, limit: int | None = None
     ) -> list[int]:
@@ -312,7 +356,7 @@ class PhiMoE:
                 is outside the vocabulary; or the limit.
 
         """
-        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+        if isinstance(prompt, np.ndarray) and prompt.ndim > 1:
             raise GenerationError(f"{name} is an array of the shape {list(prompt.shape)}, expected token ids [tokens]")
         if not isinstance(prompt, str) and not _is_list(prompt):
             kind = type(prompt).__name__
@@ -377,13 +421,14 @@ class PhiMoE:
         batch = _is_batch(text) or (_is_list(text) and not len(text))
         ids = []
         for number, each in enumerate(cast("Sequence[Prompt]", text if batch else [text])):
-            name = f"text {number}" if batch else "the text"
-            ids.append(self.encode(each, name, limit=self.decoding.context))
-            if not 0 < len(ids[-1]) <= self.decoding.context:
-                raise GenerationError(
-                    f"{name} has {len(ids[-1])} tokens, expected 1 to {self.decoding.context} (the context)"
-                )
+            ids.append(self._encode_whole(each, f"text {number}" if batch else "the text"))
         return ids, batch
+
+    def _encode_whole(self, text: Prompt, name: str) -> list[int]:
+        ids = self.encode(text, name, limit=self.decoding.context)
+        if not 0 < len(ids) <= self.decoding.context:
+            raise GenerationError(f"{name} has {len(ids)} tokens, expected 1 to {self.decoding.context} (the context)")
+        return ids
 
     def _logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         if len(ids) > self.decoding.context:

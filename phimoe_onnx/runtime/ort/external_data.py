@@ -1,8 +1,7 @@
 """Which files a graph reads its weights from, found in the graph's own bytes before ONNX Runtime opens them.
 
-ONNX Runtime opens whatever file a tensor's external data names, "../x" and absolute paths too. An ONNX file is a
-Protocol Buffers message (https://protobuf.dev/programming-guides/encoding/) of the fields in onnx.proto3; this walks
-those in which tensors can be, and no others.
+ONNX Runtime opens whatever file a tensor's external data names, "../x" and absolute paths too. This walks those fields
+of onnx.proto3 in which tensors can be, and no others.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 from phimoe_onnx.errors import BundleError
+from phimoe_onnx.runtime.ort.protobuf import fields
 
 # For each message the numbers of the fields that lead to tensors, and the messages that these hold.
 _FIELDS = {
@@ -29,7 +29,6 @@ _FIELDS = {
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {13: "StringStringEntryProto"},
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _DEEPEST = 100  # messages inside each other, as Protocol Buffers' own parsers allow
 
 
@@ -66,47 +65,11 @@ def _locations(data: bytes, start: int, end: int, kind: str, depth: int) -> Iter
         return
     if depth == 0:
         raise ValueError("too many messages inside each other")
-    for number, first, last in _fields(data, start, end):
+    for number, first, last in fields(data, start, end):
         inner = _FIELDS[kind].get(number)
         if inner == "StringStringEntryProto":
-            entry = {number: data[a:b].decode() for number, a, b in _fields(data, first, last)}
+            entry = {number: data[a:b].decode() for number, a, b in fields(data, first, last)}
             if entry.get(1) == "location":
                 yield entry.get(2, "")
         elif inner:
             yield from _locations(data, first, last, inner, depth - 1)
-
-
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The number and the range of each field that is a message or a string; numbers are skipped."""
-    place = start
-    while place < end:
-        key, place = _varint(data, place)
-        if key >> 32:  # some parsers drop these bits, and would see another field than this one
-            raise ValueError(f"field {key >> 3}")
-        number, wire = key >> 3, key & 7
-        first = place
-        if wire == _VARINT:
-            _, place = _varint(data, place)
-        elif wire == _BYTES:
-            size, first = _varint(data, place)
-            place = first + size
-        elif wire in (_FIXED64, _FIXED32):
-            place += 8 if wire == _FIXED64 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-        if place > end:
-            raise ValueError("a field ends behind its message")
-        if wire == _BYTES:
-            yield number, first, place
-
-
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """The number at `place`, seven bits a byte, the lowest first, and the place behind it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-    raise ValueError("a number of more than ten bytes")

@@ -17,6 +17,7 @@ from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.ort.external_data import check_external_data
 from phimoe_onnx.runtime.ort.mapped import released
+from phimoe_onnx.runtime.ort.taps import Taps, tap
 from phimoe_onnx.runtime.ort.threads import SPIN_DURATION, Sessions, check_threads, is_small
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -78,6 +79,22 @@ def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.Inferenc
     return _open(bundle / file, device, None, ())
 
 
+def open_tapped(bundle: Path, manifest: Manifest, threads: int | None) -> tuple[ort.InferenceSession, Taps]:
+    """A session on the CPU over the graph that `open_sessions` takes there, with values of its inside as outputs, too.
+
+    Raises:
+        OutOfMemoryError, DeviceError, BundleError: as `open_sessions`; or the graph has not the nodes that the exporter
+            makes today.
+    """
+    graph = choose_graph(manifest, "cpu", ort.__version__)
+    check_threads(threads)
+    path = bundle / graph.file
+    check_external_data(path, manifest.files)
+    tapped, taps = tap(path, manifest.decoding.cache.num_hidden_layers)
+    with released(bundle):
+        return _open(path, "cpu", threads, graph.requires, data=tapped), taps
+
+
 def _open(
     path: Path,
     device: str,
@@ -85,7 +102,9 @@ def _open(
     requires: Collection[str],
     memory_limit: int | None = None,
     cuda_graphs: bool = False,
+    data: bytes | None = None,
 ) -> ort.InferenceSession:
+    """A session over the graph at `path`, or over `data` in its place, with the weights beside that file."""
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
     # by any name: external_data.py knows this one
@@ -113,7 +132,13 @@ def _open(
         ):
             if NATIVE_OPERATORS in requires:
                 options.register_custom_ops_library(str(operators.library()))
-            session = ort.InferenceSession(str(path), options, providers=[(provider, choices)], enable_fallback=0)
+            if data is not None:
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(path.parent)
+                )
+            session = ort.InferenceSession(
+                data or str(path), options, providers=[(provider, choices)], enable_fallback=0
+            )
     except OutOfMemoryError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base below this

@@ -1,0 +1,1 @@
+"""What a bundle does with a text, in figures for people."""
