@@ -21,8 +21,8 @@ export interface LoadOptions {
   /** Threads for one operator, from 1 to 256, or to the number of processors where that is more. */
   threads?: number | null;
   /**
-   * The path of the native operators' library, for bundles that need it; by default PHIMOE_OPERATORS of the environment,
-   * or the library in the package.
+   * The path of the native operators' library, for bundles that need it; by default that of PHIMOE_OPERATORS in the
+   * environment, else the package's own.
    */
   operators?: string | null;
 }

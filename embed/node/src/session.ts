@@ -65,7 +65,7 @@ function eachByItsSize(large: NativeSession, small: NativeSession, weights: numb
   };
 }
 
-/** A session with so many threads, 0 is ONNX Runtime's own choice; and with the operators of a library, if one is given. */
+/** A session with so many threads, of which 0 is ONNX Runtime's own choice, and with a library's operators if given. */
 function open(ort: OnnxRuntime, path: string, threads: number, operators: string | undefined): NativeSession {
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");

@@ -47,11 +47,10 @@ export function chooseGraph(
   const unknown = ({ requires }: GraphFile) => requires.filter((name) => name !== NATIVE_OPERATORS || withoutNative);
   const fitting = plain.filter((graph) => !unknown(graph).length);
   if (!fitting.length) {
-    const missing = [...new Set(plain.flatMap(unknown))];
-    if (missing.every((name) => name === NATIVE_OPERATORS))
-      throw new DeviceError(`the bundle needs the native operators, ${withoutNative}`);
+    const missing = [...new Set(plain.flatMap(unknown))].join(", ");
+    if (missing === NATIVE_OPERATORS) throw new DeviceError(`the bundle needs the native operators, ${withoutNative}`);
     throw new DeviceError(
-      `the bundle requires ${missing.join(", ")}, which this release does not have; upgrade phimoe-onnx, or export again`,
+      `the bundle requires ${missing}, which this release does not have; upgrade phimoe-onnx, or export again`,
     );
   }
   const graph = fitting.find(({ devices }) => compareReleases(devices.cpu, installed) <= 0);
