@@ -18,6 +18,7 @@ import pytest
 
 from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.runtime import PhiMoE
+from phimoe_onnx.runtime.ort import operators
 from tests.checkpoints import MODEL
 from tests.test_conformance import BUNDLE, CASES, change
 
@@ -66,9 +67,9 @@ def test_a_chat_is_answered_alike(bundle: Path) -> None:
     assert (json.loads(done.stderr), done.stdout) == (expected.token_ids, f"{expected.text}\n")
 
 
-def greedy_cases() -> Iterator[Any]:
+def greedy_cases(cases: list[dict[str, Any]]) -> Iterator[Any]:
     """Each prompt of the cases that are greedy and end at an end token or a number of tokens; rows go one by one."""
-    for case in CASES["cases"]:
+    for case in cases:
         if "expected" in case and "bundle" not in case and case["options"].keys() <= {"max_new_tokens"}:
             batch = "batch" in case
             prompts, results = (case["batch"], case["expected"]) if batch else ([case["prompt"]], [case["expected"]])
@@ -78,14 +79,16 @@ def greedy_cases() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize(("prompt", "options", "expected"), [*greedy_cases()])
+@pytest.mark.parametrize(("prompt", "options", "expected"), [*greedy_cases(CASES["cases"])])
 def test_generation(prompt: Any, options: dict[str, int], expected: dict[str, Any]) -> None:
     check_generation(BUNDLE, prompt, options, expected)
 
 
-def check_generation(folder: Path, prompt: Any, options: dict[str, int], expected: dict[str, Any]) -> None:
+def check_generation(
+    folder: Path, prompt: Any, options: dict[str, int], expected: dict[str, Any], *words: object
+) -> None:
     new = options.get("max_new_tokens", len(expected["token_ids"]))
-    done = run("--json", folder, json.dumps(prompt), new)
+    done = run(*words, "--json", folder, json.dumps(prompt), new)
     assert done.returncode == 0, done.stderr
     assert (json.loads(done.stderr), done.stdout) == (expected["token_ids"], f"{expected['text']}\n")
 
@@ -135,7 +138,7 @@ def test_help() -> None:
     done = run("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: phimoe-generate")
-    assert all(f"  {option} " in done.stdout for option in ("--chat", "--json", "--threads", "--help"))
+    assert all(f"  {option} " in done.stdout for option in ("--chat", "--json", "--threads", "--operators", "--help"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,8 @@ def test_help() -> None:
         ([BUNDLE, "a"], "2 arguments, expected BUNDLE, PROMPT and MAX_NEW_TOKENS"),
         ([BUNDLE, "a", 3, "more"], "4 arguments, expected"),
         (["--threads"], "--threads has no value"),
-        (["--thread", 2, BUNDLE, "a", 3], "--thread is no option; known ones are --chat, --json, --threads, --help"),
+        (["--operators"], "--operators has no value"),
+        (["--thread", 2, BUNDLE, "a", 3], "--thread is no option; known ones are --chat, --json, --threads, "),
         ([BUNDLE, os.fsdecode(b"caf\xe9"), 3], 'PROMPT is "caf\\xE9", which is no Unicode'),
     ],
 )
@@ -238,6 +242,53 @@ def test_a_bundle_of_links(tmp_path: Path) -> None:
     for path in BUNDLE.iterdir():
         (tmp_path / path.name).symlink_to(path.resolve())
     assert run(tmp_path, "Emma", 5).stderr == run(BUNDLE, "Emma", 5).stderr
+
+
+NATIVE = BUNDLE.parent / "native"
+NATIVE_CASES = json.loads((NATIVE / "cases.json").read_text(encoding="utf-8"))["cases"]
+OPERATORS = operators.library()
+needs_operators = pytest.mark.skipif(OPERATORS is None, reason="the native operators are not built here")
+
+
+@needs_operators
+@pytest.mark.parametrize(("prompt", "options", "expected"), [*greedy_cases(NATIVE_CASES)])
+def test_native_operators(prompt: Any, options: dict[str, int], expected: dict[str, Any]) -> None:
+    check_generation(NATIVE / "bundle", prompt, options, expected, "--operators", OPERATORS)
+
+
+@needs_operators
+def test_native_operators_without_optional_inputs(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(NATIVE / "bundle", folder)
+    change(folder, "remove", "/graphs/0")
+    case = next(case for case in NATIVE_CASES if case["name"] == "greedy")
+    check_generation(folder, case["prompt"], case["options"], case["expected"], "--operators", OPERATORS)
+
+
+@needs_operators
+def test_native_operators_beside_the_program(tmp_path: Path) -> None:
+    assert OPERATORS
+    program = shutil.copy(PROGRAM, tmp_path)
+    words = [program, str(NATIVE / "bundle"), "Emma", "5"]
+    environment = os.environ | {"ORT_DYLIB_PATH": str(LIBRARY)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    check_error(done, "DeviceError", "the bundle needs the native operators", "--operators stock")
+    shutil.copy(OPERATORS, tmp_path / "libphimoe_operators.so")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, run("--operators", OPERATORS, *words[1:]).stderr)
+
+
+def test_a_library_of_operators_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "text.so").write_text("no library")
+    for path, words in {
+        tmp_path / "text.so": ("no library of the native operators", "docs/native.md"),
+        tmp_path / "nowhere.so": ("--operators is", "no file", "libphimoe_operators.so"),
+        tmp_path: ("--operators is", "no file"),
+        LIBRARY: ("no library of the native operators",),
+    }.items():
+        check_error(run("--operators", path, NATIVE / "bundle", "Emma", 3), "DeviceError", *words)
+    # a bundle of other operators needs none
+    assert run("--operators", tmp_path / "text.so", BUNDLE, "Emma", 3).returncode == 0
 
 
 MUTANTS = 100

@@ -20,6 +20,7 @@ const FLAGS: Record<string, Flag> = {
   seed: { value: "N", help: "the same seed gives the same text; a fresh one by default" },
   stop: { value: "TEXT", help: "end before this text; may be given several times", multiple: true },
   threads: { value: "N", help: "threads of the processor; by default as many as serve" },
+  operators: { value: "PATH", help: "the library of the native operators, for bundles that need it" },
   help: { help: "print this" },
 };
 const USAGE = "usage: phimoe-generate BUNDLE PROMPT [OPTIONS]";
@@ -37,6 +38,7 @@ ${Object.entries(FLAGS)
   phimoe-generate austen-int4 "It was a fine morning" --max-new-tokens 60
   phimoe-generate austen-int4 "Who is Emma?" --chat --temperature 0.8 --seed 1
 
+PHIMOE_OPERATORS in the environment names that library, too; by default it is the package's own, if there is one.
 ORT_DISABLE_TELEMETRY=0 in the environment turns ONNX Runtime's telemetry on; it is off otherwise.
 `;
 
@@ -48,6 +50,7 @@ interface Arguments {
   chat: boolean;
   system?: string;
   threads?: number;
+  operators?: string;
   options: Options;
 }
 
@@ -65,6 +68,7 @@ function parse(): Arguments | undefined {
     chat: values.chat === true,
     system: values.system as string | undefined,
     threads: number("threads"),
+    operators: values.operators as string | undefined,
     options: {
       max_new_tokens: number("max-new-tokens"),
       temperature: number("temperature"),
@@ -112,9 +116,9 @@ function readSeed(text: string | undefined): bigint | undefined {
 async function main(): Promise<void> {
   const given = parse();
   if (!given) return void process.stdout.write(HELP);
-  const { bundle, prompt, chat, system, threads, options } = given;
+  const { bundle, prompt, chat, system, threads, operators, options } = given;
   checkOptions(options);
-  const model = await PhiMoE.load(bundle, { threads });
+  const model = await PhiMoE.load(bundle, { threads, operators });
   const message = chat || system !== undefined;
   for await (const { text } of message ? model.chat(system).stream(prompt, options) : model.stream(prompt, options))
     process.stdout.write(text);

@@ -7,6 +7,7 @@ import { checkLoadOptions, Model } from "./core/model.js";
 import type { FromWorker } from "./core/protocol.js";
 import { shown } from "./core/schema.js";
 import { checkThreads } from "./core/session.js";
+import { findOperators } from "./operators.js";
 
 export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/errors.js";
 export type { Manifest } from "./core/bundle.js";
@@ -19,6 +20,11 @@ export type { CallOptions, Options, Prompt } from "./core/request.js";
 export interface LoadOptions {
   /** Threads for one operator, from 1 to 256, or to the number of processors where that is more. */
   threads?: number | null;
+  /**
+   * The path of the native operators' library, for bundles that need it; by default that of PHIMOE_OPERATORS in the
+   * environment, else the package's own.
+   */
+  operators?: string | null;
 }
 
 /** A bundle loaded for generation, with a thread of its own; `PhiMoE.load` makes one. */
@@ -28,13 +34,15 @@ export class PhiMoE extends Model {
    *
    * @param bundle - its folder.
    * @throws BundleError: the folder is no bundle, or a file of it is missing or changed.
-   * @throws DeviceError: the installed ONNX Runtime cannot run the bundle, or `threads` is no number of threads.
+   * @throws DeviceError: the installed ONNX Runtime cannot run the bundle, `threads` is no number of threads, or
+   *   `operators` is no file.
    */
   static async load(bundle: string, options?: LoadOptions | null): Promise<PhiMoE> {
     if (typeof bundle !== "string") throw new BundleError(`the bundle is ${shown(bundle)}, expected its folder's path`);
-    checkLoadOptions(options, ["threads"]);
-    checkThreads(options?.threads, availableParallelism());
-    const workerData = { folder: resolve(bundle), threads: options?.threads };
+    checkLoadOptions(options, ["threads", "operators"]);
+    const { threads, operators } = options ?? {};
+    checkThreads(threads, availableParallelism());
+    const workerData = { folder: resolve(bundle), threads, operators: findOperators(operators) };
     // without the program's own flags of Node, of which some fail in a worker
     const worker = new Worker(new URL("./worker.js", import.meta.url), { workerData, execArgv: [] });
     return new Promise((loaded, failed) => {

@@ -13,11 +13,15 @@ export interface Bundle {
 }
 
 /** Opens the bundle in a folder, all of it of one bundle; throws as PhiMoE.load does. */
-export function loadBundle(folder: string, threads: number | null | undefined): Promise<Bundle> {
+export function loadBundle(
+  folder: string,
+  threads: number | null | undefined,
+  operators?: string,
+): Promise<Bundle> {
   return unchanged(folder, async (manifest) => {
     await checkFiles(folder, manifest);
     const tokenizer = await readTokenizer(folder, manifest);
-    const session = await openSession(folder, manifest, threads);
+    const session = await openSession(folder, manifest, threads, operators);
     return { manifest, session, tokenizer, release: () => session.release() };
   });
 }

@@ -29,6 +29,7 @@ const FUNCTIONS = {
   CreateTensorWithDataAsOrtValue: [49, "void *", "void *", "size_t", "int64_t *", "size_t", "int", OUT],
   CreateCpuMemoryInfo: [69, "int", "int", OUT],
   AddSessionConfigEntry: [130, "void *", "str", "str"],
+  RegisterCustomOpsLibrary_V2: [228, "void *", PATH],
 } as const;
 const RELEASES = { Env: 92, Status: 93, MemoryInfo: 94, Session: 95, Value: 96, SessionOptions: 100 };
 const GET_ERROR_MESSAGE = 2;

@@ -2,10 +2,11 @@ import { join } from "node:path";
 import { setImmediate } from "node:timers/promises";
 
 import { checkGraph } from "./core/agreement.js";
-import type { Manifest } from "./core/bundle.js";
+import { type Manifest, NATIVE_OPERATORS } from "./core/bundle.js";
 import { DeviceError } from "./core/errors.js";
 import { chooseGraph, type Session } from "./core/session.js";
 import { readGraph } from "./files.js";
+import { NO_OPERATORS } from "./operators.js";
 import { type Handle, OnnxRuntime } from "./ort.js";
 
 const ERRORS_ONLY = 3; // ONNX Runtime's log severity
@@ -25,24 +26,28 @@ export interface NativeSession extends Session {
  * @param folder - the bundle's.
  * @param threads - for one operator; by default small passes of small models run in one, others in as many as ONNX
  *   Runtime chooses, one a physical core.
- * @throws DeviceError: the bundle is for another device, or ONNX Runtime is too old for it or refuses its graph.
+ * @param operators - the path of the native operators' library, where there is one.
+ * @throws DeviceError: the bundle is for another device or needs operators that are not here, or ONNX Runtime is too
+ *   old for it or refuses its graph.
  * @throws BundleError: a file is missing or changed, or the manifest does not describe the graph.
  */
 export async function openSession(
   folder: string,
   manifest: Manifest,
   threads: number | null | undefined,
+  operators?: string,
 ): Promise<NativeSession> {
   const ort = loadLibrary();
-  const graph = chooseGraph(manifest, ort.version, true);
+  const graph = chooseGraph(manifest, ort.version, true, operators === undefined ? NO_OPERATORS : null);
+  const library = graph.requires.includes(NATIVE_OPERATORS) ? operators : undefined;
   const path = join(folder, graph.file);
   checkGraph(graph, await readGraph(path), manifest, join(folder, "manifest.json"));
   const weights = Object.entries(manifest.files)
     .filter(([name]) => name.endsWith(".data"))
     .reduce((sum, [, { size }]) => sum + size, 0);
-  const session = open(ort, path, threads ?? 0);
+  const session = open(ort, path, threads ?? 0, library);
   if (threads != null || weights > SMALL_PASS) return session;
-  return eachByItsSize(session, open(ort, path, 1), weights);
+  return eachByItsSize(session, open(ort, path, 1, library), weights);
 }
 
 /** Runs small passes in a session of one thread; a cache is no session's own, and the numbers are the same. */
@@ -60,8 +65,8 @@ function eachByItsSize(large: NativeSession, small: NativeSession, weights: numb
   };
 }
 
-/** A session with so many threads; 0 is ONNX Runtime's own choice. */
-function open(ort: OnnxRuntime, path: string, threads: number): NativeSession {
+/** A session with so many threads, of which 0 is ONNX Runtime's own choice, and with a library's operators if given. */
+function open(ort: OnnxRuntime, path: string, threads: number, operators: string | undefined): NativeSession {
   const env = ort.create("CreateEnv", ERRORS_ONLY, "phimoe-onnx");
   const options = ort.create("CreateSessionOptions");
   let session: Handle;
@@ -71,6 +76,7 @@ function open(ort: OnnxRuntime, path: string, threads: number): NativeSession {
     ort.call("AddSessionConfigEntry", options, "session.load_model_format", "ONNX");
     ort.call("AddSessionConfigEntry", options, "session.intra_op.spin_duration_us", SPIN);
     ort.call("SetIntraOpNumThreads", options, threads);
+    if (operators !== undefined) ort.call("RegisterCustomOpsLibrary_V2", options, operators);
     session = ort.create("CreateSession", env, path, options);
   } catch (error) {
     ort.release("Env", env);

@@ -10,8 +10,8 @@ const port = parentPort!;
 const post = (message: FromWorker) => port.postMessage(message);
 
 try {
-  const { folder, threads } = workerData;
-  const { manifest, session, tokenizer } = await loadBundle(folder, threads);
+  const { folder, threads, operators } = workerData;
+  const { manifest, session, tokenizer } = await loadBundle(folder, threads, operators);
   const engine = new Engine(session, manifest, tokenizer, post);
   port.on("message", async (message: ToWorker) => {
     await engine.receive(message);

@@ -128,9 +128,9 @@ test("a manifest of version 1 is read as one of version 2", () => {
       parsed(version1(target)),
       parsed((raw) => (raw.target = target)),
     );
-  breaks("DeviceError", /is for cuda, not for cpu/, () => chooseGraph(parsed(version1("cuda")), "1.30.0", true));
+  breaks("DeviceError", /is for cuda, not for cpu/, () => chooseGraph(parsed(version1("cuda")), "1.30.0", true, null));
   breaks("DeviceError", /is for __proto__, not for cpu/, () =>
-    chooseGraph(parsed(version1("__proto__")), "1.30.0", true),
+    chooseGraph(parsed(version1("__proto__")), "1.30.0", true, null),
   );
 });
 
@@ -146,7 +146,7 @@ describe("the choice of a graph", () => {
       }));
     });
   const choose = (manifest: ReturnType<typeof graphs>, optional = true) =>
-    chooseGraph(manifest, "1.30.0", optional).file;
+    chooseGraph(manifest, "1.30.0", optional, null).file;
 
   test("the first that fits", () => {
     const all = graphs(

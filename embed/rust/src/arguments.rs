@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 
-pub const USAGE: &str = "usage: phimoe-generate [--chat | --json] [--threads N] BUNDLE PROMPT MAX_NEW_TOKENS";
+pub const USAGE: &str = "\
+usage: phimoe-generate [--chat | --json] [--threads N] [--operators PATH] BUNDLE PROMPT MAX_NEW_TOKENS";
 pub const HELP: &str = "\
-usage: phimoe-generate [--chat | --json] [--threads N] BUNDLE PROMPT MAX_NEW_TOKENS
+usage: phimoe-generate [--chat | --json] [--threads N] [--operators PATH] BUNDLE PROMPT MAX_NEW_TOKENS
 
 Continues a prompt with a bundle of phimoe-export, greedily. The text goes to standard output, its token ids go to
 standard error, or what is wrong.
@@ -15,6 +16,9 @@ standard error, or what is wrong.
   --chat          PROMPT is a user's message
   --json          PROMPT is a text, token ids or messages in JSON
   --threads N     threads of the processor; by default as many as serve
+  --operators PATH
+                  the library of the native operators, for bundles that need it; by default it is looked for beside this
+                  program
   --help          print this
   --              what follows is no option
 
@@ -24,7 +28,7 @@ ORT_DYLIB_PATH in the environment names ONNX Runtime's library. ORT_DISABLE_TELE
 off otherwise.
 ";
 
-const OPTIONS: [&str; 4] = ["--chat", "--json", "--threads", "--help"];
+const OPTIONS: [&str; 5] = ["--chat", "--json", "--threads", "--operators", "--help"];
 
 /// What PROMPT is.
 pub enum Form {
@@ -36,6 +40,7 @@ pub enum Form {
 pub struct Arguments {
     pub form: Form,
     pub threads: Option<String>,
+    pub operators: Option<OsString>,
     pub bundle: OsString,
     pub prompt: String,
     pub max_new_tokens: String,
@@ -43,7 +48,8 @@ pub struct Arguments {
 
 /// The words; None where help is asked for. An error says which word is wrong.
 pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Option<Arguments>, String> {
-    let (mut form, mut threads, mut rest, mut options) = (Form::Text, None, Vec::new(), true);
+    let (mut form, mut threads, mut operators) = (Form::Text, None, None);
+    let (mut rest, mut options) = (Vec::new(), true);
     let mut words = words;
     while let Some(word) = words.next() {
         match word.to_str().filter(|word| options && word.starts_with("--")) {
@@ -53,6 +59,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Option<Arguments>,
             Some("--chat") => form = Form::Chat,
             Some("--json") => form = Form::Json,
             Some("--threads") => threads = Some(text(words.next().ok_or("--threads has no value")?, "--threads")?),
+            Some("--operators") => operators = Some(words.next().ok_or("--operators has no value")?),
             Some(unknown) => return Err(format!("{unknown} is no option; known ones are {}", OPTIONS.join(", "))),
         }
     }
@@ -60,7 +67,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Option<Arguments>,
     let [bundle, prompt, max_new_tokens] =
         rest.try_into().map_err(|_| format!("{count} arguments, expected BUNDLE, PROMPT and MAX_NEW_TOKENS"))?;
     let (prompt, max_new_tokens) = (text(prompt, "PROMPT")?, text(max_new_tokens, "MAX_NEW_TOKENS")?);
-    Ok(Some(Arguments { form, threads, bundle, prompt, max_new_tokens }))
+    Ok(Some(Arguments { form, threads, operators, bundle, prompt, max_new_tokens }))
 }
 
 fn text(word: OsString, name: &str) -> Result<String, String> {

@@ -7,6 +7,7 @@ mod errors;
 mod external_data;
 mod files;
 mod manifest;
+mod operators;
 mod session;
 mod tokenizer;
 
@@ -53,9 +54,11 @@ fn fail(code: i32, what: &str) -> ! {
 fn generate(arguments: &Arguments) -> Result<(String, Vec<u32>)> {
     let folder = Path::new(&arguments.bundle);
     let threads = arguments.threads.as_deref().map(session::check_threads).transpose()?;
+    let operators = operators::find(arguments.operators.as_deref())?;
     let (manifest, (tokenizer, sessions)) = files::unchanged(folder, |manifest| {
         files::check_files(folder, manifest)?;
-        Ok((Tokenizer::load(folder)?, session::open_sessions(folder, manifest, threads)?))
+        let tokenizer = Tokenizer::load(folder)?;
+        Ok((tokenizer, session::open_sessions(folder, manifest, threads, operators.as_deref())?))
     })?;
     let prompt = tokenizer.encode(&read_prompt(arguments)?, &manifest)?;
     let max_new_tokens = check_room(prompt.len(), &arguments.max_new_tokens, manifest.decoding.context)?;

@@ -12,6 +12,8 @@ use crate::errors::{Error, Result};
 
 pub const MANIFEST: &str = "manifest.json";
 pub const TOKENIZER: &str = "tokenizer.json";
+/// What a graph of the native operators requires: their domain and its version.
+pub const NATIVE_OPERATORS: &str = "phimoe.native.1";
 const TASK: &str = "text-generation";
 
 #[derive(Deserialize)]

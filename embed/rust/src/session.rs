@@ -1,6 +1,6 @@
 //! ONNX Runtime, and the first graph of a bundle that it runs on the CPU.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::ffi::CStr;
 use std::path::Path;
@@ -13,11 +13,11 @@ use ort::value::{TensorElementType, ValueType};
 
 use crate::errors::{Error, Result};
 use crate::external_data::check_external_data;
-use crate::manifest::{CacheDtype, Decoding, Graph, MANIFEST, Manifest, Release};
+use crate::manifest::{CacheDtype, Decoding, Graph, MANIFEST, Manifest, NATIVE_OPERATORS, Release};
+use crate::operators::LACKING;
 
 const DEVICE: &str = "cpu";
 const TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
-const PROVIDED: [&str; 0] = []; // what a graph may require and this program brings
 
 const SPIN: &str = "50"; // microseconds: threads that wait longer take the processor from each other on a busy machine
 const SMALL_PASS: u64 = 8_000_000; // bytes of weights times tokens; too short to be worth waking other threads
@@ -44,15 +44,22 @@ impl Sessions {
 }
 
 /// Opens the graph over the library that ORT_DYLIB_PATH names, with so many threads for an operator; without a number
-/// small passes run in one, others in as many as ONNX Runtime chooses. A `DeviceError` where no graph runs here, a
-/// `BundleError` where the graph is not the one that the manifest describes.
-pub fn open_sessions(folder: &Path, manifest: &Manifest, threads: Option<usize>) -> Result<Sessions> {
+/// small passes run in one, others in as many as ONNX Runtime chooses. `operators` is the library of the native ones, where
+/// there is one. A `DeviceError` where no graph runs here, a `BundleError` where the graph is not the one that the
+/// manifest describes.
+pub fn open_sessions(
+    folder: &Path,
+    manifest: &Manifest,
+    threads: Option<usize>,
+    operators: Option<&Path>,
+) -> Result<Sessions> {
     let library = env::var("ORT_DYLIB_PATH").map_err(|_| {
         Error::Device(
             "ORT_DYLIB_PATH is not set, expected the path of ONNX Runtime's library, libonnxruntime.so".into(),
         )
     })?;
-    let graph = choose_graph(manifest, &installed(&library)?)?;
+    let graph = choose_graph(manifest, &installed(&library)?, operators.is_some())?;
+    let operators = operators.filter(|_| graph.requires.iter().any(|name| name == NATIVE_OPERATORS));
     let path = folder.join(&graph.file.0);
     check_external_data(&path, manifest)?;
     let environment =
@@ -60,19 +67,25 @@ pub fn open_sessions(folder: &Path, manifest: &Manifest, threads: Option<usize>)
     environment.set_log_level(LogLevel::Error); // a warning says that the optional inputs are optional
     let data = manifest.files.iter().filter(|(name, _)| name.0.ends_with(".data"));
     let weights = data.fold(0, |sum: u64, (_, file)| sum.saturating_add(file.size));
-    let large = open(&environment, &path, threads.unwrap_or(0))?;
+    let large = open(&environment, &path, threads.unwrap_or(0), operators)?;
     check_agreement(&large, graph, &manifest.decoding)?;
     let twice = threads.is_none() && weights <= SMALL_PASS;
-    let small = if twice { Some(open(&environment, &path, 1)?) } else { None };
+    let small = if twice { Some(open(&environment, &path, 1, operators)?) } else { None };
     Ok(Sessions { large, small, weights })
 }
 
 /// 0 threads are ONNX Runtime's own choice.
-fn open(environment: &Environment, path: &Path, threads: usize) -> Result<Session> {
+fn open(environment: &Environment, path: &Path, threads: usize, operators: Option<&Path>) -> Result<Session> {
     let mut builder = Session::builder(environment)?
         .with_config_entry("session.load_model_format", "ONNX")? // by any name: external_data.rs knows this one
         .with_config_entry("session.intra_op.spin_duration_us", SPIN)?
         .with_intra_threads(threads)?;
+    if let Some(library) = operators {
+        builder = builder.with_operator_library(library).map_err(|error| {
+            let what = "is no library of the native operators";
+            Error::Device(format!("{}: {what} ({error}); build it again (docs/native.md)", library.display()))
+        })?;
+    }
     builder.commit_from_file(path).map_err(|error| {
         Error::Device(format!("{}: ONNX Runtime refuses it ({error}); export the bundle again", path.display()))
     })
@@ -111,7 +124,7 @@ fn installed(library: &str) -> Result<Release> {
     Release::try_from(release.to_string()).map_err(say)
 }
 
-fn choose_graph<'a>(manifest: &'a Manifest, installed: &Release) -> Result<&'a Graph> {
+fn choose_graph<'a>(manifest: &'a Manifest, installed: &Release, native: bool) -> Result<&'a Graph> {
     let graphs: Vec<&Graph> = manifest.graphs.iter().filter(|graph| graph.devices.contains_key(DEVICE)).collect();
     if graphs.is_empty() {
         let devices: Vec<&str> =
@@ -121,10 +134,14 @@ fn choose_graph<'a>(manifest: &'a Manifest, installed: &Release) -> Result<&'a G
             "the bundle runs on {devices}, not on {DEVICE}; export it with --target {DEVICE}"
         )));
     }
-    let unknown = |graph: &Graph| graph.requires.iter().find(|name| !PROVIDED.contains(&name.as_str())).cloned();
+    let unknown = |graph: &Graph| graph.requires.iter().find(|name| !native || *name != NATIVE_OPERATORS).cloned();
     let known: Vec<&Graph> = graphs.iter().copied().filter(|graph| unknown(graph).is_none()).collect();
     if known.is_empty() {
-        let names: Vec<String> = graphs.iter().filter_map(|graph| unknown(graph)).collect();
+        let names: BTreeSet<String> = graphs.iter().filter_map(|graph| unknown(graph)).collect();
+        if names.iter().all(|name| name == NATIVE_OPERATORS) {
+            return Err(Error::Device(format!("the bundle needs the native operators, {LACKING}")));
+        }
+        let names = Vec::from_iter(names);
         return Err(Error::Device(format!(
             "the bundle requires {}, which this program does not know",
             names.join(", ")

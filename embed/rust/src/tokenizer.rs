@@ -73,21 +73,27 @@ impl Tokenizer {
         while start > 0 && !hidden(prompt[start - 1]) && self.text(&prompt[start - 1..start])?.ends_with(BROKEN) {
             start -= 1;
         }
-        let mut ids = Vec::new();
-        for &id in &prompt[start..] {
-            ids.push(id);
-            if !self.text(&ids)?.ends_with(BROKEN) {
-                ids.clear();
+        // a decoder strips the space before a text's first word, so a fixed word goes before one that follows others
+        let before = self.ids("a", false)?;
+        let skipped = self.text(&before)?.len();
+        let mut follows = prompt.last().is_some_and(|&id| !hidden(id));
+        let (mut text, mut waiting) = (String::new(), Vec::new());
+        // piece by piece: beside bytes that are no character, the decoder takes those of whole ones for none either
+        for (place, &id) in prompt[start..].iter().chain(new.iter().filter(|&&id| !hidden(id))).enumerate() {
+            waiting.push(id);
+            let piece = if follows {
+                let piece = self.text(&[&before[..], &waiting[..]].concat())?;
+                piece.get(skipped..).unwrap_or_default().to_string()
+            } else {
+                self.text(&waiting)?
+            };
+            if !piece.ends_with(BROKEN) {
+                waiting.clear();
+                follows = true;
+                text += if place < prompt.len() - start { "" } else { &piece };
             }
         }
-        ids.extend(new.iter().filter(|&&id| !hidden(id)));
-        let follows = prompt.last().is_some_and(|&id| !hidden(id));
-        // a decoder strips the space before a text's first word, so a fixed word goes before one that follows others
-        let before = if follows { self.ids("a", false)? } else { Vec::new() };
-        let skipped = self.text(&before)?.len();
-        let text = self.text(&[before, ids].concat())?;
-        let text = text.get(skipped..).unwrap_or_default().trim_end_matches(BROKEN);
-        Ok(if decoding.clean_up_tokenization_spaces { clean_up(text) } else { text.to_string() })
+        Ok(if decoding.clean_up_tokenization_spaces { clean_up(&text) } else { text })
     }
 
     fn ids(&self, text: &str, special: bool) -> Result<Vec<u32>> {

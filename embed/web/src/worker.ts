@@ -36,7 +36,8 @@ async function load({ bundle, threads, device: wanted }: Load): Promise<void> {
   const device = wanted ?? (await bestDevice());
   if (device !== "wasm" && device !== "webgpu") throw new DeviceError(`device is ${device}, expected wasm or webgpu`);
   const ort = await loadRuntime(device);
-  const graph = chooseGraph(manifest, ort.env.versions.web!, false);
+  const withoutNative = "which no browser can run; export it again with --operators stock";
+  const graph = chooseGraph(manifest, ort.env.versions.web!, false, withoutNative);
   const first = ["tokenizer.json", graph.file];
   const before = first.reduce((sum, name) => sum + manifest.files[name].size, 0);
   const files = await fetchFiles(bundle, manifest, first, (progress) => post({ progress }));

@@ -309,6 +309,22 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     assert.deepEqual(await page.evaluate(answer, { prompt, options }), ["webgpu", expected.token_ids]);
   });
 
+  test("a bundle of native operators is refused in a sentence, before its weights come", async (context) => {
+    const asked = [];
+    const other = pageServer(fileURLToPath(new URL("native/bundle", SUITE)));
+    other.on("request", ({ url }) => asked.push(url));
+    await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
+    context.after(() => other.close());
+    const tab = await browser.newPage();
+    context.after(() => tab.close());
+    await tab.goto(`http://127.0.0.1:${other.address().port}/`);
+    assert.equal(
+      await tab.locator(".error p").textContent(),
+      "the bundle needs the native operators, which no browser can run; export it again with --operators stock",
+    );
+    assert.deepEqual(asked.filter((url) => url.startsWith("/bundle/")), ["/bundle/manifest.json"]);
+  });
+
   test("what is wrong with a bundle is said", async () => {
     const other = await browser.newPage();
     await other.goto(`${address}?bundle=nowhere/`);

@@ -14,6 +14,9 @@ import {
   string,
 } from "./schema.js";
 
+/** What a graph of the native operators requires: their domain and its version. */
+export const NATIVE_OPERATORS = "phimoe.native.1";
+
 /** One graph file over the bundle's weights. */
 export interface GraphFile {
   file: string;

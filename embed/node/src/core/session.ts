@@ -1,4 +1,4 @@
-import type { CacheType, GraphFile, Manifest } from "./bundle.js";
+import { type CacheType, type GraphFile, type Manifest, NATIVE_OPERATORS } from "./bundle.js";
 import { DeviceError } from "./errors.js";
 import { shown } from "./schema.js";
 
@@ -22,15 +22,20 @@ export interface Session {
   run(inputs: Record<string, Value>, outputs: Record<string, Value>): Promise<void>;
 }
 
-const PROVIDED: readonly string[] = []; // what a graph may require and this release brings
-
 /**
  * The manifest's first graph for the CPU that ONNX Runtime `installed` ("1.30.0") loads.
  *
  * @param optional - whether inputs that have a default can be given a value.
+ * @param withoutNative - how the error ends where the native operators are not here: why, and what to do; null where
+ *   they are.
  * @throws DeviceError: no graph is for the CPU, every one requires what is not known here, or needs a newer release.
  */
-export function chooseGraph({ graphs }: Manifest, installed: string, optional: boolean): GraphFile {
+export function chooseGraph(
+  { graphs }: Manifest,
+  installed: string,
+  optional: boolean,
+  withoutNative: string | null,
+): GraphFile {
   const here = graphs.filter(({ devices }) => Object.hasOwn(devices, "cpu"));
   if (!here.length) {
     const others = [...new Set(graphs.flatMap(({ devices }) => Object.keys(devices)))].join(", ");
@@ -39,10 +44,11 @@ export function chooseGraph({ graphs }: Manifest, installed: string, optional: b
   const plain = here.filter((graph) => optional || !graph.optional_inputs.length);
   if (!plain.length)
     throw new DeviceError("every graph of the bundle has optional inputs, which cannot be given here; export it again");
-  const unknown = ({ requires }: GraphFile) => requires.filter((name) => !PROVIDED.includes(name));
+  const unknown = ({ requires }: GraphFile) => requires.filter((name) => name !== NATIVE_OPERATORS || withoutNative);
   const fitting = plain.filter((graph) => !unknown(graph).length);
   if (!fitting.length) {
     const missing = [...new Set(plain.flatMap(unknown))].join(", ");
+    if (missing === NATIVE_OPERATORS) throw new DeviceError(`the bundle needs the native operators, ${withoutNative}`);
     throw new DeviceError(
       `the bundle requires ${missing}, which this release does not have; upgrade phimoe-onnx, or export again`,
     );
