@@ -28,6 +28,7 @@ ALLOWED = {
     "reference": {"layered", "checkpoint", "config", "modeling"},
     "exporter": {"checkpoint", "text", "reference", "bundle", "config", "modeling"},
     "runtime": {"bundle", "config", "text"},
+    "lm_eval": {"runtime", "text"},
     "bench": {"runtime", "bundle", "config"},
     "parity": {"exporter", "runtime", "layered", "reference", "checkpoint", "bundle", "config", "modeling"},
     "cli": {"bench", "exporter", "checkpoint", "runtime", "parity", "text", "bundle", "config"},

@@ -151,14 +151,14 @@ def build_graphs(
 ) -> dict[str, ir.Model]:
     """The bundle's graphs by file; they have their weights in common, described and not yet computed."""
     shared = _lower(traced, config, rows, recipe)
-    if recipe.dequantizes:  # DequantizeLinear reads blocks from opset 21 on; nothing else here changed until then
-        shared.ir_version = 10
-        for opsets in (shared.opset_imports, *(function.opset_imports for function in shared.functions.values())):
-            opsets[""] = 21
     store_half = StoreHalf(recipe)
     graphs = {}
     for file, (experts, optional_inputs) in recipe.graphs().items():
-        graph = shared.clone()
+        graph = shared.clone()  # of the functions, too, which are the same objects for all exports
+        if recipe.dequantizes:  # DequantizeLinear reads blocks from opset 21 on; nothing else here changed until then
+            graph.ir_version = 10
+            for opsets in (graph.opset_imports, *(function.opset_imports for function in graph.functions.values())):
+                opsets[""] = 21
         EXPERTS[experts](config, recipe)(graph)
         common.InlinePass()(graph)
         NameNodes()(graph)
