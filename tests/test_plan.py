@@ -165,7 +165,7 @@ def without(packages: tuple[str, ...], *arguments: str) -> subprocess.CompletedP
 def test_plan_needs_no_package_of_the_exports(capsys: pytest.CaptureFixture[str]) -> None:
     done = without(EXTRA, str(MODEL), "--plan", "--quantize", "int4")
     assert (done.returncode, done.stderr) == (0, "")
-    assert rows(done.stdout).keys() == {("cpu", "int4")}
+    assert rows(done.stdout).keys() == {("cpu", "int4"), ("portable", "int4")}
 
 
 @pytest.mark.parametrize("package", ["torch", "onnx_ir", "onnxscript", "safetensors", "filelock"])
