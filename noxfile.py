@@ -73,7 +73,22 @@ def onnxruntime_1_29(session: nox.Session) -> None:
         *sorted(map(str, Path("tests").glob("test_runtime_*.py"))),
         "tests/test_oldest_onnxruntime.py",
         "tests/test_conformance.py",
+        "tests/test_portable_blocks.py",
     )
+
+
+@nox.session
+def lm_eval(session: nox.Session) -> None:
+    """lm-evaluation-harness, with this package as its model."""
+    _install(session, "-c", "constraints.txt", "lm-eval==0.4.13")
+    _pytest(session, "tests/test_lm_eval.py")
+
+
+@nox.session
+def openvino(session: nox.Session) -> None:
+    """OpenVINO as a reader of portable bundles."""
+    _install(session, "--no-deps", "openvino==2026.4.1", "openvino-telemetry==2025.2.0")
+    _pytest(session, "tests/test_openvino.py")
 
 
 @nox.session

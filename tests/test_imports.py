@@ -29,6 +29,7 @@ ALLOWED = {
     "exporter": {"checkpoint", "text", "reference", "bundle", "config", "modeling"},
     "runtime": {"bundle", "config", "text"},
     "analytics": {"runtime"},
+    "lm_eval": {"runtime", "text"},
     "bench": {"runtime", "bundle", "config"},
     "parity": {"exporter", "runtime", "layered", "reference", "checkpoint", "bundle", "config", "modeling"},
     "cli": {"analytics", "bench", "exporter", "checkpoint", "runtime", "parity", "text", "bundle", "config"},

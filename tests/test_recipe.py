@@ -111,8 +111,8 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
         ({"store": {"*.q_proj.weight": "int8"}}, ["q_proj int8, block 32, k_proj float32", "one matrix", "alike"]),
         ({"store": {"lm_head.weight": "int8"}, "block_size": 64}, ["--block-size is 64", "[16, 32]"]),
         (
-            {"store": {"lm_head.weight": "int8"}, "target": "portable"},
-            ["--target portable has no int8", "none or fp16"],
+            {"store": {"model.embed_tokens.weight": "int4"}, "target": "portable"},
+            ["--store: model.embed_tokens.weight is int4", "takes int8 and no int4"],
         ),
         (
             {"store": {"*.down_proj": "int8"}, "target": "cuda"},

@@ -151,14 +151,14 @@ def build_graphs(
 ) -> dict[str, ir.Model]:
     """The bundle's graphs by file; they have their weights in common, described and not yet computed."""
     shared = _lower(traced, config, rows, recipe)
-    if recipe.dequantizes:  # DequantizeLinear reads blocks from opset 21 on; nothing else here changed until then
-        shared.ir_version = 10
-        for opsets in (shared.opset_imports, *(function.opset_imports for function in shared.functions.values())):
-            opsets[""] = 21
     store_half = StoreHalf(recipe)
     graphs = {}
     for file, (experts, optional_inputs) in recipe.graphs().items():
-        graph = shared.clone()
+        graph = shared.clone()  # of the functions, too, which are the same objects for all exports
+        if recipe.dequantizes:  # DequantizeLinear reads blocks from opset 21 on; nothing else here changed until then
+            graph.ir_version = 10
+            for opsets in (graph.opset_imports, *(function.opset_imports for function in graph.functions.values())):
+                opsets[""] = 21
         EXPERTS[experts](config, recipe)(graph)
         common.InlinePass()(graph)
         NameNodes()(graph)
@@ -166,9 +166,18 @@ def build_graphs(
         if recipe.task == "text-generation" and not optional_inputs:
             RequireInputs()(graph)
         store_half(graph)
+        _name_branches_weights(graph)
         graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
         graphs[file] = graph
     return graphs
+
+
+def _name_branches_weights(model: ir.Model) -> None:
+    """Gives the weights inside branches their parameters' names back: the passes before made them unique once more."""
+    for graph in model.graph.subgraphs():
+        for value in list(graph.initializers.values()):
+            if value.name and (own := value.name.removesuffix("_1")) not in graph.initializers:
+                value.name = own
 
 
 def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], recipe: Recipe) -> ir.Model:

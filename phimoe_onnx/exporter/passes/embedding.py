@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, Nodes, expect, initializer, nodes, parameter, replace
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, Nodes, constant, expect, initializer, nodes, parameter, replace
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import EMBEDDING, Recipe
 from phimoe_onnx.exporter.weights import Job, Parameter, Piece, Weight, in_blocks
@@ -14,7 +14,7 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
     """Replaces Gather(embed_tokens, input_ids) where the recipe has blocks for it.
 
     1. By com.microsoft.GatherBlockQuantized.
-    2. In standard operators by a DequantizeLinear over the gathered rows of levels, int8 [V, H], and of scales.
+    2. In standard operators by a product of the gathered rows of levels, int8 [V, H], and of scales.
 
     Matches exactly one place, or does nothing.
     """
@@ -56,17 +56,26 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
 
 
 def _dequantize(graph: ir.Graph, gather: ir.Node, stored: list[Weight], name: str, form: Format) -> None:
-    """Gathers rows of levels and of scales, and multiplies."""
+    """Gathers rows of levels and of scales, and multiplies block by block.
+
+    That is DequantizeLinear written out: OpenVINO 2026.4 knows it for tensors of a fixed shape alone.
+    """
     codes, scales = stored
-    levels = Weight(
-        f"{name}.levels", ir.DataType.INT8, codes.shape.numpy(), [_signed(piece) for piece in codes.pieces], EMBEDDING
-    )
+    vocab_size, hidden_size = codes.shape.numpy()
+    signed = [_signed(piece) for piece in codes.pieces]
+    levels = Weight(f"{name}.levels", ir.DataType.INT8, (vocab_size, hidden_size), signed, EMBEDDING)
     new = Nodes()
-    rows = [
+    rows, factors = (
         new.add("Gather", initializer(graph, each), gather.inputs[1], name=f"{each.name}/Gather")
         for each in (levels, scales)
-    ]
-    output = new.add("DequantizeLinear", *rows, name=f"{name}/DequantizeLinear", axis=2, block_size=form.block_size)
+    )
+    in_blocks = constant(graph, f"{name}.in_blocks", [0, 0, -1, form.block_size])
+    in_row = constant(graph, f"{name}.in_row", [0, 0, hidden_size])
+    rows = new.add("Cast", rows, name=f"{name}/Cast", to=scales.dtype)
+    rows = new.add("Reshape", rows, in_blocks, name=f"{name}/blocks")
+    factors = new.add("Unsqueeze", factors, constant(graph, "axis_3", [3]), name=f"{name}/Unsqueeze")
+    rows = new.add("Mul", rows, factors, name=f"{name}/Mul")
+    output = new.add("Reshape", rows, in_row, name=f"{name}/Reshape")
     replace(graph, [gather], new, [(gather.outputs[0], output)])
 
 

@@ -1,0 +1,90 @@
+"""int4 and int8 in standard operators: the numbers of the cpu target, read by whatever reads opset 21."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from phimoe_onnx import reference
+from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.parity.verify import verify
+from tests.checkpoints import MODEL, assert_close, feeds, open_graph, random_ids
+
+Checkpoint = Callable[..., Path]
+Bundle = Callable[..., Path]
+SHAPES = ("plain", "tied", "head_dim", "experts", "longrope-window")
+GRID = [(shape, form) for shape in SHAPES for form in ("int4", "int8")]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(("shape", "form"), GRID)
+def test_only_standard_operators(bundle: Bundle, shape: str, form: str) -> None:
+    path = bundle(shape, "portable", form) / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    model = ir.load(path)
+    assert dict(model.opset_imports) == {"": 21}
+    assert {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)} == {""}
+
+
+@pytest.mark.parametrize(("shape", "form"), GRID)
+def test_the_graph_is_pytorch_over_the_stored_weights(
+    checkpoint: Checkpoint, bundle: Bundle, shape: str, form: str
+) -> None:
+    folder = bundle(shape, "portable", form)
+    exact = reference.load_reference(checkpoint(shape))
+    model = stored_model(exact, folder, read_manifest(folder))
+    ids = random_ids(60)
+    expected = reference.logits(model, ids)
+    # as it is written; optimised, ONNX Runtime rounds activations to int8
+    logits, *_ = open_graph(folder / "model.onnx", optimize=False).run(["logits"], feeds(model.config, [ids]))
+    assert_close(logits[0], expected)
+    assert np.abs(expected - reference.logits(exact, ids)).mean() > 1e-3 * expected.std()  # the weights were rounded
+
+
+@pytest.mark.parametrize(("shape", "form"), GRID)
+def test_the_numbers_are_the_cpu_targets(checkpoint: Checkpoint, bundle: Bundle, shape: str, form: str) -> None:
+    exact = reference.load_reference(checkpoint(shape))
+    portable, cpu = (
+        stored_model(exact, folder, read_manifest(folder)).state_dict()
+        for folder in (bundle(shape, target, form) for target in ("portable", "cpu"))
+    )
+    differing = {name for name in cpu if not torch.equal(cpu[name], portable[name])}
+    # a Gather of int4 is no standard operator's, so a table in int4 has int8 there
+    assert differing == ({EMBEDDING} if form == "int4" else set())
+
+
+@pytest.mark.parametrize(("shape", "form"), GRID)
+def test_verify_passes(checkpoint: Checkpoint, bundle: Bundle, shape: str, form: str) -> None:
+    report = verify(bundle(shape, "portable", form), checkpoint(shape), tokens=100, new_tokens=4)
+    assert report.failures == []
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_it_runs_in_onnx_itself(checkpoint: Checkpoint, bundle: Bundle, form: str) -> None:
+    folder = bundle("plain", "portable", form)
+    model = stored_model(reference.load_reference(checkpoint("plain")), folder, read_manifest(folder))
+    ids = random_ids(6)
+    inputs = feeds(model.config, [ids], logits_to_keep=0, rope_length=0)
+    found = ReferenceEvaluator(str(folder / "model.onnx")).run(["logits"], inputs)[0][0]
+    assert_close(found, reference.logits(model, ids))
+
+
+def test_exports_do_not_touch_each_other(tmp_path: Path) -> None:
+    """The functions of the traced graph are the same objects for every export of a process."""
+    code = f"""
+from phimoe_onnx import export
+export({str(MODEL)!r}, {str(tmp_path / "a")!r}, target="portable", quantize="int8")
+export({str(MODEL)!r}, {str(tmp_path / "b")!r}, target="portable")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {ir.load(tmp_path / name / "model.onnx").opset_imports[""] for name in "ab"} == {18, 21}
