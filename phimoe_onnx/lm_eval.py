@@ -104,7 +104,8 @@ class PhiMoELM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: the tokenizer's first token, or else the last."""
-        first = self.model.tokenizer.token_id(self._tokens.get("bos_token") or "")
+        bos = self._tokens.get("bos_token")
+        first = self.model.tokenizer.token_id(bos) if isinstance(bos, str) else None
         return self.eot_token_id if first is None else first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

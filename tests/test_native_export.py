@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from phimoe_onnx import PhiMoE, export, verify
 from phimoe_onnx.bundle import read_manifest
@@ -17,7 +18,7 @@ from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.reference import load_reference
 from phimoe_onnx.runtime.ort import operators, session
-from tests.checkpoints import MODEL
+from tests.checkpoints import MODEL, random_ids
 
 Checkpoint = Callable[..., Path]
 LOOSE = Thresholds(kl=0.5, kernel_kl=0.1, perplexity_ratio=1.2)  # a random model's logits say little
@@ -116,7 +117,19 @@ def test_the_graph_without_optional_inputs_computes_the_same(tmp_path: Path, che
 @built
 @pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
 def test_other_tasks(tmp_path: Path, checkpoint: Checkpoint, task: str) -> None:
+    """As near to PyTorch over the stored weights as activations of 8 bits are, but where these moved a choice of
+    experts.
+    """
     source = checkpoint("plain", task)
-    folder = export(source, tmp_path / "bundle", quantize="int8", operators="native")
-    report = verify(folder, source, tokens=120, thresholds=LOOSE)
-    assert report.failures == []
+    folder = export(source, tmp_path / "bundle", task=task, quantize="int8", operators="native")
+    manifest = read_manifest(folder)
+    model = stored_model(load_reference(source), folder, manifest)
+    graph = session.open_sessions(folder, manifest, "cpu", 1).main
+    differences = []
+    for length in range(5, 40, 3):
+        ids = np.array([random_ids(length)])
+        found = graph.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64)).numpy()
+        differences += (np.abs(found - expected).max(axis=-1) / expected.std()).flatten().tolist()
+    assert 0 < np.median(differences) < 0.1

@@ -17,14 +17,15 @@ from onnx.reference import ReferenceEvaluator
 from phimoe_onnx import reference
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.parity.stored import stored_model
+from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.parity.verify import verify
 from tests.checkpoints import MODEL, assert_close, feeds, open_graph, random_ids
 
 Checkpoint = Callable[..., Path]
 Bundle = Callable[..., Path]
 SHAPES = ("plain", "tied", "head_dim", "experts", "longrope-window")
+LOOSE = Thresholds(kl=0.5, kernel_kl=0.1, perplexity_ratio=1.2)  # a random model's logits say little
 GRID = [(shape, form) for shape in SHAPES for form in ("int4", "int8")]
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(("shape", "form"), GRID)
@@ -58,14 +59,12 @@ def test_the_numbers_are_the_cpu_targets(checkpoint: Checkpoint, bundle: Bundle,
         stored_model(exact, folder, read_manifest(folder)).state_dict()
         for folder in (bundle(shape, target, form) for target in ("portable", "cpu"))
     )
-    differing = {name for name in cpu if not torch.equal(cpu[name], portable[name])}
-    # a Gather of int4 is no standard operator's, so a table in int4 has int8 there
-    assert differing == ({EMBEDDING} if form == "int4" else set())
+    assert {name for name in cpu if not torch.equal(cpu[name], portable[name])} == set()
 
 
 @pytest.mark.parametrize(("shape", "form"), GRID)
 def test_verify_passes(checkpoint: Checkpoint, bundle: Bundle, shape: str, form: str) -> None:
-    report = verify(bundle(shape, "portable", form), checkpoint(shape), tokens=100, new_tokens=4)
+    report = verify(bundle(shape, "portable", form), checkpoint(shape), tokens=100, new_tokens=4, thresholds=LOOSE)
     assert report.failures == []
 
 
