@@ -118,7 +118,7 @@ def native(session: nox.Session) -> None:
     """
     if not shutil.which("cargo"):
         session.skip("there is no cargo here")
-    for command in (("fmt", "--check"), ("clippy", "--release", "--all-targets", "--", "-D", "warnings")):
+    for command in (("fmt", "--all", "--check"), ("clippy", "--release", "--all-targets", "--", "-D", "warnings")):
         session.run("cargo", command[0], "--manifest-path", "native/Cargo.toml", *command[1:], external=True)
     session.run("cargo", "test", "--release", "--manifest-path", "native/Cargo.toml", external=True)
 
