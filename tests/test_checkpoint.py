@@ -248,6 +248,10 @@ def header(folder: Path, entry: object) -> None:
             lambda f: (f / SHARD).write_bytes(struct.pack("<Q", 27) + b'{"__metadata__":{"a":1.5}} '),
             [SHARD, "__metadata__"],
         ),
+        (
+            lambda f: (f / SHARD).write_bytes(struct.pack("<Q", 19) + b'{"__metadata__":[]}'),
+            [SHARD, "__metadata__"],
+        ),
         (lambda f: edit_index(f, lambda m: m.update({"lm_head.bias": "x" * 300})), [INDEX, "weight_map"]),
         (lambda f: edit_index(f, lambda m: m.update({"model.absent": SHARD})), [SHARD, "model.absent", INDEX]),
         (

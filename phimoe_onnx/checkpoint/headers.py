@@ -49,7 +49,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: is no readable safetensors file ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: is truncated or no safetensors file; download it again")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file}: the header's __metadata__ holds what is no text; download the shard again")
     data_bytes = size - 8 - length
