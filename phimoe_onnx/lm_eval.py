@@ -44,7 +44,7 @@ class PhiMoELM(TemplateLM):
 
     Args:
         bundle: its folder.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; "cuda:0" is what lm-eval says where nobody named a device, and is "cpu" here.
         batch_size: how many prompts generate at once; "auto" is 64.
         max_batch_size: the most of these.
         threads: see `PhiMoE.load`.
@@ -78,7 +78,8 @@ class PhiMoELM(TemplateLM):
                 f"--model_args has {', '.join(unknown)}, expected bundle, threads, max_length, max_gen_toks"
             )
         slots = 64 if str(batch_size).startswith("auto") else int(batch_size)
-        self.model = PhiMoE.load(bundle, device or "cpu", threads, slots=min(slots, max_batch_size or slots))
+        device = "cpu" if device in (None, "cuda:0") else device
+        self.model = PhiMoE.load(bundle, device, threads, slots=min(slots, max_batch_size or slots))
         if self.model.manifest.task != "text-generation":
             raise BundleError(f"{bundle} is for {self.model.manifest.task}, expected a bundle for text-generation")
         context = self.model.decoding.context
