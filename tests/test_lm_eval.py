@@ -218,4 +218,4 @@ def test_the_command(tmp_path: Path, lm: PhiMoELM, bundle: Path) -> None:
     assert "|choices|" in result.stdout
     bad = subprocess.run([*command, f"bundle={tmp_path}", *options], capture_output=True, text=True, check=False)
     assert bad.returncode == 1
-    assert bad.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
+    assert bad.stderr.splitlines()[-1].startswith(f"error: not a bundle of phimoe-export: {tmp_path}")

@@ -25,7 +25,7 @@ STEPS = {
     "check_files": "files",
     "Tokenizer": "tokenizer",
     "ChatTemplate": "template",
-    "open_session": "graph",
+    "open_sessions": "graph",
     "load": "load",
     "generate": "run",
     "logits": "run",
