@@ -299,7 +299,7 @@ def test_bad_texts_to_score_are_named(loaded: Loaded) -> None:
         (["a stop", ""], "text 1 is empty"),
         ([[5, 6], [5]], "text 1 has one token"),
         (np.array([[5, 6], [5, -1]]), "text 1 holds .*-1.*, expected token ids from 0"),
-        (np.array(5), "the text is an array of the shape \\[\\], expected token ids"),
+        (np.array(5), "the text is of type ndarray, expected a string"),
         (np.zeros((2, 2, 2), int), "text 0 is an array of the shape \\[2, 2\\]"),
         (np.array([5.0, 6.0]), "text 0 is of type float64, expected a string"),
         (5, "the text is of type int, expected a string"),
