@@ -17,7 +17,7 @@ from tests.mutants.inputs import bundles
 
 SEED = os.environ.get("PHIMOE_SEED", "0")
 MUTANTS = os.environ.get("PHIMOE_MUTANTS")
-COUNTS = {"export": 500, "load": 600, "options": 2500}
+COUNTS = {"export": 500, "load": 600, "options": 1500}
 # the least share of the mutants that must get so deep: a mutator that only breaks JSON tests nothing
 DEPTHS = {
     "export": {"read": 0.02, "config": 0.05, "tokenizer": 0.05, "weights": 0.05, "accepted": 0.2, "run": 0.01},

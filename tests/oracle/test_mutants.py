@@ -14,7 +14,7 @@ if not transformers.__version__.startswith("4."):
     pytest.skip("transformers 4.57 is the oracle", allow_module_level=True)
 
 SEED = os.environ.get("PHIMOE_SEED", "0")
-MUTANTS = int(os.environ.get("PHIMOE_MUTANTS", "400"))
+MUTANTS = int(os.environ.get("PHIMOE_MUTANTS", "250"))
 
 
 def test_mutants() -> None:
