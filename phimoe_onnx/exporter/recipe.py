@@ -227,6 +227,8 @@ def recipe_for(
         raise ExportError(
             f"--store: {EMBEDDING} is {embedding}; the standard Gather takes int8 and no int4, store it as int8"
         )
+    if blocks and target.blocks == "DequantizeLinear" and not ROUNDINGS[rounding].symmetric:
+        raise ExportError(f"rounding is {rounding!r}, whose zero points --target {target.name} does not take yet")
     if target.packs_projections:
         _check_packed(config, forms)
     experts = _native(config, forms) if chosen == "native" else _experts(config, target, forms)

@@ -55,8 +55,8 @@ class Strips:
         """The matrix as its strips, uint8 [strips, strip_bytes].
 
         Args:
-            levels: int8 [n, k], k a multiple of 32.
-            s: uint8 [n, k / 32], ones with 8 bits.
+            levels: int8 [n, k].
+            s: uint8 [n, k / 32, rounded up], ones with 8 bits.
             S: bfloat16 [n, superblocks].
         """
         import torch

@@ -43,7 +43,8 @@ def _laid_out(form: Format | Strips, k: int, levels: Tensor, s: Tensor, S: Tenso
         return (form.pack(levels, s, S),)
     codes = form.pack((levels.to(torch.int16) + (1 << form.bits - 1)).to(torch.uint8))
     scales = S.float().repeat_interleave(superblock_size(k) // BLOCK, dim=1)[:, : s.shape[1]] * s
-    return codes, scales.repeat_interleave(BLOCK // form.block_size, dim=1).to(DTYPES[form.scale_dtype])
+    scales = scales.repeat_interleave(BLOCK // form.block_size, dim=1)[:, : k // form.block_size]
+    return codes, scales.to(DTYPES[form.scale_dtype])
 
 
 def _superblocks(rows: Tensor) -> Tensor:
