@@ -21,6 +21,7 @@ from phimoe_onnx.runtime import PhiMoE
 from phimoe_onnx.runtime.ort import operators
 from tests.checkpoints import MODEL
 from tests.test_conformance import BUNDLE, CASES, change
+from tests.user_environment import user_environment
 
 PROGRAM = Path(__file__).parent.parent / "embed" / "rust" / "target" / "release" / "phimoe-generate"
 LIBRARY = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
@@ -187,14 +188,10 @@ def test_output_that_cannot_be_written() -> None:
 
 
 @pytest.mark.parametrize(("setting", "leaves"), [(None, []), ("0", [".cache"])])
-def test_telemetry_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, leaves: list[str]
-) -> None:
+def test_telemetry_leaves_nothing(tmp_path: Path, setting: str | None, leaves: list[str]) -> None:
     """0 is the user's own wish, and shows that something would be left."""
-    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    extra = {} if setting is None else {"ORT_DISABLE_TELEMETRY": setting}
-    assert run(BUNDLE, "a", 3, HOME=str(tmp_path), **extra).returncode == 0
+    environment = user_environment(tmp_path, setting) | {"ORT_DYLIB_PATH": str(LIBRARY)}
+    assert subprocess.run([PROGRAM, BUNDLE, "a", "3"], env=environment, capture_output=True).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == leaves
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_bundle import write_bundle
+from tests.user_environment import user_environment
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"
 PROGRAMS = ("generate", "chat", "classify", "bench", "verify", "export")
@@ -23,14 +23,8 @@ time.sleep(0.5)  # its files are written in the background
 
 def run(home: Path | None, code: str, *arguments: str, telemetry: str | None = None) -> str:
     """What a process says on stderr, in a fresh home."""
-    environment = {name: value for name, value in os.environ.items() if name not in {VARIABLE, "XDG_CACHE_HOME"}}
-    environment.pop("HOME", None)
-    if home:
-        environment["HOME"] = str(home)
-    if telemetry is not None:
-        environment[VARIABLE] = telemetry
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=user_environment(home, telemetry))
     assert done.returncode == 0, done.stderr
     return done.stderr
 

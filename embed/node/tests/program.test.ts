@@ -80,9 +80,9 @@ for (const [setting, leaves] of [
   ["0", [".cache"]], // the user's own wish; and what shows that a file would appear
 ] as const) {
   test(`a home with ORT_DISABLE_TELEMETRY=${setting}`, { skip: process.platform !== "linux" }, (context) => {
-    const { ORT_DISABLE_TELEMETRY: _, XDG_CACHE_HOME: __, ...rest } = process.env;
     const home = scratch(context);
-    const environment = { ...rest, HOME: home, ...(setting && { ORT_DISABLE_TELEMETRY: setting }) };
+    // no CI, GITHUB_ACTIONS or the like: where one is set, ONNX Runtime keeps its telemetry off by itself
+    const environment = { PATH: process.env.PATH, HOME: home, ...(setting && { ORT_DISABLE_TELEMETRY: setting }) };
     assert.equal(run([BUNDLE, "Emma", "--max-new-tokens", "3"], environment).status, 0);
     assert.deepEqual(readdirSync(home), leaves);
   });

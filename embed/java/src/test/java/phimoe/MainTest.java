@@ -31,7 +31,8 @@ class MainTest {
                 java.toString(), "-Duser.home=" + home, "-cp", System.getProperty("java.class.path"), "phimoe.Main"));
         command.addAll(List.of(arguments));
         ProcessBuilder builder = new ProcessBuilder(command);
-        builder.environment().keySet().removeAll(List.of("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"));
+        // no CI, GITHUB_ACTIONS or the like: where one is set, ONNX Runtime keeps its telemetry off by itself
+        builder.environment().keySet().retainAll(List.of("PATH", "SYSTEMROOT", "TEMP", "TMPDIR"));
         builder.environment().put("HOME", home.toString());
         builder.environment().put("DJL_CACHE_DIR", folder.resolve("djl").toString());
         Path errors = folder.resolve("errors");
