@@ -19,24 +19,29 @@ if LIBRARY is None:
 
 HEADS, KV_HEADS, SIZE, POSITIONS = 4, 2, 32, 200
 NAMES = ["query", "", "", "past_key", "past_value", "seqlens_k", "total", "cos", "sin", "position_ids"]
+SCALES = ["", "", "k_scale", "v_scale"]
+PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 OUTPUTS = ["output", "present_key", "present_value"]
 
 
-def session(domain: str, without: tuple[str, ...] = (), threads: int = 1, **attributes: Any) -> Any:
+def session(
+    domain: str, without: tuple[str, ...] = (), threads: int = 1, cache: int = TensorProto.FLOAT, **attributes: Any
+) -> Any:
     """One node, GroupQueryAttention or ours; inputs are fed, but for those in `without`."""
-    names = ["" if name in without else name for name in NAMES]
+    names = ["" if name in without else name for name in (NAMES if cache == TensorProto.FLOAT else NAMES + SCALES)]
     while not names[-1]:
         names.pop()
     op_type = "Attention" if domain == "phimoe.native" else "GroupQueryAttention"
     attributes = {"num_heads": HEADS, "kv_num_heads": KV_HEADS, "do_rotary": int("cos" not in without)} | attributes
     node = helper.make_node(op_type, names, OUTPUTS, name="the/node", domain=domain, **attributes)
     types = {"seqlens_k": TensorProto.INT32, "total": TensorProto.INT32, "position_ids": TensorProto.INT64}
+    types |= dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), cache)
     inputs = [
         helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), None if name != "total" else [1])
         for name in names
         if name
     ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
+    outputs = [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), None) for name in OUTPUTS]
     graph = helper.make_graph([node], "graph", inputs, outputs)
     imports = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
     options = ort.SessionOptions()
@@ -127,6 +132,68 @@ def test_the_scale_may_be_given() -> None:
     given = Feed(np.random.default_rng(3), [5], 4, 5).values
     found, stock = (session(name, scale=0.5).run(None, given) for name in ("phimoe.native", "com.microsoft"))
     assert_same(found, stock, [9])
+
+
+def quantized(feed: Feed, *without: str) -> dict[str, Any]:
+    """The feed with an int8 cache and its channels' scales."""
+    values = feed.without(*without)
+    for part in ("key", "value"):
+        shape = values[f"past_{part}"].shape
+        values[f"past_{part}"] = feed.rng.integers(-128, 128, shape).astype(np.int8)
+        values[f"{part[0]}_scale"] = feed.rng.uniform(0.01, 0.04, (1, KV_HEADS, 1, SIZE)).astype(np.float32)
+    return values
+
+
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("without", [("position_ids",), ("cos", "sin", "position_ids")])
+@pytest.mark.parametrize(("past", "tokens", "room"), [([41, 3, 17], 1, 41), ([20], 30, 20), ([0], 33, 0)])
+def test_an_int8_cache(past: list[int], tokens: int, room: int, without: tuple[str, ...], window: int) -> None:
+    given = quantized(Feed(np.random.default_rng(8), past, tokens, room), *without)
+    stock = session("com.microsoft", without, cache=TensorProto.INT8, local_window_size=window, **PER_CHANNEL).run(
+        None, given
+    )
+    for threads in (1, 2):
+        running = session("phimoe.native", without, threads, cache=TensorProto.INT8, local_window_size=window)
+        found = running.run(None, given)
+        np.testing.assert_allclose(found[0], stock[0], rtol=0, atol=0.02)  # a code may round the other way
+        assert np.median(np.abs(found[0] - stock[0])) < 1e-5
+        for ours, theirs in zip(found[1:], stock[1:], strict=True):
+            assert ours.dtype == theirs.dtype == np.int8
+            for b, length in enumerate(past):
+                apart = ours[b, :, : length + tokens].astype(int) - theirs[b, :, : length + tokens]
+                assert np.abs(apart).max() <= 1
+                assert (apart != 0).mean() < 1e-3
+
+
+def test_an_int8_cache_of_many_tokens_at_once_is_that_of_one_by_one() -> None:
+    past, tokens = [21, 30, 2], 16
+    given = quantized(Feed(np.random.default_rng(9), past, tokens, 30))
+    running = session("phimoe.native", cache=TensorProto.INT8, local_window_size=9)
+    together, *_ = running.run(None, given)
+    caches = {name: given[name] for name in ("past_key", "past_value")}
+    for t in range(tokens):
+        step = given | {
+            "query": given["query"][:, t : t + 1],
+            "position_ids": given["position_ids"][:, t : t + 1],
+            "seqlens_k": np.array(past, np.int32) + t,
+            "total": np.array([max(past) + t + 1], np.int32),
+        }
+        alone, caches["past_key"], caches["past_value"] = running.run(None, step | caches)
+        np.testing.assert_array_equal(alone[:, 0].view(np.uint32), together[:, t].view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("cache", "changed", "message"),
+    [
+        (TensorProto.INT8, {"k_scale": np.ones((1, 2, 1, 8), np.float32)}, "k_scale is [1, 2, 1, 8], expected [1, 2,"),
+        (TensorProto.INT8, {"v_scale": None}, "v_scale is missing, expected for int8 keys"),
+    ],
+)
+def test_wrong_scales_are_errors(cache: int, changed: dict[str, Any], message: str) -> None:
+    given = quantized(Feed(np.random.default_rng(6), [8, 3], 1, 9)) | changed
+    without = tuple(name for name, value in given.items() if value is None)
+    with pytest.raises(Exception, match="phimoe.native.Attention the/node: .*" + re.escape(message)):
+        session("phimoe.native", without, cache=cache).run(None, {n: v for n, v in given.items() if v is not None})
 
 
 def bound(running: Any, values: dict[str, Any], keys: Any, cached: Any) -> Any:

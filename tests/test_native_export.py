@@ -115,6 +115,28 @@ def test_the_graph_without_optional_inputs_computes_the_same(tmp_path: Path, che
 
 
 @built
+def test_the_cache_may_be_int8(tmp_path: Path) -> None:
+    """Read by our own attention: what a stock bundle of the same numbers gives, and the same for one token as many."""
+    stock, native = (
+        export(MODEL, tmp_path / kind, quantize="int4", kv_cache="int8", operators=kind, rounding="two-level")
+        for kind in ("stock", "native")
+    )
+    assert read_manifest(native).decoding.cache.dtype == "int8"
+    assert not any(node.op_type == "GroupQueryAttention" for node in ir.load(native / "model.onnx").graph)
+    report = verify(native, MODEL, tokens=768, new_tokens=16)
+    assert report.failures == []
+    prompt = "She had been forced into prudence in her youth, she learned romance as she grew older. " * 20
+    model = PhiMoE.load(native, threads=2)
+    assert len(model.tokenizer.encode(prompt)) > 256  # the window, and the rope's boundary
+    ids = model.tokenizer.encode(prompt)
+    assert (
+        model.generate(ids, max_new_tokens=8).token_ids == PhiMoE.load(stock).generate(ids, max_new_tokens=8).token_ids
+    )
+    score = model.score(prompt)
+    np.testing.assert_allclose(score.perplexity, PhiMoE.load(stock).score(prompt).perplexity, rtol=0.01)
+
+
+@built
 @pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
 def test_other_tasks(tmp_path: Path, checkpoint: Checkpoint, task: str) -> None:
     """As near to PyTorch over the stored weights as activations of 8 bits are, but where these moved a choice of

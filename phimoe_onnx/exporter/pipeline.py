@@ -184,7 +184,7 @@ def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ..
     """The traced graph in the target's operators over stored weights, but for the experts."""
     target, layers, cached = recipe.target, config.num_hidden_layers, recipe.task == "text-generation"
     if target.attention == "GroupQueryAttention":
-        native = recipe.operators == "native" and cached and recipe.kv_cache == "none"  # it caches float32
+        native = recipe.operators == "native" and cached and recipe.kv_cache != "int4"  # float32 and int8 are known
         FuseAttention(config, target.rotates(config), native)(model)
     elif cached:
         ReshapeCache(config)(model)

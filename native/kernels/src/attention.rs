@@ -1,4 +1,4 @@
-//! Attention of some queries over the keys and values of one head, in float32.
+//! Attention of some queries over the keys and values of one head, in float32; these may be stored as int8.
 //!
 //! For a query over its span of keys, in this order:
 //!
@@ -23,21 +23,21 @@ const KEYS: usize = 3;
 /// Keys or values that stay in the first cache while all queries pass.
 const TILE: usize = 24;
 
-/// What the queries of one head look at: keys and values [T, D].
+/// What the queries of one head look at: keys and values [T, D], float32 or int8.
 #[derive(Clone, Copy)]
-pub struct Head<'a> {
+pub struct Head<'a, E = f32> {
     size: usize,
     scale: f32,
-    keys: &'a [f32],
-    values: &'a [f32],
+    keys: &'a [E],
+    values: &'a [E],
 }
 
-impl<'a> Head<'a> {
+impl<'a, E> Head<'a, E> {
     /// An error unless keys and values are both [T, `size`], and the size is a multiple of 16.
-    pub fn new(size: usize, scale: f32, keys: &'a [f32], values: &'a [f32]) -> Result<Self, Error> {
+    pub fn new(size: usize, scale: f32, keys: &'a [E], values: &'a [E]) -> Result<Self, Error> {
         check_size(size)?;
         if keys.len() != values.len() || !keys.len().is_multiple_of(size) {
-            return Err(Error::new(format!("{} floats of keys and {} of values", keys.len(), values.len())));
+            return Err(Error::new(format!("{} numbers of keys and {} of values", keys.len(), values.len())));
         }
         Ok(Self { size, scale, keys, values })
     }
@@ -68,10 +68,13 @@ impl Kernels {
 
     /// `out` [R, D]: each of the queries [R, D] attends to its span of the head's keys, which is not empty.
     ///
+    /// int8 is taken as it stands: where channels have scales, those of the keys belong into the queries, and those of
+    /// the values into `out`.
+    ///
     /// `scratch` is memory that the caller may keep for the next call: R times as many floats as the spans reach over.
-    pub fn attend(
+    pub fn attend<E: Cached>(
         &self,
-        head: &Head,
+        head: &Head<E>,
         queries: &[f32],
         spans: &[Range<usize>],
         scratch: &mut Vec<f32>,
@@ -93,21 +96,48 @@ impl Kernels {
             unsafe { attend_avx2(head, queries, spans, scratch, out) };
             return Ok(());
         }
-        attend::<[f32; 8]>(head, queries, spans, scratch, out);
+        attend::<[f32; 8], E>(head, queries, spans, scratch, out);
         Ok(())
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn attend_avx2(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
-    attend::<std::arch::x86_64::__m256>(head, queries, spans, scratch, out);
+fn attend_avx2<E: Cached>(
+    head: &Head<E>,
+    queries: &[f32],
+    spans: &[Range<usize>],
+    scratch: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    attend::<std::arch::x86_64::__m256, E>(head, queries, spans, scratch, out);
+}
+
+/// What a key or a value is stored as.
+pub trait Cached: Copy {
+    /// Eight of them as floats.
+    fn lanes<L: Lanes>(from: &[Self; 8]) -> L;
+}
+
+impl Cached for f32 {
+    #[inline(always)]
+    fn lanes<L: Lanes>(from: &[f32; 8]) -> L {
+        L::load(from)
+    }
+}
+
+impl Cached for i8 {
+    #[inline(always)]
+    fn lanes<L: Lanes>(from: &[i8; 8]) -> L {
+        L::widen(from)
+    }
 }
 
 /// Eight floats.
-trait Lanes: Copy {
+pub trait Lanes: Copy {
     fn splat(value: f32) -> Self;
     fn load(from: &[f32; 8]) -> Self;
+    fn widen(from: &[i8; 8]) -> Self;
     fn store(self, to: &mut [f32; 8]);
     /// self * b + c.
     fn mul_add(self, b: Self, c: Self) -> Self;
@@ -122,6 +152,11 @@ impl Lanes for [f32; 8] {
     #[inline(always)]
     fn load(from: &[f32; 8]) -> Self {
         *from
+    }
+
+    #[inline(always)]
+    fn widen(from: &[i8; 8]) -> Self {
+        from.map(f32::from)
     }
 
     #[inline(always)]
@@ -151,6 +186,15 @@ impl Lanes for std::arch::x86_64::__m256 {
     }
 
     #[inline(always)]
+    fn widen(from: &[i8; 8]) -> Self {
+        // SAFETY: as above; the eight bytes are those that are read.
+        unsafe {
+            let bytes = std::arch::x86_64::_mm_loadl_epi64(from.as_ptr().cast());
+            std::arch::x86_64::_mm256_cvtepi32_ps(std::arch::x86_64::_mm256_cvtepi8_epi32(bytes))
+        }
+    }
+
+    #[inline(always)]
     fn store(self, to: &mut [f32; 8]) {
         // SAFETY: as above.
         unsafe { std::arch::x86_64::_mm256_storeu_ps(to.as_mut_ptr(), self) }
@@ -164,7 +208,13 @@ impl Lanes for std::arch::x86_64::__m256 {
 }
 
 #[inline(always)]
-fn attend<L: Lanes>(head: &Head, queries: &[f32], spans: &[Range<usize>], scratch: &mut Vec<f32>, out: &mut [f32]) {
+fn attend<L: Lanes, E: Cached>(
+    head: &Head<E>,
+    queries: &[f32],
+    spans: &[Range<usize>],
+    scratch: &mut Vec<f32>,
+    out: &mut [f32],
+) {
     let first = spans.iter().map(|span| span.start).min().unwrap_or(0);
     let all = first..spans.iter().map(|span| span.end).max().unwrap_or(0);
     let width = all.len();
@@ -173,7 +223,7 @@ fn attend<L: Lanes>(head: &Head, queries: &[f32], spans: &[Range<usize>], scratc
     for tile in all.clone().step_by(TILE) {
         let tile = tile..(tile + TILE).min(all.end);
         for (quartet, scores) in queries.chunks(QUERIES * head.size).zip(scratch.chunks_mut(QUERIES * width)) {
-            score::<L>(head, quartet, tile.clone(), first, width, scores);
+            score::<L, E>(head, quartet, tile.clone(), first, width, scores);
         }
     }
     let mut sums = vec![0.0; spans.len()];
@@ -185,7 +235,7 @@ fn attend<L: Lanes>(head: &Head, queries: &[f32], spans: &[Range<usize>], scratc
         let tile = tile..(tile + TILE).min(all.end);
         let quartets = scratch.chunks(QUERIES * width).zip(spans.chunks(QUERIES));
         for ((weights, spans), out) in quartets.zip(out.chunks_mut(QUERIES * head.size)) {
-            add_values::<L>(head, weights, spans, tile.clone(), first, width, out);
+            add_values::<L, E>(head, weights, spans, tile.clone(), first, width, out);
         }
     }
     for (out, sum) in out.chunks_exact_mut(head.size).zip(sums) {
@@ -197,28 +247,35 @@ fn attend<L: Lanes>(head: &Head, queries: &[f32], spans: &[Range<usize>], scratc
 
 /// Scores of up to `QUERIES` queries with the keys of a tile.
 #[inline(always)]
-fn score<L: Lanes>(head: &Head, queries: &[f32], tile: Range<usize>, first: usize, width: usize, scores: &mut [f32]) {
+fn score<L: Lanes, E: Cached>(
+    head: &Head<E>,
+    queries: &[f32],
+    tile: Range<usize>,
+    first: usize,
+    width: usize,
+    scores: &mut [f32],
+) {
     let size = head.size;
     let full = tile.start + tile.len() / KEYS * KEYS;
     if queries.len() == QUERIES * size {
         let queries: [&[f32]; QUERIES] = std::array::from_fn(|r| &queries[r * size..][..size]);
         for key in (tile.start..full).step_by(KEYS) {
             let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
-            write(dots::<L, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
+            write(dots::<L, E, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
         }
         for key in full..tile.end {
             let keys = [&head.keys[key * size..][..size]];
-            write(dots::<L, QUERIES, 1>(queries, keys), head.scale, key - first, width, scores);
+            write(dots::<L, E, QUERIES, 1>(queries, keys), head.scale, key - first, width, scores);
         }
     } else {
         for (query, scores) in queries.chunks_exact(size).zip(scores.chunks_exact_mut(width)) {
             for key in (tile.start..full).step_by(KEYS) {
                 let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
-                write(dots::<L, 1, KEYS>([query], keys), head.scale, key - first, width, scores);
+                write(dots::<L, E, 1, KEYS>([query], keys), head.scale, key - first, width, scores);
             }
             for key in full..tile.end {
                 let keys = [&head.keys[key * size..][..size]];
-                write(dots::<L, 1, 1>([query], keys), head.scale, key - first, width, scores);
+                write(dots::<L, E, 1, 1>([query], keys), head.scale, key - first, width, scores);
             }
         }
     }
@@ -234,14 +291,14 @@ fn write<const Q: usize, const K: usize>(dots: [[f32; K]; Q], scale: f32, at: us
 }
 
 #[inline(always)]
-fn dots<L: Lanes, const Q: usize, const K: usize>(queries: [&[f32]; Q], keys: [&[f32]; K]) -> [[f32; K]; Q] {
+fn dots<L: Lanes, E: Cached, const Q: usize, const K: usize>(queries: [&[f32]; Q], keys: [&[E]; K]) -> [[f32; K]; Q] {
     // loops, not closures: those are compiled by themselves, without the caller's instruction set
     let mut sums = [[L::splat(0.0); K]; Q];
     let length = queries[0].len() / 8;
     for i in 0..length {
         let mut key = [L::splat(0.0); K];
         for j in 0..K {
-            key[j] = L::load(eight(keys[j], i));
+            key[j] = E::lanes(eight(keys[j], i));
         }
         for r in 0..Q {
             let query = L::load(eight(queries[r], i));
@@ -262,7 +319,7 @@ fn dots<L: Lanes, const Q: usize, const K: usize>(queries: [&[f32]; Q], keys: [&
 }
 
 #[inline(always)]
-fn eight(x: &[f32], index: usize) -> &[f32; 8] {
+fn eight<E>(x: &[E], index: usize) -> &[E; 8] {
     &x.as_chunks().0[index]
 }
 
@@ -316,8 +373,8 @@ fn soften(scores: &mut [f32]) -> f32 {
 
 /// Adds the weighted values of a tile to the sums `out` of up to `QUERIES` queries.
 #[inline(always)]
-fn add_values<L: Lanes>(
-    head: &Head,
+fn add_values<L: Lanes, E: Cached>(
+    head: &Head<E>,
     weights: &[f32],
     spans: &[Range<usize>],
     tile: Range<usize>,
@@ -333,19 +390,25 @@ fn add_values<L: Lanes>(
     for (r, span) in spans.iter().enumerate() {
         let span = within(span);
         let before = if together { span.start..common.start } else { span };
-        add::<L, 1>(head, [&weights[r * width..][..width]], before, first, &mut out[r * size..][..size]);
+        add::<L, E, 1>(head, [&weights[r * width..][..width]], before, first, &mut out[r * size..][..size]);
     }
     if together {
-        add::<L, QUERIES>(head, std::array::from_fn(|r| &weights[r * width..][..width]), common.clone(), first, out);
+        add::<L, E, QUERIES>(head, std::array::from_fn(|r| &weights[r * width..][..width]), common.clone(), first, out);
         for (r, span) in spans.iter().enumerate() {
             let after = common.end..within(span).end;
-            add::<L, 1>(head, [&weights[r * width..][..width]], after, first, &mut out[r * size..][..size]);
+            add::<L, E, 1>(head, [&weights[r * width..][..width]], after, first, &mut out[r * size..][..size]);
         }
     }
 }
 
 #[inline(always)]
-fn add<L: Lanes, const Q: usize>(head: &Head, weights: [&[f32]; Q], keys: Range<usize>, first: usize, out: &mut [f32]) {
+fn add<L: Lanes, E: Cached, const Q: usize>(
+    head: &Head<E>,
+    weights: [&[f32]; Q],
+    keys: Range<usize>,
+    first: usize,
+    out: &mut [f32],
+) {
     if keys.is_empty() {
         return;
     }
@@ -365,7 +428,7 @@ fn add<L: Lanes, const Q: usize>(head: &Head, weights: [&[f32]; Q], keys: Range<
         }
         for (value, weights) in values.chunks_exact(size).zip(&by_key) {
             let (halves, _) = value[at..at + WIDTH].as_chunks::<8>();
-            let value = [L::load(&halves[0]), L::load(&halves[1])];
+            let value: [L; 2] = [E::lanes(&halves[0]), E::lanes(&halves[1])];
             for r in 0..Q {
                 let weight = L::splat(weights[r]);
                 sums[r] = [weight.mul_add(value[0], sums[r][0]), weight.mul_add(value[1], sums[r][1])];
@@ -424,6 +487,27 @@ mod tests {
                     let exact = weights.iter().zip(values).map(|(w, v)| w * v).sum::<f64>() / total;
                     assert!((f64::from(*out) - exact).abs() < 2e-6, "{out} {exact}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_taken_as_the_floats_that_they_stand_for() {
+        for (size, length, rows) in [(16, 1, 1), (64, 100, 7), (128, 75, 32)] {
+            let bytes = |seed| numbers(length * size, seed).iter().map(|x| (128.0 * x) as i8).collect::<Vec<_>>();
+            let (keys, values) = (bytes(1), bytes(2));
+            let floats = |bytes: &[i8]| bytes.iter().map(|byte| f32::from(*byte)).collect::<Vec<_>>();
+            let (key_floats, value_floats) = (floats(&keys), floats(&values));
+            let queries = numbers(rows * size, 3);
+            let spans: Vec<_> = (0..rows).map(|r| (r * 5 % length).min(length / 2)..length).collect();
+            let mut expected = vec![f32::NAN; rows * size];
+            let head = Head::new(size, 0.01, &key_floats, &value_floats).unwrap();
+            Kernels::plain().attend(&head, &queries, &spans, &mut Vec::new(), &mut expected).unwrap();
+            let head = Head::new(size, 0.01, &keys, &values).unwrap();
+            for kernels in Kernels::all() {
+                let mut out = vec![f32::NAN; rows * size];
+                kernels.attend(&head, &queries, &spans, &mut Vec::new(), &mut out).unwrap();
+                assert_eq!(out, expected, "{} {size}", kernels.name());
             }
         }
     }

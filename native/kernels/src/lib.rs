@@ -38,7 +38,7 @@ mod plain;
 mod tiling;
 
 pub use activations::{QuantizedRows, Row};
-pub use attention::{Head, check_size};
+pub use attention::{Cached, Head, check_size};
 pub use error::Error;
 pub use exp::exp;
 pub use format::{Expert, Layout, Matrix, STRIP, Strip, default_superblock_size};

@@ -1,16 +1,18 @@
-//! `Attention`: what `com.microsoft.GroupQueryAttention` computes over float32, with the same inputs and outputs, and
-//! more: several new tokens over a past for any number of rows, each with its own positions.
+//! `Attention`: what `com.microsoft.GroupQueryAttention` computes in float32, with the same inputs and outputs, and
+//! more: several new tokens over a past for any number of rows, each with its own positions. Keys and values lie in the
+//! cache as float32, or as int8 with a scale for each channel.
 //!
 //! Dimensions: B rows, S new tokens, H heads, K heads of keys and values, D the size of a head, P and T the lengths of
 //! the past and present buffers. A row's keys are those before it that the window holds; no others are read.
 
 use std::ffi::CStr;
+use std::marker::PhantomData;
 use std::ops::Range;
 
-use phimoe_kernels::{Head, Kernels, check_size};
+use phimoe_kernels::{Cached, Head, Kernels, check_size};
 
 use crate::ensure;
-use crate::ort::{Context, Error, Info, Operator, Place, Port, Result, Tensor};
+use crate::ort::{Context, Element, Error, Info, Operator, Place, Port, Result, Tensor};
 use crate::schedule::share;
 
 const QUERY: usize = 0;
@@ -23,6 +25,10 @@ const TOTAL: usize = 6;
 const COS: usize = 7;
 const SIN: usize = 8;
 const POSITION_IDS: usize = 9;
+const ATTENTION_BIAS: usize = 10;
+const HEAD_SINK: usize = 11;
+const K_SCALE: usize = 12;
+const V_SCALE: usize = 13;
 const OUTPUT: usize = 0;
 const PRESENT_KEY: usize = 1;
 const PRESENT_VALUE: usize = 2;
@@ -32,7 +38,37 @@ const TOKENS: usize = 8;
 /// Scores of a task, at most: what a core's second cache holds beside keys and values.
 const SCORES: usize = 64 << 10;
 
-pub struct Attention {
+/// What the cache holds, and how.
+pub trait Store: Element + Cached {
+    const ZERO: Self;
+    /// Whether `K_SCALE` and `V_SCALE` are given.
+    const SCALED: bool;
+
+    /// `x` [D] as it is cached; `scales` are those of the channels.
+    fn store(x: &[f32], scales: &[f32], to: &mut [Self]);
+}
+
+impl Store for f32 {
+    const ZERO: Self = 0.0;
+    const SCALED: bool = false;
+
+    fn store(x: &[f32], _: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(x);
+    }
+}
+
+impl Store for i8 {
+    const ZERO: Self = 0;
+    const SCALED: bool = true;
+
+    fn store(x: &[f32], scales: &[f32], to: &mut [Self]) {
+        for ((x, scale), to) in x.iter().zip(scales).zip(to) {
+            *to = (x / scale).round_ties_even() as i8; // which saturates
+        }
+    }
+}
+
+pub struct Attention<E> {
     kernels: &'static Kernels,
     heads: usize,
     kv_heads: usize,
@@ -40,6 +76,7 @@ pub struct Attention {
     /// How many keys a query sees, itself among them.
     window: usize,
     scale: Option<f32>,
+    cached: PhantomData<fn(E)>,
 }
 
 /// One run's sizes, and where each row of the batch stands.
@@ -54,6 +91,8 @@ struct Pass<'a> {
     /// [B]: the tokens before the new ones.
     past: Vec<usize>,
     rope: Option<Rope<'a>>,
+    /// [K, D] of the keys and of the values, or nothing.
+    scales: [&'a [f32]; 2],
 }
 
 struct Rope<'a> {
@@ -63,22 +102,26 @@ struct Rope<'a> {
     positions: Vec<usize>,
 }
 
-impl Operator for Attention {
+impl<E: Store> Operator for Attention<E> {
     const NAME: &'static CStr = c"Attention";
     const INPUTS: &'static [Port] = &[
         Port::new::<f32>("query"),
         Port::optional::<f32>("key"),
         Port::optional::<f32>("value"),
-        Port::optional::<f32>("past_key"),
-        Port::optional::<f32>("past_value"),
+        Port::optional::<E>("past_key"),
+        Port::optional::<E>("past_value"),
         Port::new::<i32>("seqlens_k"),
         Port::new::<i32>("total_sequence_length"),
         Port::optional::<f32>("cos_cache"),
         Port::optional::<f32>("sin_cache"),
         Port::optional::<i64>("position_ids"),
+        Port::optional::<f32>("attention_bias"),
+        Port::optional::<f32>("head_sink"),
+        Port::optional::<f32>("k_scale"),
+        Port::optional::<f32>("v_scale"),
     ];
     const OUTPUTS: &'static [Port] =
-        &[Port::new::<f32>("output"), Port::new::<f32>("present_key"), Port::new::<f32>("present_value")];
+        &[Port::new::<f32>("output"), Port::new::<E>("present_key"), Port::new::<E>("present_value")];
 
     fn new(info: &Info) -> Result<Self> {
         let (heads, kv_heads) = (info.size(c"num_heads")?, info.size(c"kv_num_heads")?);
@@ -100,6 +143,7 @@ impl Operator for Attention {
             rotary: info.integer(c"do_rotary").unwrap_or(0) != 0,
             window: usize::try_from(window).unwrap_or(usize::MAX),
             scale,
+            cached: PhantomData,
         })
     }
 
@@ -108,7 +152,11 @@ impl Operator for Attention {
             let given = context.optional_input::<f32>(index)?.is_some();
             ensure!(!given, "{} is given, expected queries, keys and values in query", Self::INPUTS[index].name);
         }
-        let pasts = [context.place::<f32>(PAST_KEY)?, context.place::<f32>(PAST_VALUE)?];
+        for index in [ATTENTION_BIAS, HEAD_SINK] {
+            let given = context.optional_input::<f32>(index)?.is_some();
+            ensure!(!given, "{} is given, expected none", Self::INPUTS[index].name);
+        }
+        let pasts = [context.place::<E>(PAST_KEY)?, context.place::<E>(PAST_VALUE)?];
         let pass = self.pass(context, &pasts)?;
         let output = context.output::<f32>(OUTPUT, &[pass.batch, pass.tokens, self.heads * pass.size])?;
         let shape = [pass.batch, self.kv_heads, pass.length, pass.size];
@@ -121,9 +169,9 @@ impl Operator for Attention {
     }
 }
 
-impl Attention {
+impl<E: Store> Attention<E> {
     /// The inputs, checked.
-    fn pass<'a>(&self, context: &'a Context, pasts: &[Option<Place<f32>>; 2]) -> Result<Pass<'a>> {
+    fn pass<'a>(&self, context: &'a Context, pasts: &[Option<Place<E>>; 2]) -> Result<Pass<'a>> {
         let Tensor { shape, data: qkv } = context.input::<f32>(QUERY)?;
         let packed = self.heads + 2 * self.kv_heads;
         ensure!(
@@ -158,11 +206,29 @@ impl Attention {
         });
         let past = past.collect::<Result<Vec<_>>>()?;
         let rope = if self.rotary { Some(rope(context, batch, tokens, size, &past)?) } else { None };
-        Ok(Pass { batch, tokens, size, length: room.max(longest), qkv, past, rope })
+        let scales = [self.scales(context, K_SCALE, size)?, self.scales(context, V_SCALE, size)?];
+        Ok(Pass { batch, tokens, size, length: room.max(longest), qkv, past, rope, scales })
+    }
+
+    /// Those of the channels, [K, D]; nothing where the cache has none.
+    fn scales<'a>(&self, context: &'a Context, index: usize, size: usize) -> Result<&'a [f32]> {
+        let name = Self::INPUTS[index].name;
+        match context.optional_input::<f32>(index)? {
+            Some(given) if E::SCALED => {
+                let expected = [1, self.kv_heads, 1, size];
+                ensure!(given.shape == expected, "{name} is {:?}, expected {expected:?}", given.shape);
+                Ok(given.data)
+            }
+            None if !E::SCALED => Ok(&[]),
+            found => Err(Error(format!(
+                "{name} is {}, expected for int8 keys and values, and for no others",
+                if found.is_some() { "given" } else { "missing" }
+            ))),
+        }
     }
 
     /// P.
-    fn past_length(&self, pasts: &[Option<Place<f32>>; 2], batch: usize, size: usize) -> Result<usize> {
+    fn past_length(&self, pasts: &[Option<Place<E>>; 2], batch: usize, size: usize) -> Result<usize> {
         match pasts {
             [None, None] => Ok(0),
             [Some(key), Some(value)] => {
@@ -183,7 +249,7 @@ impl Attention {
     }
 
     /// Copies the past to the present, unless they share their memory; what is in neither is zero.
-    fn keep(&self, context: &Context, pass: &Pass, past: Option<&Place<f32>>, present: &Place<f32>) -> Result<()> {
+    fn keep(&self, context: &Context, pass: &Pass, past: Option<&Place<E>>, present: &Place<E>) -> Result<()> {
         if let Some(past) = past
             && past.is(present)?
         {
@@ -203,7 +269,7 @@ impl Attention {
                     if let Some(past) = past {
                         kept.copy_from_slice(past.part(head * kept.len()..(head + 1) * kept.len()));
                     }
-                    rest.fill(0.0);
+                    rest.fill(E::ZERO);
                 }
                 Ok(())
             },
@@ -211,36 +277,28 @@ impl Attention {
     }
 
     /// Writes the new keys, rotated, and values to the present.
-    fn write(&self, context: &Context, pass: &Pass, [keys, values]: &[Place<f32>; 2]) -> Result<()> {
+    fn write(&self, context: &Context, pass: &Pass, [keys, values]: &[Place<E>; 2]) -> Result<()> {
         let size = pass.size;
         let rows = pass.batch * pass.tokens;
-        share(
-            context,
-            rows.div_ceil(TOKENS),
-            || (),
-            |(), task| {
-                for row in task * TOKENS..((task + 1) * TOKENS).min(rows) {
-                    let (b, token) = (row / pass.tokens, row % pass.tokens);
-                    for head in 0..self.kv_heads {
-                        let at = ((b * self.kv_heads + head) * pass.length + pass.past[b] + token) * size;
-                        // SAFETY: a task has the places of its tokens alone, and nobody reads before all are written.
-                        let (key, value) = unsafe { (keys.part_mut(at..at + size), values.part_mut(at..at + size)) };
-                        self.turn(pass, row, self.heads + head, key);
-                        value.copy_from_slice(self.head(pass, row, self.heads + self.kv_heads + head));
-                    }
+        share(context, rows.div_ceil(TOKENS), Vec::new, |turned: &mut Vec<f32>, task| {
+            turned.resize(size, 0.0);
+            for row in task * TOKENS..((task + 1) * TOKENS).min(rows) {
+                let (b, token) = (row / pass.tokens, row % pass.tokens);
+                for head in 0..self.kv_heads {
+                    let at = ((b * self.kv_heads + head) * pass.length + pass.past[b] + token) * size;
+                    // SAFETY: a task has the places of its tokens alone, and nobody reads before all are written.
+                    let (key, value) = unsafe { (keys.part_mut(at..at + size), values.part_mut(at..at + size)) };
+                    let [key_scales, value_scales] = pass.scales(head);
+                    self.turn(pass, row, self.heads + head, turned);
+                    E::store(turned, key_scales, key);
+                    E::store(self.head(pass, row, self.heads + self.kv_heads + head), value_scales, value);
                 }
-                Ok(())
-            },
-        )
+            }
+            Ok(())
+        })
     }
 
-    fn attend(
-        &self,
-        context: &Context,
-        pass: &Pass,
-        [keys, values]: &[Place<f32>; 2],
-        output: &mut [f32],
-    ) -> Result<()> {
+    fn attend(&self, context: &Context, pass: &Pass, [keys, values]: &[Place<E>; 2], output: &mut [f32]) -> Result<()> {
         let (size, group) = (pass.size, self.heads / self.kv_heads);
         let scale = self.scale.unwrap_or(1.0 / (size as f32).sqrt());
         let output = Place::over(output);
@@ -258,13 +316,16 @@ impl Attention {
             queries.resize(tokens.len() * group * size, 0.0);
             out.resize(queries.len(), 0.0);
             let order = tokens.flat_map(|token| (0..group).map(move |g| (token, head * group + g)));
+            let [key_scales, value_scales] = pass.scales(head);
             for ((token, head), query) in order.clone().zip(queries.chunks_exact_mut(size)) {
                 self.turn(pass, b * pass.tokens + token, head, query);
+                scale_channels(query, key_scales);
             }
             let spans: Vec<Range<usize>> = order.clone().map(|(token, _)| self.span(pass, b, token)).collect();
             let head = Head::new(size, scale, keys, values)?;
             self.kernels.attend(&head, queries, &spans, scores, out)?;
-            for ((token, head), out) in order.zip(out.chunks_exact(size)) {
+            for ((token, head), out) in order.zip(out.chunks_exact_mut(size)) {
+                scale_channels(out, value_scales);
                 let at = ((b * pass.tokens + token) * self.heads + head) * size;
                 // SAFETY: a task has its tokens' and heads' places alone.
                 unsafe { output.part_mut(at..at + size) }.copy_from_slice(out);
@@ -296,6 +357,20 @@ impl Attention {
                 self.kernels.rotate(x, cos, sin, out);
             }
         }
+    }
+}
+
+impl Pass<'_> {
+    /// The scales of a head's channels, of keys and of values: [D] each, or nothing.
+    fn scales(&self, head: usize) -> [&[f32]; 2] {
+        self.scales.map(|all| if all.is_empty() { all } else { &all[head * self.size..][..self.size] })
+    }
+}
+
+/// Multiplies each channel with its scale, where there are any.
+fn scale_channels(x: &mut [f32], scales: &[f32]) {
+    for (x, scale) in x.iter_mut().zip(scales) {
+        *x *= scale;
     }
 }
 

@@ -19,10 +19,11 @@ use ort_sys::{OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain, OrtErrorCode, 
 
 const DOMAIN: &CStr = c"phimoe.native";
 
-static OPERATORS: [OrtCustomOp; 3] = [
+static OPERATORS: [OrtCustomOp; 4] = [
     ort::custom_op::<projection::Projection>(),
     ort::custom_op::<moe::SparseMixerMoe>(),
-    ort::custom_op::<attention::Attention>(),
+    ort::custom_op::<attention::Attention<f32>>(),
+    ort::custom_op::<attention::Attention<i8>>(),
 ];
 
 /// The name of the kernels that run in this process, such as "avx2", or why none do.

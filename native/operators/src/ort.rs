@@ -69,6 +69,10 @@ unsafe impl Element for f32 {
     const TYPE: ElementType = ElementType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 // SAFETY: as above.
+unsafe impl Element for i8 {
+    const TYPE: ElementType = ElementType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+}
+// SAFETY: as above.
 unsafe impl Element for u8 {
     const TYPE: ElementType = ElementType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 }

@@ -1,4 +1,4 @@
-"""The KV cache of GroupQueryAttention -> int8 or int4, with scales that follow from the weights alone."""
+"""The KV cache of attention -> int8 or int4, with scales that follow from the weights alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from phimoe_onnx.checkpoint.data import read_rows
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.exporter.passes._edit import MICROSOFT, expect, initializer, nodes
+from phimoe_onnx.exporter.passes._edit import MICROSOFT, NATIVE, expect, initializer, nodes
 from phimoe_onnx.exporter.weights import Weight, job_piece, layer_of
 
 # How many standard deviations of a channel the largest code stands for; more costs resolution, fewer clip.
@@ -18,7 +18,8 @@ DEVIATIONS = {8: 8.0, 4: 4.0}
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`.
+    """Makes every GroupQueryAttention, or with 8 bits every phimoe.native.Attention, keep its keys and values as integers
+    of `bits`.
 
     1. The operator gets a fixed scale for each channel.
     2. The cache's inputs and outputs become int8 [B, K, T, D], or uint8 [B, K, T, D / 2] with two channels a byte.
@@ -43,7 +44,7 @@ class QuantizeCache(ir.passes.InPlacePass):
         self.bits = bits
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        matches = nodes(model, "GroupQueryAttention", MICROSOFT)
+        matches = nodes(model, "GroupQueryAttention", MICROSOFT) or nodes(model, "Attention", NATIVE)
         expect("attention's cache", len(matches), self.config.num_hidden_layers)
         for layer, attention in enumerate(matches):
             prefix = f"model.layers.{layer}."
@@ -51,9 +52,10 @@ class QuantizeCache(ir.passes.InPlacePass):
             attention.resize_inputs(14)
             for index, scale in zip((12, 13), scales, strict=True):
                 attention.replace_input_with(index, scale)
-            for kind in ("k_quant_type", "v_quant_type"):
-                attention.attributes[kind] = ir.AttrString(kind, "PER_CHANNEL")
-            attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self.bits)
+            if attention.domain == MICROSOFT:
+                for kind in ("k_quant_type", "v_quant_type"):
+                    attention.attributes[kind] = ir.AttrString(kind, "PER_CHANNEL")
+                attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self.bits)
             for value in (*attention.inputs[3:5], *attention.outputs[1:3]):
                 value.type = ir.TensorType(ir.DataType.INT8 if self.bits == 8 else ir.DataType.UINT8)
                 value.shape = ir.Shape([*value.shape[:3], self.config.head_dim * self.bits // 8])
