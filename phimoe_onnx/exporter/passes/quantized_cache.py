@@ -18,8 +18,8 @@ DEVIATIONS = {8: 8.0, 4: 4.0}
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Makes every GroupQueryAttention, or with 8 bits every phimoe.native.Attention, keep its keys and values as integers
-    of `bits`.
+    """Makes every GroupQueryAttention keep its keys and values as integers of `bits`, and so, with 8 bits, every
+    phimoe.native.Attention.
 
     1. The operator gets a fixed scale for each channel.
     2. The cache's inputs and outputs become int8 [B, K, T, D], or uint8 [B, K, T, D / 2] with two channels a byte.
