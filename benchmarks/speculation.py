@@ -135,8 +135,6 @@ def main() -> None:
     print("|---" * 8 + "|")
     for name, (without, with_it) in found.items():
         print(f"| {name} | {row(without, with_it)} |")
-    widths = {width: f"{1000 * seconds:.0f} ms" for width, seconds in model.engine.pace._passes.items()}
-    print(f"\na plain step takes {1000 * model.engine.pace.token:.0f} ms, a pass over a draft of so many: {widths}")
 
 
 def row(without: list[Turn], with_it: list[Turn]) -> str:

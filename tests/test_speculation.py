@@ -26,7 +26,7 @@ from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.per_token import is_per_token
 from phimoe_onnx.runtime.row import Generation, Piece
 from phimoe_onnx.runtime.slots.host import SharedCache
-from phimoe_onnx.runtime.speculation import FAR, LONG, NEAR, SHARE, SHORT, SURE, Lookup, Pace, Speculation
+from phimoe_onnx.runtime.speculation import FAR, LONG, NEAR, SHARE, SHORT, SURE, Account, Lookup, Speculation
 from tests.checkpoints import MODEL
 from tests.toy_bundle import write_bundle
 
@@ -54,8 +54,14 @@ def austen(tmp_path_factory: pytest.TempPathFactory) -> PhiMoE:
 
 
 def eager(model: PhiMoE) -> PhiMoE:
-    """The model, which runs every draft, whatever it costs."""
-    model.engine.pace.token, model.engine.pace.allowance = 1.0, math.inf
+    """The model, which runs every draft: beside what a plain step takes, no pass costs anything."""
+
+    class Free(Account):
+        def stepped(self, rows: int, seconds: float) -> None:
+            self.token = math.inf
+
+    model.engine.account = Free()
+    model.engine.account.token = math.inf
     return model
 
 
@@ -379,9 +385,9 @@ def test_lookup_finds_what_stands_elsewhere() -> None:
             before = lookup.length
 
 
-def simulate(pace: Pace, prompt: list[int], script: list[int], passes: dict[int, float]) -> float:
+def simulate(account: Account, prompt: list[int], script: list[int], passes: dict[int, float]) -> float:
     """The time of a text, where a plain step takes 1 and a pass over a draft what `passes` says."""
-    row, spent, place = Speculation(pace, [*prompt, script[0]]), 0.0, 1
+    row, spent, place = Speculation(account, [*prompt, script[0]]), 0.0, 1
     while place < len(script):
         draft = row.draft(len(script) - place - 1)
         if draft:
@@ -389,7 +395,7 @@ def simulate(pace: Pace, prompt: list[int], script: list[int], passes: dict[int,
             row.passed(draft, passes[len(draft)])
         else:
             spent += 1
-            pace.stepped(1, 1.0)
+            account.stepped(1, 1.0)
         for guess in [*draft, None]:
             row.add(script[place])
             place += 1
@@ -411,40 +417,51 @@ def test_drafts_that_fail_cost_a_share_and_no_more(of: Callable[[int], float]) -
     while len(script) < 4000:
         start = random.randrange(4900)
         script += [*book[start : start + 20], 1000 + random.randrange(1000)]
-    pace = Pace()
-    spent = simulate(pace, book, script, passes)
-    measured = sum(passes[width] - 1 for width in (SHORT, LONG))
-    assert spent <= len(script) * (1 + SHARE) + measured + passes[SHORT]
-    assert pace.allowance <= pace.cost(SHORT)
+    account = Account()
+    spent = simulate(account, book, script, passes)
+    assert spent <= len(script) * (1 + SHARE) + passes[LONG]
+    assert account.debt <= passes[LONG]
 
 
 def test_copying_is_faster_with_and_without_changes() -> None:
     passes = {n: 1 + 0.4 * n for n in range(1, LONG + 1)}  # as on a processor that is the limit itself
     random = Random(1)
     text = [random.randrange(1000) for _ in range(600)]
-    pace = Pace()
-    assert simulate(pace, text, text, passes) < 600 / 2.2
+    account = Account()
+    assert simulate(account, text, text, passes) < 600 / 2.2
     changed = [token if place % 60 else 1000 + place for place, token in enumerate(text)]
-    assert simulate(pace, text, changed, passes) < 600 / 1.3
-    assert simulate(Pace(), text, text, {n: 2.0 * n for n in range(1, LONG + 1)}) < 600 + 2 * 2 * (SHORT + LONG)
+    assert simulate(account, text, changed, passes) < 600 / 1.3
+    assert simulate(Account(), text, text, {n: 2.0 * n for n in range(1, LONG + 1)}) < 600 * (1 + SHARE) + 2 * LONG
 
 
 def test_drafts_are_long_or_none() -> None:
     text = list(range(100))
-    pace = Pace()
-    pace.token = 1.0
+    account = Account()
+    account.token = 1.0
     for length, width in ((SURE - 1, 0), (SURE, SHORT), (FAR - 1, SHORT), (FAR, LONG), (60, LONG)):
-        assert Speculation(pace, text + text[:length]).draft(99) == text[length : length + width]
-    assert Speculation(pace, text + text[:40]).draft(NEAR - 1) == []
-    row = Speculation(pace, [7, *text[:SURE]])
+        assert Speculation(account, text + text[:length]).draft(99) == text[length : length + width]
+    assert Speculation(account, text + text[:40]).draft(NEAR - 1) == []
+    row = Speculation(account, [7, *text[:SURE]])
     assert row.draft(99) == []  # it stands nowhere else
-    assert Speculation(Pace(), text + text[:40]).draft(99) == []  # nothing to compare with is measured yet
-    row = Speculation(pace, [5, 6] * 10)
+    assert Speculation(Account(), text + text[:40]).draft(99) == []  # nothing to compare with is measured yet
+    row = Speculation(account, [5, 6] * 10)
     assert row.draft(99) == [5, 6] * (SHORT // 2)
     row.passed([5, 6] * 8, 3.0)
     for token in (5, 6, 5, 7, *text[:4]):
         row.add(token)
     assert (row.drafted, row.accepted) == (16, 3)
+    assert (row._won, account.debt) == (1.0, 0.0)  # it took two steps more, and saved three
+    other = Speculation(account, text + text[:40])
+    other.passed(other.draft(99), 9.0)
+    other.add(7)
+    assert account.debt == 8.0
+    assert Speculation(account, text + text[:40]).draft(99) == []
+    assert len(row.draft(99)) == 0  # four tokens are too few
+    for token in text[4:NEAR]:
+        row.add(token)
+    assert row._lookup.length == 0  # they stand nowhere else
+    account.stepped(2, 100.0)
+    assert account.debt == 8.0 - 100 * SHARE
 
 
 def test_the_engine_measures_passes_and_steps(small: PhiMoE) -> None:
@@ -453,9 +470,15 @@ def test_the_engine_measures_passes_and_steps(small: PhiMoE) -> None:
     request = small.request(
         text + text[:20], max_new_tokens=30, logits_processor=dictate(text[20:] + text), speculate=True
     )
-    engine.submit([request], lambda piece: None)
+    results: list[Generation] = []
+
+    def deliver(piece: Piece | Exception) -> None:
+        if isinstance(piece, Piece) and piece.result:
+            results.append(piece.result)
+
+    engine.submit([request], deliver)
     while engine.step():
         pass
-    assert engine.pace.token > 0
-    assert engine.pace._passes.keys() <= {SHORT, LONG}
-    assert engine.pace._passes
+    assert engine.account.token > 0
+    assert results[0].drafted > 0
+    assert engine.account.debt >= 0

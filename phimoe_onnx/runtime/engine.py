@@ -23,7 +23,7 @@ from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.row import Piece, Row
 from phimoe_onnx.runtime.slots.base import free_place
-from phimoe_onnx.runtime.speculation import Pace
+from phimoe_onnx.runtime.speculation import Account
 from phimoe_onnx.text.tokenizer import Tokenizer
 
 
@@ -46,7 +46,7 @@ class Engine:
     ) -> None:
         self.slots = slots
         self.queue = queue
-        self.pace = Pace()
+        self.account = Account()
         self._open = open_decoder  # of so many slots and tokens
         self._tokenizer = tokenizer
         # Rows, slots and decoder belong to the driver; with the lock held and nobody driving, to the lock's holder. The
@@ -245,7 +245,7 @@ class Engine:
             return
         start = time.perf_counter()
         failed = self._decoder.step(tokens)
-        self.pace.stepped(len(tokens), time.perf_counter() - start)
+        self.account.stepped(len(tokens), time.perf_counter() - start)
         for slot in tokens:
             if slot in failed:
                 self._end(self._running[slot], failed[slot])
@@ -259,7 +259,7 @@ class Engine:
         left = 0 if self._prefilling else self._decoder.chunk
         for slot in slots:
             most = min(self._decoder.room_ahead(slot), left - 1)
-            if draft := self._running[slot].draft(self.pace, most):
+            if draft := self._running[slot].draft(self.account, most):
                 drafts[slot] = draft
                 left -= 1 + len(draft)
         return drafts

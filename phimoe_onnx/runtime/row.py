@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from phimoe_onnx.runtime.logprobs import Logprobs, token_logprobs
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.sampling import Choice
-from phimoe_onnx.runtime.speculation import Pace, Speculation
+from phimoe_onnx.runtime.speculation import Account, Speculation
 from phimoe_onnx.runtime.stop import StopStrings
 from phimoe_onnx.text.tokenizer import Tokenizer
 
@@ -129,12 +129,12 @@ class Row:
         """The tokens that the row holds, prompt and new."""
         return len(self.request.prompt) + len(self._token_ids)
 
-    def draft(self, pace: Pace, most: int) -> list[int]:
-        """Up to `most` tokens that probably follow the last one, if running them ahead pays."""
+    def draft(self, account: Account, most: int) -> list[int]:
+        """Up to `most` tokens that probably follow the last one, if running them ahead may pay."""
         if not self.speculates:
             return []
         if self.speculation is None:
-            self.speculation = Speculation(pace, [*self.request.prompt, *self._token_ids])
+            self.speculation = Speculation(account, [*self.request.prompt, *self._token_ids])
         left = self.request.max_new_tokens - len(self._token_ids)
         return self.speculation.draft(min(most, left - 1))
 

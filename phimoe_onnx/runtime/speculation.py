@@ -67,44 +67,31 @@ class Lookup:
         return count if count >= NEAR else 0
 
 
-class Pace:
-    """What tokens and passes cost, in seconds, measured while the engine runs; all rows share it.
+class Account:
+    """What drafts have cost, in seconds, measured while the engine runs; all rows share it.
 
     Attributes:
-        token: a token of a plain step, on average; 0 before the first one.
-        allowance: what drafts may lose yet. Plain steps bring it a SHARE of their time, up to the cost of one draft; a
-            first draft of each width is a measurement, and costs nothing.
+        token: the time of a token of a plain step, on average; 0 before the first one.
+        debt: what drafts have lost and nothing has made up for. Plain steps pay it off by a SHARE of their time.
 
     """
 
     def __init__(self) -> None:
         self.token = 0.0
-        self.allowance = 0.0
-        self._passes: dict[int, float] = {}  # by a draft's tokens
-
-    def cost(self, width: int) -> float:
-        """The time that a draft of so many tokens loses if none is right; 0 if it is not known yet."""
-        return max(0.0, self._passes.get(width, 0.0) - self.token)
+        self.debt = 0.0
 
     def stepped(self, rows: int, seconds: float) -> None:
         """A plain step of so many rows took so long."""
-        self.token = _mean(self.token, seconds / rows)
-        self.allowance = max(self.allowance, min(self.allowance + SHARE * seconds, self.cost(SHORT)))
-
-    def passed(self, width: int, seconds: float) -> float:
-        """A pass over a draft of so many tokens took so long; returns what it cost beyond a plain token."""
-        cost = max(0.0, seconds - self.token)
-        if width in (SHORT, LONG):  # shorter ones, near a text's end, count as these
-            if width not in self._passes:
-                self.allowance += cost
-            self._passes[width] = _mean(self._passes.get(width, 0.0), seconds)
-        return cost
+        time = seconds / rows
+        self.token += WEIGHT * (time - self.token) if self.token else time
+        self.debt = max(0.0, self.debt - SHARE * seconds)
 
 
 class Speculation:
     """The drafts of one row.
 
-    A row spends what its own drafts have won, and beyond that the engine's allowance. So no row loses more than that.
+    A row spends what its own drafts have won. Beyond that it makes debts, and while there are any, nobody begins. So
+    whatever a machine's passes take, texts that do not copy lose a SHARE of their time, and one draft.
 
     Attributes:
         drafted: tokens that were run ahead.
@@ -112,13 +99,12 @@ class Speculation:
 
     """
 
-    def __init__(self, pace: Pace, tokens: Iterable[int]) -> None:
+    def __init__(self, account: Account, tokens: Iterable[int]) -> None:
         self.drafted = self.accepted = 0
-        self._pace = pace
+        self._account = account
         self._lookup = Lookup(tokens)
         self._draft: deque[int] = deque()  # what is left of the last one
         self._won = 0.0  # seconds
-        self._owed = 0.0  # of the engine's allowance
 
     def add(self, token: int) -> None:
         """The row's next token."""
@@ -129,32 +115,24 @@ class Speculation:
             self._draft.clear()
             return
         self.accepted += 1
-        repaid = min(self._owed, self._pace.token)
-        self._owed -= repaid
-        self._pace.allowance += repaid
-        self._won += self._pace.token - repaid
+        repaid = min(self._account.debt, self._account.token)
+        self._account.debt -= repaid
+        self._won += self._account.token - repaid
 
     def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that probably follow; none where that is too little, or does not pay."""
+        """Up to `most` tokens that probably follow; none where that is too little, or there are debts."""
         length = self._lookup.length
-        if not self._pace.token or length < (NEAR if self._won else SURE) or most < NEAR:
+        if not self._account.token or length < (NEAR if self._won else SURE) or most < NEAR:
             return []
-        for width in (LONG, SHORT):
-            if (width == SHORT or length >= FAR) and self._pace.cost(width) <= self._won + self._pace.allowance:
-                return self._lookup.continuation(min(width, most))
-        return []
+        if self._account.debt and not self._won:
+            return []
+        return self._lookup.continuation(min(LONG if length >= FAR else SHORT, most))
 
     def passed(self, draft: list[int], seconds: float) -> None:
-        """The draft was run; each token that `add` is given next may be one of it."""
+        """The draft was run with the token before it, in so much time; what `add` is given next may be of it."""
         self.drafted += len(draft)
         self._draft = deque(draft)
-        cost = self._pace.passed(len(draft), seconds)
+        cost = max(0.0, seconds - self._account.token)
         own = min(self._won, cost)
         self._won -= own
-        self._owed += cost - own
-        self._pace.allowance -= cost - own
-
-
-def _mean(before: float, value: float) -> float:
-    """A running mean that begins with its first value."""
-    return before + WEIGHT * (value - before) if before else value
+        self._account.debt += cost - own
