@@ -71,7 +71,7 @@ def ours(work: Work, bundle: str, cuda_graphs: bool = False) -> Speed:
     prompts = work.rows(model.decoding.vocab_size)
 
     def run(new_tokens: int) -> Iterator[list[int]]:
-        requests = [model.request(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+        requests = [model.request(prompt, max_new_tokens=new_tokens, speculate=False) for prompt in prompts]
         requests = [dataclasses.replace(request, eos=frozenset()) for request in requests]
         ahead: list[deque[int]] = [deque() for _ in prompts]  # a row may begin while others are in their prompts
         for piece in generate(model.engine, requests):

@@ -176,9 +176,10 @@ def stream(pieces: Iterable[Piece], write: Callable[[str], object] = put) -> Gen
 def show(pieces: Iterable[Piece]) -> None:
     """Prints a stream as it comes, then its speed on stderr."""
     result = stream(pieces)
+    drafts = f", {result.accepted} of {result.drafted} tokens run ahead accepted" if result.drafted else ""
     print(
         f"[{result.prompt_tokens} prompt tokens, {len(result.token_ids)} new, {speed(result)}, "
-        f"first token after {result.first_token_seconds:.2f} s, ended by {result.finish_reason}]",
+        f"first token after {result.first_token_seconds:.2f} s, ended by {result.finish_reason}{drafts}]",
         file=sys.stderr,
     )
 

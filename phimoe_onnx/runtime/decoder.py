@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -16,10 +16,26 @@ from phimoe_onnx.bundle import Decoding
 from phimoe_onnx.errors import GenerationError, OutOfMemoryError
 from phimoe_onnx.runtime.ort.errors import memory_errors, run_errors
 from phimoe_onnx.runtime.ort.threads import Sessions
-from phimoe_onnx.runtime.sampling import Choice
+from phimoe_onnx.runtime.sampling import Choice, sample_rows
 from phimoe_onnx.runtime.slots.base import Cache
 from phimoe_onnx.runtime.slots.device import DeviceCache
 from phimoe_onnx.runtime.slots.host import GrowingCache, SharedCache
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Tokens that were run behind a slot's own, and what it needs where it takes them.
+
+    Attributes:
+        length: the tokens of the slot before them.
+        ids: the tokens.
+        logits: float32 [1 + ids, V], from those before the first of them on.
+
+    """
+
+    length: int
+    ids: Sequence[int]
+    logits: NDArray[np.float32]
 
 
 class Decoder:
@@ -27,6 +43,9 @@ class Decoder:
 
     A sequence that passes `rope_boundary` rotates every position by other factors, so its cached keys are then worth
     nothing and the slot is prefilled again. V below is vocab_size.
+
+    A slot may run tokens ahead of those that it holds: they lie in the cache and count once they are taken, one by one.
+    Whatever else the slot runs is written over them.
 
     Attributes:
         tokens: by slot, the ids whose keys and values are cached.
@@ -41,6 +60,7 @@ class Decoder:
         self._cache = cache
         self._bytes_per_token = decoding.cache.bytes_per_token
         self._boundary = decoding.rope_boundary
+        self._ahead: dict[int, _Ahead] = {}
         self._long: dict[int, bool] = {}  # whether the slot's keys were rotated by the long factors
         self._plans: dict[
             int, tuple[Sequence[int], int]
@@ -91,11 +111,18 @@ class Decoder:
 
     def choose(self, choices: Mapping[int, Choice]) -> dict[int, int | Exception]:
         """The token that follows each slot's last one, or the error that kept it from having one: `Cache.choose`."""
-        return self._cache.choose(choices, {slot: len(self.tokens[slot]) for slot in choices})
+        ahead = self._logits_ahead(choices)
+        others = {slot: choice for slot, choice in choices.items() if slot not in ahead}
+        chosen = sample_rows(ahead, {slot: choices[slot] for slot in ahead})
+        if others:
+            chosen |= self._cache.choose(others, {slot: len(self.tokens[slot]) for slot in others})
+        return chosen
 
     def last_logits(self, slots: Collection[int]) -> dict[int, NDArray[np.float32]]:
         """The logits [V] that `choose` chooses by, or has chosen by."""
-        return self._cache.last_logits(slots)
+        ahead = self._logits_ahead(slots)
+        others = [slot for slot in slots if slot not in ahead]
+        return ahead | (self._cache.last_logits(others) if others else {})
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Exception]:
         """Appends one token to each slot of `tokens`.
@@ -109,6 +136,7 @@ class Decoder:
 
         """
         self._check(tokens.values())
+        self.drop_ahead(tokens)
         lengths = {slot: len(self.tokens[slot]) for slot in tokens}
         failed: dict[int, Exception] = {}
         try:
@@ -122,6 +150,44 @@ class Decoder:
                 self.tokens[slot].append(token)
         return failed
 
+    def room_ahead(self, slot: int) -> int:
+        """How many tokens the slot may run ahead of its next one: as many as its place, a pass and longrope allow."""
+        length = len(self.tokens[slot]) + 1
+        room = min(self._cache.capacity - length, self.chunk - 1)
+        if self._boundary is not None and not self._long[slot]:
+            room = min(room, self._boundary - length)
+        return room
+
+    def run_ahead(self, slot: int, token: int, ids: Sequence[int]) -> None:
+        """Appends a token as `step` does, and runs `ids`, up to `room_ahead`, ahead; not on a device.
+
+        Raises:
+            Exception: there is no memory for it, for example; the slot holds what it held.
+
+        """
+        held = self.tokens[slot]
+        with run_errors(f"{1 + len(ids)} tokens after {len(held)}", len(held) * self._bytes_per_token):
+            logits = self._cache.run_row(slot, [token, *ids], len(held), 1 + len(ids), 0)
+        self._ahead[slot] = _Ahead(len(held) + 1, ids, logits)
+        held.append(token)
+
+    def take_ahead(self, slot: int, token: int) -> bool:
+        """Appends a token if it is the next one that was run ahead; else what was is forgotten."""
+        if slot not in self._ahead:
+            return False
+        ahead, held = self._ahead[slot], self.tokens[slot]
+        taken = len(held) - ahead.length
+        if taken < len(ahead.ids) and ahead.ids[taken] == token:
+            held.append(token)
+            return True
+        self.drop_ahead([slot])
+        return False
+
+    def drop_ahead(self, slots: Iterable[int]) -> None:
+        """Forgets what these slots have run ahead."""
+        for slot in slots:
+            self._ahead.pop(slot, None)
+
     def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """In slot 0, from nothing: the logits after each token, in order, in pieces float32 [up to `chunk`, V]."""
         self._check(ids)
@@ -132,6 +198,7 @@ class Decoder:
 
     def release(self, slot: int) -> None:
         """Forgets a slot."""
+        self.drop_ahead([slot])
         for known in (self.tokens, self._long, self._plans):
             known.pop(slot, None)
         self._cache.release(slot)
@@ -157,6 +224,11 @@ class Decoder:
             with suppress(OutOfMemoryError):  # old and new are there at once
                 self._resize(len(self.tokens), 1 + max(map(len, self.tokens.values())))
 
+    def _logits_ahead(self, slots: Iterable[int]) -> dict[int, NDArray[np.float32]]:
+        """The logits [V] after the last token of those slots that have run any ahead."""
+        known = {slot: self._ahead[slot] for slot in slots if slot in self._ahead}
+        return {slot: ahead.logits[len(self.tokens[slot]) - ahead.length] for slot, ahead in known.items()}
+
     def _resize(self, slots: int, capacity: int) -> None:
         with memory_errors(f"a cache of {slots} x {capacity} tokens", slots * capacity * self._bytes_per_token):
             self._cache.resize(slots, capacity)
@@ -167,6 +239,7 @@ class Decoder:
 
     def _run_chunk(self, slot: int, keep: int) -> NDArray[np.float32]:
         """Runs one chunk; the logits float32 [keep or the chunk's length, V] where the cache gives them."""
+        self.drop_ahead([slot])
         (ids, rope_length), held = self._plans[slot], self.tokens[slot]
         chunk = ids[len(held) : len(held) + self.chunk]
         with run_errors(f"{len(chunk)} of a prompt's {len(ids)} tokens", len(ids) * self._bytes_per_token):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from phimoe_onnx.runtime.decoder import Decoder
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.row import Piece, Row
 from phimoe_onnx.runtime.slots.base import free_place
+from phimoe_onnx.runtime.speculation import Account
 from phimoe_onnx.text.tokenizer import Tokenizer
 
 
@@ -33,6 +35,9 @@ class Engine:
     whoever else is there. A row's tokens are those that it gets alone, as far as the kernels compute one row and
     several alike; on the CPU a sum's order may differ, and with it the last bits of a logit.
 
+    A row that speculates may get several tokens in one step: those of a draft that was run ahead, as far as they are
+    what is chosen (speculation.py). Drafts are run while no prompt is, `prefill_chunk` tokens of them in all.
+
     An error ends its own row only. Caches are made as rows need them, and freed when none is left.
     """
 
@@ -41,6 +46,7 @@ class Engine:
     ) -> None:
         self.slots = slots
         self.queue = queue
+        self.account = Account()
         self._open = open_decoder  # of so many slots and tokens
         self._tokenizer = tokenizer
         # Rows, slots and decoder belong to the driver; with the lock held and nobody driving, to the lock's holder. The
@@ -154,6 +160,8 @@ class Engine:
         self._advance()
         self._prefill()
         self._choose()
+        while self._take_ahead():
+            self._choose()
 
     def _admit(self) -> None:
         """Gives slots to rows that wait, and room in the caches; parked slots make way.
@@ -230,12 +238,55 @@ class Engine:
         if not tokens:
             return
         assert self._decoder
+        for slot, draft in self._drafts(tokens).items():
+            if self._run_ahead(self._running[slot], tokens[slot], draft):
+                del tokens[slot]
+        if not tokens:
+            return
+        start = time.perf_counter()
         failed = self._decoder.step(tokens)
+        self.account.stepped(len(tokens), time.perf_counter() - start)
         for slot in tokens:
             if slot in failed:
                 self._end(self._running[slot], failed[slot])
             else:
                 self._running[slot].pending = None
+
+    def _drafts(self, slots: Collection[int]) -> dict[int, list[int]]:
+        """Of these slots those whose rows have a draft that pays, with it."""
+        assert self._decoder
+        drafts: dict[int, list[int]] = {}
+        left = 0 if self._prefilling else self._decoder.chunk
+        for slot in slots:
+            most = min(self._decoder.room_ahead(slot), left - 1)
+            if draft := self._running[slot].draft(self.account, most):
+                drafts[slot] = draft
+                left -= 1 + len(draft)
+        return drafts
+
+    def _run_ahead(self, row: Row, token: int, draft: list[int]) -> bool:
+        """Runs a row's token and its draft; whether that went well. If not, the row has no more drafts."""
+        assert self._decoder
+        assert row.speculation
+        start = time.perf_counter()
+        try:
+            self._decoder.run_ahead(row.slot, token, draft)
+        except Exception:  # for want of memory; what a single token has to say, its own step says
+            row.speculates = False
+            return False
+        row.pending = None
+        row.speculation.passed(draft, time.perf_counter() - start)
+        return True
+
+    def _take_ahead(self) -> bool:
+        """Takes the last tokens that were run ahead already; whether there were any."""
+        taken = False
+        for slot, row in self._running.items():
+            assert self._decoder
+            if row.pending is not None and self._decoder.take_ahead(slot, row.pending):
+                row.pending = None
+                taken = True
+        return taken
 
     def _prefill(self) -> None:
         """The next chunks, each row's in turn, until they are `prefill_chunk` tokens; one at least."""
@@ -296,6 +347,7 @@ class Engine:
         elif row in self._prefilling:
             self._prefilling.remove(row)
         if self._decoder and row.slot in self._decoder.tokens:
+            self._decoder.drop_ahead([row.slot])
             if error is None and row.session is not None:
                 self._evict(row.session)
                 self._parked[row.session] = row.slot

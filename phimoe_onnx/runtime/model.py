@@ -90,6 +90,7 @@ class PhiMoE:
         self.tokenizer = tokenizer
         self.eos = frozenset(manifest.decoding.eos_token_ids)
         self._sessions = sessions
+        self._on_host = sampling is None  # where logits and cache are
         self._template = template
         self._room = min(manifest.decoding.context, capacity or manifest.decoding.context)  # of one request, in tokens
         self._decoders = Decoders(
@@ -193,6 +194,10 @@ class PhiMoE:
                   tokens, as `Logprobs`, in `Piece.logprobs` and, one for each of token_ids, in `Generation.logprobs`.
                   They are the model's own, before temperature, penalty and logits_processor, and change no token. On a
                   device they bring the logits to the host, which costs time.
+                - speculate: whether what the text repeats is computed ahead, several tokens in one pass, which changes
+                  nothing but the time (docs/speculation.md). It is, where a pass of several tokens gives each the bits
+                  that it has alone: bundles of native operators on the CPU. True is for others, where the last bits of
+                  logits may differ, and with them a token; False is never.
                 - tools: JSON schemas of functions, for a chat template that knows them.
 
         Returns:
@@ -400,6 +405,10 @@ class PhiMoE:
         """
         check_names(options)
         others: dict[str, Any] = dict(options)
+        if others.get("speculate") is None:
+            others["speculate"] = self._sessions.per_token and self._on_host
+        elif others["speculate"] and not self._on_host:
+            raise GenerationError("speculate=True is for device='cpu'; leave it out")
         ids = self.encode(prompt, name, others.pop("tools", None), self._room)
         return make_request(ids, self._room, name, self.eos, **others)
 

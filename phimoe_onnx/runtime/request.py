@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logits_processor: LogitsProcessor | None
     logprobs: int | None
+    speculate: bool | None
     tools: Tools | None
 
 
@@ -47,6 +48,7 @@ class Request:
         eos: tokens that end it.
         logits_processor: see `sampling.Choice`.
         logprobs: how many alternatives each new token comes with; 0 is none, and no log-probability either.
+        speculate: whether drafts are run ahead: speculation.py.
 
     """
 
@@ -57,6 +59,7 @@ class Request:
     eos: frozenset[int]
     logits_processor: LogitsProcessor | None = None
     logprobs: int = 0
+    speculate: bool = False
 
 
 def make_request(
@@ -75,6 +78,7 @@ def make_request(
     stop: str | Sequence[str] | None = None,
     logits_processor: LogitsProcessor | None = None,
     logprobs: int | None = None,
+    speculate: bool | None = None,
 ) -> Request:
     """A request whose options are in range and whose tokens fit a `context` of so many.
 
@@ -119,7 +123,11 @@ def make_request(
     logprobs = 0 if logprobs is None else integer("logprobs", logprobs)
     if not 0 <= logprobs <= MOST_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 (off) to {MOST_LOGPROBS}")
-    return Request(prompt, max_new_tokens, sampling, _stops(stop), eos, logits_processor, logprobs)
+    if not isinstance(speculate, bool | None):
+        raise GenerationError(f"speculate is {brief(speculate)}, expected True or False")
+    return Request(
+        prompt, max_new_tokens, sampling, _stops(stop), eos, logits_processor, logprobs, speculate=bool(speculate)
+    )
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from phimoe_onnx.runtime.logprobs import Logprobs, token_logprobs
 from phimoe_onnx.runtime.request import Request
 from phimoe_onnx.runtime.sampling import Choice
+from phimoe_onnx.runtime.speculation import Account, Speculation
 from phimoe_onnx.runtime.stop import StopStrings
 from phimoe_onnx.text.tokenizer import Tokenizer
 
@@ -31,6 +32,8 @@ class Generation:
         first_token_seconds: from the call to the row's first token.
         seconds: from the call to the row's last token.
         logprobs: of each of token_ids, where they were asked for; else None.
+        drafted: tokens that were run ahead of being chosen (docs/speculation.md).
+        accepted: those of them that were chosen then.
 
     """
 
@@ -41,6 +44,8 @@ class Generation:
     first_token_seconds: float
     seconds: float
     logprobs: list[Logprobs] | None = None
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,6 +85,8 @@ class Row:
         slot: the row's number in the caches, once it has one.
         pending: the last token while it is not in the cache yet.
         ended: whether nothing more comes.
+        speculates: whether drafts are run ahead.
+        speculation: its drafts, once it has begun to make any.
 
     """
 
@@ -101,6 +108,8 @@ class Row:
         self.slot = -1
         self.pending: int | None = None
         self.ended = False
+        self.speculates = request.speculate
+        self.speculation: Speculation | None = None
         self._number = number
         self._start = self._first = time.perf_counter()
         self._text = ""
@@ -120,6 +129,15 @@ class Row:
         """The tokens that the row holds, prompt and new."""
         return len(self.request.prompt) + len(self._token_ids)
 
+    def draft(self, account: Account, most: int) -> list[int]:
+        """Up to `most` tokens that probably follow the last one, if running them ahead may pay."""
+        if not self.speculates:
+            return []
+        if self.speculation is None:
+            self.speculation = Speculation(account, [*self.request.prompt, *self._token_ids])
+        left = self.request.max_new_tokens - len(self._token_ids)
+        return self.speculation.draft(min(most, left - 1))
+
     def add(self, token: int, logits: NDArray[np.float32] | None = None) -> Piece:
         """Takes the row's next token, with the logits [V] that it was chosen by where the request wants logprobs."""
         logprobs = None
@@ -132,6 +150,8 @@ class Row:
             self._first = now
         self._token_ids.append(token)
         self._seen.add(token)
+        if self.speculation:
+            self.speculation.add(token)
         self.pending = token
         eos = token in self.request.eos
         text, stopped = self._strings.add("" if eos else self._characters.add(token))
@@ -151,5 +171,8 @@ class Row:
         text += self._strings.finish()
         self._text += text
         seconds = (self._first - self._start, now - self._start)
-        result = Generation(self._text, self._token_ids, reason, len(self.request.prompt), *seconds, self._logprobs)
+        counts = (self.speculation.drafted, self.speculation.accepted) if self.speculation else ()
+        result = Generation(
+            self._text, self._token_ids, reason, len(self.request.prompt), *seconds, self._logprobs, *counts
+        )
         return Piece(self._number, token, text, result, logprobs)

@@ -17,6 +17,7 @@ from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
 from phimoe_onnx.runtime.ort.external_data import check_external_data
 from phimoe_onnx.runtime.ort.mapped import released
+from phimoe_onnx.runtime.ort.per_token import is_per_token
 from phimoe_onnx.runtime.ort.taps import Taps, tap
 from phimoe_onnx.runtime.ort.threads import SPIN_DURATION, Sessions, check_threads, is_small
 
@@ -67,7 +68,7 @@ def open_sessions(
         alone = threads is None and device == "cpu" and is_small(weights)
         single = _open(path, device, 1, graph.requires) if alone else None
     check_graph(main, manifest, path, graph.optional_inputs)
-    return Sessions(main, single, weights)
+    return Sessions(main, single, weights, is_per_token(path.read_bytes()))
 
 
 def open_sampling(bundle: Path, manifest: Manifest, device: str) -> ort.InferenceSession | None:

@@ -28,12 +28,14 @@ class Sessions:
         main: on all threads.
         single: on one thread; None where it has no use.
         weights: the bytes of the graph's weights.
+        per_token: whether several tokens of a pass get the bits that they get one by one, too.
 
     """
 
     main: InferenceSession
     single: InferenceSession | None = None
     weights: int = 0
+    per_token: bool = False
 
     def of(self, tokens: int) -> InferenceSession:
         """The session for a pass over so many new tokens, those of all rows together."""

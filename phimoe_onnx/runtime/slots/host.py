@@ -103,6 +103,7 @@ class SharedCache:
         places = {slot: place for place, slot in enumerate(sorted(self._places, key=self._places.__getitem__))}
         for number, before in enumerate(self._buffers):
             for slot, place in places.items():
+                self._used[slot] = min(self._used[slot], capacity)  # what lay behind the slot's tokens may go
                 held = slice(self._used[slot])
                 larger[number][place, :, held] = before[self._places[slot], :, held]
             self._buffers[number] = larger[number]  # one by one, so that the old ones go as the new ones fill
