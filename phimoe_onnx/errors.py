@@ -25,6 +25,10 @@ class BundleError(PhiMoEError):
     """A bundle's files are missing, changed, or written by a newer version."""
 
 
+class GoldenError(PhiMoEError):
+    """A golden file is missing, damaged, or another checkpoint's."""
+
+
 class ExportError(PhiMoEError):
     """An export cannot be done as asked: the output is in the way, cannot be written, or a pass did not apply."""
 

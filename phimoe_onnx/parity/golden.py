@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Manifest
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.errors import GoldenError, PhiMoEError
 from phimoe_onnx.parity.comparison import Comparison, pieces
 
 FORMAT_VERSION = 1
@@ -125,32 +125,32 @@ def read_golden(path: Path) -> Golden:
     """Reads and checks a golden file.
 
     Raises:
-        PhiMoEError: it is missing, damaged, of a newer format, or no golden file.
+        GoldenError: it is missing, damaged, of a newer format, or no golden file.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
-        raise PhiMoEError(f"{path}: cannot be read (it is no regular file)")
+        raise GoldenError(f"{path}: cannot be read (it is no regular file)")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise PhiMoEError(f"{path}: cannot be read ({error.strerror})") from None
+        raise GoldenError(f"{path}: cannot be read ({error.strerror})") from None
     if data.startswith(b"version https://git-lfs"):
-        raise PhiMoEError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder")
+        raise GoldenError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder")
     if MARK.encode() not in data[: 8 + len(MARK)]:
-        raise PhiMoEError(f"{path}: is no golden file; phimoe-verify --save-golden writes one")
+        raise GoldenError(f"{path}: is no golden file; phimoe-verify --save-golden writes one")
     try:
         text, arrays, whole = _parse(data)
         version = json.loads(text).get("format_version")
         if version != FORMAT_VERSION:
-            raise PhiMoEError(
+            raise GoldenError(
                 f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}; upgrade phimoe-onnx"
             )
         header = msgspec.convert(json.loads(text), Header)
         problem = None if whole else "its SHA-256 is not the one that it says"
         problem = problem or _problem(header, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise PhiMoEError(f"{path}: is damaged ({error}); save it again with --save-golden") from None
+        raise GoldenError(f"{path}: is damaged ({error}); save it again with --save-golden") from None
     if problem:
-        raise PhiMoEError(f"{path}: is damaged ({problem}); save it again with --save-golden")
+        raise GoldenError(f"{path}: is damaged ({problem}); save it again with --save-golden")
     return Golden(header, arrays)
 
 
@@ -192,6 +192,8 @@ def _problem(header: Header, arrays: Arrays) -> str | None:
             expected[f"{kind}outputs"] = ("F32", (len(header.windows), width))
     if (header.task == "text-generation") != (header.perplexity is not None):
         return f"perplexity is {header.perplexity} of {header.task}"
+    if header.perplexity is not None and not header.perplexity > 0:
+        return f"perplexity is {header.perplexity}, expected a positive number"
     for name, (dtype, shape) in expected.items():
         found = arrays[name]
         if found.dtype != np.dtype(DTYPES[dtype]) or found.shape != shape:

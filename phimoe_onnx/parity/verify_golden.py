@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.config import read_config
-from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.errors import GoldenError
 from phimoe_onnx.parity.comparison import surprise
 from phimoe_onnx.parity.golden import (
     SAMPLED,
@@ -51,8 +51,8 @@ def verify_golden(
         progress: called with what is being done, and the windows done and to do.
 
     Raises:
-        PhiMoEError: as for loading the bundle; the file is missing, damaged or another checkpoint's; or a threshold is
-            given for what the task does not have.
+        GoldenError: the file is missing, damaged or another checkpoint's.
+        PhiMoEError: as for loading the bundle; or a threshold is given for what the task does not have.
     """
     folder, path = Path(bundle), Path(golden)
     manifest = read_manifest(folder)
@@ -90,7 +90,7 @@ def _check_same_model(folder: Path, manifest: Manifest, path: Path, header: Head
         what.insert(0, f"the task {header.task}, not {manifest.task}")
     if what:
         shown = ", ".join(each if len(each) < 100 else each[:100] + "..." for each in what[:4])
-        raise PhiMoEError(
+        raise GoldenError(
             f"{path}: is of the checkpoint {header.checkpoint} (SHA-256 {header.checkpoint_sha256}), whose bundle has "
             f"{shown} as {folder} has; give the golden file of this bundle's checkpoint"
         )

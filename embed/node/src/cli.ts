@@ -4,7 +4,7 @@ import { parseArgs } from "node:util";
 
 import { nearest } from "./core/nearest.js";
 import { checkOptions } from "./core/request.js";
-import { type Options, PhiMoE, PhiMoEError } from "./index.js";
+import { type Options, PhiMoE, PhiMoEError, reportText } from "./index.js";
 
 type Flag = { value?: string; help: string; multiple?: boolean };
 
@@ -19,14 +19,17 @@ const FLAGS: Record<string, Flag> = {
   "repetition-penalty": { value: "N", help: "divide the positive logits of seen tokens by N; 1, the default, is off" },
   seed: { value: "N", help: "the same seed gives the same text; a fresh one by default" },
   stop: { value: "TEXT", help: "end before this text; may be given several times", multiple: true },
+  golden: { value: "FILE", help: "hold the bundle against a file of phimoe-verify --save-golden, without a prompt" },
   threads: { value: "N", help: "threads of the processor; by default as many as serve" },
   operators: { value: "PATH", help: "the library of the native operators, for bundles that need it" },
   help: { help: "print this" },
 };
-const USAGE = "usage: phimoe-generate BUNDLE PROMPT [OPTIONS]";
+const USAGE = `usage: phimoe-generate BUNDLE PROMPT [OPTIONS]
+       phimoe-generate BUNDLE --golden FILE`;
 const HELP = `${USAGE}
 
-Continues a text with a bundle of phimoe-export, or answers it as a message.
+Continues a text with a bundle of phimoe-export, or answers it as a message. With --golden it holds the bundle against
+what was kept of its checkpoint, and exits with 1 if a figure is past its limit.
 
   BUNDLE                    a folder that phimoe-export wrote
   PROMPT                    the text to continue
@@ -37,6 +40,7 @@ ${Object.entries(FLAGS)
 
   phimoe-generate austen-int4 "It was a fine morning" --max-new-tokens 60
   phimoe-generate austen-int4 "Who is Emma?" --chat --temperature 0.8 --seed 1
+  phimoe-generate austen-int4 --golden austen.golden
 
 PHIMOE_OPERATORS in the environment names that library, too; by default it is the package's own, if there is one.
 ORT_DISABLE_TELEMETRY=0 in the environment turns ONNX Runtime's telemetry on; it is off otherwise.
@@ -51,6 +55,7 @@ interface Arguments {
   system?: string;
   threads?: number;
   operators?: string;
+  golden?: string;
   options: Options;
 }
 
@@ -58,7 +63,10 @@ interface Arguments {
 function parse(): Arguments | undefined {
   const { values, positionals } = parseWords();
   if (values.help) return undefined;
-  if (positionals.length !== 2)
+  const golden = values.golden as string | undefined;
+  if (golden !== undefined && positionals.length !== 1)
+    throw new UsageError(`${positionals.length} arguments, expected one with --golden: a bundle`);
+  if (golden === undefined && positionals.length !== 2)
     throw new UsageError(`${positionals.length} arguments, expected two: a bundle and a prompt`);
   const [bundle, prompt] = positionals;
   const number = (name: string) => readNumber(name, values[name] as string | undefined);
@@ -69,6 +77,7 @@ function parse(): Arguments | undefined {
     system: values.system as string | undefined,
     threads: number("threads"),
     operators: values.operators as string | undefined,
+    golden,
     options: {
       max_new_tokens: number("max-new-tokens"),
       temperature: number("temperature"),
@@ -116,14 +125,30 @@ function readSeed(text: string | undefined): bigint | undefined {
 async function main(): Promise<void> {
   const given = parse();
   if (!given) return void process.stdout.write(HELP);
-  const { bundle, prompt, chat, system, threads, operators, options } = given;
+  const { bundle, prompt, chat, system, threads, operators, golden, options } = given;
   checkOptions(options);
   const model = await PhiMoE.load(bundle, { threads, operators });
+  if (golden !== undefined) return verify(model, bundle, golden);
   const message = chat || system !== undefined;
   for await (const { text } of message ? model.chat(system).stream(prompt, options) : model.stream(prompt, options))
     process.stdout.write(text);
   process.stdout.write("\n");
   await model.close();
+}
+
+/** Prints the figures of a golden file; the exit code says whether all are within their limits. */
+async function verify(model: PhiMoE, bundle: string, golden: string): Promise<void> {
+  const { isTTY } = process.stderr;
+  const report = await model.verifyGolden(golden, {
+    progress({ done, total }) {
+      if (isTTY) process.stderr.write(`\rran ${done} of ${total} windows${done === total ? "\n" : ""}`);
+    },
+  });
+  process.stdout.write(`${reportText(report)}\n`);
+  await model.close();
+  if (report.passed) return;
+  process.stderr.write(`phimoe-generate: ${bundle}: ${report.failures.join("; ")}\n`);
+  process.exitCode = 1;
 }
 
 // whoever reads may stop, as `head` does, and a disk may be full

@@ -1,11 +1,12 @@
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
-import { readFile, stat } from "node:fs/promises";
+import { open, readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
 
 import { HASH_LIMIT, type Manifest, parseManifest } from "./core/bundle.js";
-import { BundleError } from "./core/errors.js";
+import { BundleError, GoldenError } from "./core/errors.js";
+import { checkBeginning, GOLDEN_BEGINNING, SAVE_GOLDEN } from "./core/golden.js";
 import { Tokenizer } from "./core/tokenizer.js";
 
 /**
@@ -92,6 +93,26 @@ export async function readTokenizer(folder: string, { decoding }: Manifest): Pro
 /** Reads a graph's file; throws BundleError where it cannot be read. */
 export function readGraph(path: string): Promise<Uint8Array> {
   return readFile(path).catch(unreadable(path));
+}
+
+/** The bytes of a golden file, whose beginning is looked at before all of it is read; throws GoldenError. */
+export async function readGoldenBytes(path: string): Promise<Uint8Array> {
+  const failed = (error: NodeJS.ErrnoException): never => {
+    throw new GoldenError(`${path}: cannot be read (${error.code ?? error.message}); give a file of ${SAVE_GOLDEN}`);
+  };
+  const found = await stat(path).catch(failed);
+  if (!found.isFile()) return failed(new Error("it is no regular file")); // a pipe never ends
+  const file = await open(path).catch(failed);
+  try {
+    const { buffer, bytesRead } = await file.read(Buffer.alloc(GOLDEN_BEGINNING), 0, GOLDEN_BEGINNING, 0);
+    checkBeginning(buffer.subarray(0, bytesRead), path);
+    return await readFile(path);
+  } catch (error) {
+    if (error instanceof GoldenError) throw error;
+    return failed(error as NodeJS.ErrnoException);
+  } finally {
+    await file.close();
+  }
 }
 
 function unreadable(path: string) {

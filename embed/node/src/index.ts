@@ -2,18 +2,23 @@ import { availableParallelism } from "node:os";
 import { resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 
-import { BundleError, receivedError } from "./core/errors.js";
-import { checkLoadOptions, Model } from "./core/model.js";
+import { BundleError, GoldenError, receivedError } from "./core/errors.js";
+import { checkLoadOptions, Model, type VerifyOptions } from "./core/model.js";
 import type { FromWorker } from "./core/protocol.js";
+import type { Report } from "./core/report.js";
 import { shown } from "./core/schema.js";
 import { checkThreads } from "./core/session.js";
+import { readGoldenBytes } from "./files.js";
 import { findOperators } from "./operators.js";
 
-export { BundleError, DeviceError, GenerationError, PhiMoEError } from "./core/errors.js";
+export { BundleError, DeviceError, GenerationError, GoldenError, PhiMoEError } from "./core/errors.js";
+export { reportText } from "./core/report.js";
 export type { Manifest } from "./core/bundle.js";
 export type { Message } from "./core/chat.js";
 export type { Conversation } from "./core/conversation.js";
 export type { Generation, Piece } from "./core/generation.js";
+export type { VerifyOptions } from "./core/model.js";
+export type { Check, Comparison, Report } from "./core/report.js";
 export type { CallOptions, Options, Prompt } from "./core/request.js";
 
 /** How a bundle is loaded. */
@@ -29,6 +34,8 @@ export interface LoadOptions {
 
 /** A bundle loaded for generation, with a thread of its own; `PhiMoE.load` makes one. */
 export class PhiMoE extends Model {
+  #bundle = "";
+
   /**
    * Loads a bundle that phimoe-export wrote.
    *
@@ -49,10 +56,26 @@ export class PhiMoE extends Model {
       let model: PhiMoE;
       worker.on("message", (message: FromWorker) => {
         if ("failed" in message) failed(receivedError(message.failed));
-        else if ("ready" in message) loaded((model = new PhiMoE(worker, message.ready)));
-        else model.receive(message);
+        else if ("ready" in message) {
+          model = new PhiMoE(worker, message.ready);
+          model.#bundle = bundle;
+          loaded(model);
+        } else model.receive(message);
       });
       worker.on("error", (error: Error) => (model ? model.fail(error) : failed(error)));
     });
+  }
+
+  /**
+   * Holds the bundle against what phimoe-verify --save-golden kept of the checkpoint that it came from: runs the same
+   * tokens, and judges by the limits of the bundle's precision. Neither the checkpoint nor Python is needed.
+   *
+   * @param golden - the file, saved with this bundle or with another of the same checkpoint.
+   * @throws GoldenError: it is missing, damaged, or another checkpoint's.
+   * @throws BundleError: the manifest does not say how the weights are stored.
+   */
+  async verifyGolden(golden: string, options?: VerifyOptions | null): Promise<Report> {
+    if (typeof golden !== "string") throw new GoldenError(`the golden file is ${shown(golden)}, expected its path`);
+    return this.verify(await readGoldenBytes(golden), golden, this.#bundle, options);
   }
 }

@@ -1,11 +1,12 @@
 // Continues a prompt with a PhiMoE bundle, or answers it as a chat message, and streams the text.
-// Or measures: Measure.cs.
+// Or holds the bundle against a golden file. Or measures: Measure.cs.
 using System.Globalization;
 using System.Text;
 using PhiMoEOnnx;
 
 const string Usage = """
     usage: Generate BUNDLE PROMPT [OPTION]...
+           Generate BUNDLE --golden FILE [--threads N]
            Generate benchmark BUNDLE THREADS PROMPT_TOKENS NEW_TOKENS
            Generate soak BUNDLE COUNT
 
@@ -21,6 +22,8 @@ const string Usage = """
       --repetition-penalty X   divide the logits of seen tokens; 1, the default, is off
       --seed N                 the same seed gives the same random numbers (default: a fresh one)
       --stop TEXT              end the text before TEXT; may be repeated
+      --golden FILE            hold the bundle against a file of phimoe-verify --save-golden; exits with 1 if a figure
+                               is past its limit
       --threads N              threads for one operator (default: one a physical core)
       --help                   print this
     """;
@@ -55,6 +58,7 @@ try
     GenerationOptions options = new GenerationOptions();
     bool chat = false;
     int? threads = null;
+    string? golden = null;
     for (int i = 0; i < args.Length; i++)
     {
         string Value() => ++i < args.Length ? args[i] : throw new FormatException($"{args[i - 1]} needs a value");
@@ -77,19 +81,31 @@ try
             case "--repetition-penalty": options = options with { RepetitionPenalty = Number() }; break;
             case "--seed": options = options with { Seed = Parse<long>("a whole number of 64 bits") }; break;
             case "--stop": stop.Add(Value()); break;
+            case "--golden": golden = Value(); break;
             case "--threads": threads = Integer(); break;
             case string option when option.StartsWith("--", StringComparison.Ordinal):
                 throw new FormatException($"{option} is no option");
             default: plain.Add(args[i]); break;
         }
     }
-    if (plain.Count != 2)
+    if (plain.Count != (golden == null ? 2 : 1))
     {
-        throw new FormatException("expected a bundle and a prompt");
+        throw new FormatException($"expected a bundle and {(golden == null ? "a" : "with --golden no")} prompt");
     }
     if (args.Any(argument => argument.Contains('\uFFFD'))) // what .NET makes of bytes that are no UTF-8
     {
         throw new FormatException("an argument is no text; give UTF-8");
+    }
+    if (golden != null)
+    {
+        using PhiMoE verified = PhiMoE.Load(plain[0], threads);
+        Report report = verified.VerifyGolden(golden, ShowProgress, interrupt.Token);
+        Console.WriteLine(report.Text());
+        if (!report.Passed)
+        {
+            Console.Error.WriteLine($"error: {plain[0]}: {string.Join("; ", report.Failures)}");
+        }
+        return report.Passed ? 0 : 1;
     }
     Prompt prompt = plain[1];
     if (chat || messages.Count > 0)
@@ -126,4 +142,12 @@ catch (OperationCanceledException)
 {
     Console.WriteLine();
     return 130;
+}
+
+static void ShowProgress(int done, int total)
+{
+    if (!Console.IsErrorRedirected)
+    {
+        Console.Error.Write($"\rran {done} of {total} windows{(done == total ? "\n" : "")}");
+    }
 }

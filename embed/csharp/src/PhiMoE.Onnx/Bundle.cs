@@ -42,7 +42,7 @@ internal static class Bundle
             }
             Decoding decoding = ReadDecoding(root["decoding"], files);
             ChatFormat? chat = root.FindValue("chat") is Json format ? ReadChat(format) : null;
-            return new Manifest(task, graphs, decoding, files, chat);
+            return new Manifest(task, graphs, decoding, files, chat) { Dtypes = ReadDtypes(root, version) };
         });
     }
 
@@ -163,6 +163,25 @@ internal static class Bundle
                 dtype,
                 cache["shared"].Boolean()),
             json.Find("clean_up_tokenization_spaces")?.Boolean() ?? false);
+    }
+
+    /// <summary>
+    /// Running a bundle takes none of this, so nothing is wrong with a manifest that says it in other ways or not at
+    /// all.
+    /// </summary>
+    private static IReadOnlyList<string> ReadDtypes(Json root, string version)
+    {
+        try
+        {
+            IEnumerable<string> stored = version == "1"
+                ? root["weights"].Members(form => form.Text().Split(',')[0]).Values // such as "int4, block 32"
+                : root["weights"].Items(group => group["dtype"].Text());
+            return stored.Append(root["dtype"].Text()).Distinct().ToArray();
+        }
+        catch (BundleException)
+        {
+            return Array.Empty<string>();
+        }
     }
 
     private static ChatFormat ReadChat(Json json) => new ChatFormat(

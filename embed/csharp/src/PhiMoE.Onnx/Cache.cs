@@ -22,6 +22,13 @@ internal interface ICache : IDisposable
     /// <param name="ropeLength">Rows count as at least this long when longrope's factors are chosen.</param>
     void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength);
 
+    /// <summary>Runs new tokens [S] of row 0.</summary>
+    /// <param name="ids">The tokens.</param>
+    /// <param name="total">T.</param>
+    /// <param name="ropeLength">As of <c>Run</c>.</param>
+    /// <returns>The logits after each of them, float32 [S, V].</returns>
+    float[] RunAll(IReadOnlyList<int> ids, int total, int ropeLength);
+
     /// <summary>The row's kept logits, float32 [V].</summary>
     Span<float> Logits(int row);
 
@@ -81,7 +88,24 @@ internal sealed class SharedCache : ICache
     {
         InferenceSession session = _session.For(ids.Count);
         Bind(session, first, totals.Count);
-        Dictionary<string, OrtValue> inputs = Tensors.Inputs(ids, totals, ropeLength);
+        RunBound(session, Tensors.Inputs(ids, totals, ropeLength));
+    }
+
+    public float[] RunAll(IReadOnlyList<int> ids, int total, int ropeLength)
+    {
+        InferenceSession session = _session.For(ids.Count);
+        float[] logits = GC.AllocateUninitializedArray<float>(ids.Count * _vocabSize, pinned: true);
+        long[] shape = { 1, ids.Count, _vocabSize };
+        Bind(session, 0, 1);
+        using OrtValue all = Over(logits, 0, TensorElementType.Float, shape, (long)logits.Length * sizeof(float));
+        _binding!.BindOutput(Tensors.Logits, all);
+        _bound = default; // to be bound anew
+        RunBound(session, Tensors.Inputs(ids, new[] { total }, ropeLength, keep: 0));
+        return logits;
+    }
+
+    private void RunBound(InferenceSession session, Dictionary<string, OrtValue> inputs)
+    {
         try
         {
             foreach (KeyValuePair<string, OrtValue> input in inputs)
@@ -176,9 +200,14 @@ internal sealed class GrowingCache : ICache
         int sequence = ids.Count / totals.Count;
         for (int i = 0; i < totals.Count; i++)
         {
-            RunRow(first + i, ids.Skip(i * sequence).Take(sequence).ToArray(), totals[i], ropeLength);
+            float[] logits =
+                RunRow(first + i, ids.Skip(i * sequence).Take(sequence).ToArray(), totals[i], ropeLength, keep: 1);
+            logits.CopyTo(Logits(first + i));
         }
     }
+
+    public float[] RunAll(IReadOnlyList<int> ids, int total, int ropeLength) =>
+        RunRow(0, ids, total, ropeLength, keep: 0);
 
     public Span<float> Logits(int row) => _logits.AsSpan(row * _vocabSize, _vocabSize);
 
@@ -195,9 +224,9 @@ internal sealed class GrowingCache : ICache
         _nothing.Dispose();
     }
 
-    private void RunRow(int row, IReadOnlyList<int> ids, int total, int ropeLength)
+    private float[] RunRow(int row, IReadOnlyList<int> ids, int total, int ropeLength, int keep)
     {
-        Dictionary<string, OrtValue> small = Tensors.Inputs(ids, new[] { total }, ropeLength);
+        Dictionary<string, OrtValue> small = Tensors.Inputs(ids, new[] { total }, ropeLength, keep);
         try
         {
             Dictionary<string, OrtValue> inputs = new Dictionary<string, OrtValue>(small);
@@ -209,7 +238,7 @@ internal sealed class GrowingCache : ICache
                 _session.For(ids.Count).Run(_run, inputs, _outputs);
             _rows[row]?.Dispose();
             _rows[row] = outputs;
-            outputs[_outputs.Length - 1].GetTensorDataAsSpan<float>().CopyTo(Logits(row));
+            return outputs[_outputs.Length - 1].GetTensorDataAsSpan<float>().ToArray();
         }
         finally
         {

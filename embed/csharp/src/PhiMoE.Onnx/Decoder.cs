@@ -38,6 +38,24 @@ internal sealed class Decoder : IDisposable
     /// <summary>Makes a row hold <c>ids</c>.</summary>
     public void Prefill(int row, IReadOnlyList<int> ids) => Prefill(row, ids, ids.Count);
 
+    /// <summary>
+    /// Makes row 0 hold <c>ids</c>, and hands out the logits after each of them in order, float32 [vocab_size].
+    /// </summary>
+    public void Logits(IReadOnlyList<int> ids, Action<ReadOnlyMemory<float>> each)
+    {
+        for (int start = 0; start < ids.Count; start += _decoding.PrefillChunk)
+        {
+            int[] chunk = ids.Skip(start).Take(_decoding.PrefillChunk).ToArray();
+            float[] logits = Array.Empty<float>();
+            Pass(() => logits = _cache.RunAll(chunk, start + chunk.Length, ids.Count));
+            for (int place = 0; place < chunk.Length; place++)
+            {
+                each(logits.AsMemory(place * _decoding.VocabSize, _decoding.VocabSize));
+            }
+        }
+        _held[0] = ids.ToList();
+    }
+
     /// <summary>Appends one token to every row.</summary>
     public void Step(IReadOnlyList<int> ids)
     {
@@ -83,11 +101,14 @@ internal sealed class Decoder : IDisposable
         _held[row] = ids.ToList();
     }
 
-    private void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
+    private void Run(int first, IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength) =>
+        Pass(() => _cache.Run(first, ids, totals, ropeLength));
+
+    private void Pass(Action run)
     {
         try
         {
-            _cache.Run(first, ids, totals, ropeLength);
+            run();
         }
         catch (OnnxRuntimeException) when (_cancellation.IsCancellationRequested)
         {

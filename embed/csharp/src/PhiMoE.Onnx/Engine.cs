@@ -52,6 +52,22 @@ internal sealed class Engine : IDisposable
         }
     }
 
+    /// <summary>Holds the bundle, which has the name <c>bundle</c> in the report, against a golden file.</summary>
+    /// <exception cref="ObjectDisposedException">The engine is closed.</exception>
+    public Report Verify(
+        string bundle, Verification verification, Action<int, int>? progress, CancellationToken cancellationToken)
+    {
+        using Decoder decoder = new Decoder(_session, _decoding, 1, verification.Longest, cancellationToken);
+        for (int window = 0; window < verification.Windows; window++)
+        {
+            progress?.Invoke(window, verification.Windows);
+            WhileOpen(() => verification.RunWindow(decoder, window));
+        }
+        progress?.Invoke(verification.Windows, verification.Windows);
+        WhileOpen(() => verification.Continue(decoder));
+        return verification.Report(bundle);
+    }
+
     /// <summary>Frees the session, once no pass is under way.</summary>
     public void Dispose()
     {

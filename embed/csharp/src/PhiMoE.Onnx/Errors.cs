@@ -39,3 +39,12 @@ public sealed class GenerationException : PhiMoEException
     {
     }
 }
+
+/// <summary>A golden file is missing, damaged, or another checkpoint's.</summary>
+public sealed class GoldenException : PhiMoEException
+{
+    internal GoldenException(string message, Exception? inner = null)
+        : base(message, inner)
+    {
+    }
+}

@@ -5,7 +5,7 @@ namespace PhiMoEOnnx;
 
 /// <summary>A value of a JSON file that nobody vouches for, and where it stands.</summary>
 /// <remarks>
-/// Every member throws a BundleException that names the file and the key where the value is of another kind.
+/// Every member throws an error that names the file and the key where the value is of another kind.
 /// </remarks>
 internal readonly struct Json
 {
@@ -13,15 +13,16 @@ internal readonly struct Json
         new UTF8Encoding(encoderShouldEmitUTF8Identifier: false, throwOnInvalidBytes: true);
 
     private readonly JsonElement _value;
-    private readonly string _path;
+    private readonly Func<string, PhiMoEException> _damaged; // the error that the file is damaged in this way
     private readonly string _outer; // the key of what it stands in, from the top, such as graphs[0]
     private readonly string? _name; // in an object
     private readonly int _index; // in a list
 
-    private Json(JsonElement value, string path, string outer, string? name, int index = 0)
+    private Json(
+        JsonElement value, Func<string, PhiMoEException> damaged, string outer, string? name, int index = 0)
     {
         _value = value;
-        _path = path;
+        _damaged = damaged;
         _outer = outer;
         _name = name;
         _index = index;
@@ -48,23 +49,32 @@ internal readonly struct Json
 
     /// <summary>What stands under a key.</summary>
     public Json this[string key] =>
-        Find(key) ?? throw Damaged(_path, $"{Inside(Key, key)} is missing");
+        Find(key) ?? throw _damaged($"{Inside(Key, key)} is missing");
 
     /// <summary>What <c>read</c> makes of the file.</summary>
     /// <exception cref="BundleException">
     /// It cannot be read, is no JSON, or <c>read</c> found another value than it expected.
     /// </exception>
-    public static T Read<T>(string path, Func<Json, T> read)
+    public static T Read<T>(string path, Func<Json, T> read) =>
+        Parse(
+            Files.ReadAll(path),
+            what => new BundleException($"{path}: is damaged ({what}); copy or export the bundle again"),
+            read);
+
+    /// <summary>
+    /// What <c>read</c> makes of the bytes of a text; <c>damaged</c> is the error that they are damaged in some way.
+    /// </summary>
+    public static T Parse<T>(ReadOnlySpan<byte> text, Func<string, PhiMoEException> damaged, Func<Json, T> read)
     {
         try
         {
-            using JsonDocument document = JsonDocument.Parse(Utf8.GetString(Files.ReadAll(path)));
-            return read(new Json(document.RootElement, path, "", ""));
+            using JsonDocument document = JsonDocument.Parse(Utf8.GetString(text));
+            return read(new Json(document.RootElement, damaged, "", ""));
         }
         // JsonElement throws an InvalidOperationException for a string with half of a surrogate pair
         catch (Exception error) when (error is JsonException or DecoderFallbackException or InvalidOperationException)
         {
-            throw Damaged(path, error.Message, error);
+            throw damaged(error.Message);
         }
     }
 
@@ -72,7 +82,7 @@ internal readonly struct Json
     public Json? Find(string key)
     {
         Expect(JsonValueKind.Object, "an object");
-        return _value.TryGetProperty(key, out JsonElement value) ? new Json(value, _path, Key, key) : null;
+        return _value.TryGetProperty(key, out JsonElement value) ? new Json(value, _damaged, Key, key) : null;
     }
 
     /// <summary>What stands under a key; null where nothing or null does.</summary>
@@ -87,7 +97,7 @@ internal readonly struct Json
         foreach (JsonProperty member in _value.EnumerateObject())
         {
             string name = member.Name;
-            members[name] = read(new Json(member.Value, _path, key, name));
+            members[name] = read(new Json(member.Value, _damaged, key, name));
         }
         return members;
     }
@@ -100,7 +110,7 @@ internal readonly struct Json
         string key = Key;
         foreach (JsonElement item in _value.EnumerateArray())
         {
-            items.Add(read(new Json(item, _path, key, null, items.Count)));
+            items.Add(read(new Json(item, _damaged, key, null, items.Count)));
         }
         return items;
     }
@@ -120,6 +130,14 @@ internal readonly struct Json
         return isInteger ? _value.GetInt32() : throw Unexpected($"a whole number from {least} to {int.MaxValue}");
     }
 
+    /// <summary>A finite number.</summary>
+    public double Number()
+    {
+        bool isFinite =
+            _value.ValueKind == JsonValueKind.Number && _value.TryGetDouble(out double found) && double.IsFinite(found);
+        return isFinite ? _value.GetDouble() : throw Unexpected("a finite number");
+    }
+
     /// <summary>A number of bytes.</summary>
     public long Size()
     {
@@ -136,11 +154,8 @@ internal readonly struct Json
     };
 
     /// <summary>The error that this value is not what was expected.</summary>
-    public BundleException Unexpected(string expected) =>
-        Damaged(_path, $"{(Key.Length == 0 ? "the whole" : Key)} is {Raw}, expected {expected}");
-
-    private static BundleException Damaged(string path, string what, Exception? inner = null) =>
-        new BundleException($"{path}: is damaged ({what}); copy or export the bundle again", inner);
+    public PhiMoEException Unexpected(string expected) =>
+        _damaged($"{(Key.Length == 0 ? "the whole" : Key)} is {Raw}, expected {expected}");
 
     private static string Inside(string outer, string name) => outer.Length == 0 ? name : $"{outer}.{name}";
 

@@ -76,4 +76,10 @@ public sealed record Manifest(
     IReadOnlyList<Graph> Graphs,
     Decoding Decoding,
     IReadOnlyDictionary<string, BundleFile> Files,
-    ChatFormat? Chat);
+    ChatFormat? Chat)
+{
+    /// <summary>
+    /// The dtypes of stored matrices and of activations; empty where the manifest does not say them.
+    /// </summary>
+    public IReadOnlyList<string> Dtypes { get; init; } = Array.Empty<string>();
+}

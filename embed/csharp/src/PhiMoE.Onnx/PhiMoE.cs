@@ -6,10 +6,12 @@ namespace PhiMoEOnnx;
 /// <remarks>Its methods may be called from several threads: each call has a cache of its own.</remarks>
 public sealed class PhiMoE : IDisposable
 {
+    private readonly string _bundle;
     private readonly Engine _engine;
 
-    private PhiMoE(Session session, Manifest manifest, Tokenizer tokenizer)
+    private PhiMoE(string bundle, Session session, Manifest manifest, Tokenizer tokenizer)
     {
+        _bundle = bundle;
         _engine = new Engine(session, manifest.Decoding, tokenizer);
         Manifest = manifest;
         Tokenizer = tokenizer;
@@ -133,6 +135,25 @@ public sealed class PhiMoE : IDisposable
         RunAsync(Batch(prompts, options), cancellationToken);
 
     /// <summary>
+    /// Holds the bundle against what phimoe-verify --save-golden kept of the checkpoint that it came from: runs the
+    /// same tokens, and judges by the limits of the bundle's precision. Neither the checkpoint nor Python is needed.
+    /// </summary>
+    /// <param name="golden">
+    /// The file's path; it was saved with this bundle or with another of the same checkpoint.
+    /// </param>
+    /// <param name="progress">Is told how many windows of tokens were run, and of how many.</param>
+    /// <param name="cancellationToken">As for <c>Generate</c>.</param>
+    /// <exception cref="GoldenException">It is missing, damaged, or another checkpoint's.</exception>
+    /// <exception cref="BundleException">The manifest does not say how the weights are stored.</exception>
+    public Report VerifyGolden(
+        string golden, Action<int, int>? progress = null, CancellationToken cancellationToken = default) =>
+        _engine.Verify(
+            _bundle,
+            new Verification(Golden.Read(golden, Manifest), Manifest, Tokenizer),
+            progress,
+            cancellationToken);
+
+    /// <summary>
     /// Frees the model; waits for a pass in another thread, after which what goes on throws an ObjectDisposedException.
     /// </summary>
     public void Dispose() => _engine.Dispose();
@@ -143,7 +164,7 @@ public sealed class PhiMoE : IDisposable
         Bundle.CheckFiles(bundle, manifest);
         Tokenizer tokenizer = new Tokenizer(
             bundle, manifest.Decoding.HiddenTokens.Values, manifest.Decoding.CleanUpTokenizationSpaces);
-        return new PhiMoE(Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
+        return new PhiMoE(bundle, Session.Open(bundle, manifest, graph, threads), manifest, tokenizer);
     }
 
     private IReadOnlyList<Request> Single(Prompt prompt, GenerationOptions? options) =>

@@ -34,9 +34,11 @@ internal static class Tensors
     public static string Present(int index) => PresentPrefix + Part(index);
 
     /// <summary>
-    /// New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last ones alone are asked for.
+    /// New tokens [B, S] of rows that then hold so many in <c>totals</c>; logits of the last <c>keep</c> ones are asked
+    /// for, of all where it is 0.
     /// </summary>
-    public static Dictionary<string, OrtValue> Inputs(IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength)
+    public static Dictionary<string, OrtValue> Inputs(
+        IReadOnlyList<int> ids, IReadOnlyList<int> totals, int ropeLength, int keep = 1)
     {
         int rows = totals.Count;
         int longest = totals.Max();
@@ -49,7 +51,7 @@ internal static class Tensors
         {
             [InputIds] = Tensor(ids.Select(id => (long)id).ToArray(), rows, ids.Count / rows),
             [AttentionMask] = Tensor(mask, rows, longest),
-            [LogitsToKeep] = Tensor(new[] { 1L }, 1),
+            [LogitsToKeep] = Tensor(new[] { (long)keep }, 1),
             [RopeLength] = Tensor(new[] { (long)ropeLength }, 1),
         };
     }

@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Text.Json.Nodes;
 using Xunit;
 
 namespace PhiMoEOnnx.Tests;
@@ -18,6 +19,32 @@ public sealed class ProgramTests : IDisposable
         Assert.Empty(Directory.EnumerateFileSystemEntries(_home)); // ONNX Runtime's telemetry would lie here
     }
 
+    [Fact]
+    public void HoldsTheBundleAgainstAGoldenFile()
+    {
+        string golden = Path.Combine(Conformance.Repository, "spec", "golden", "austen.golden");
+        (int code, string output, string errors) = Run(_bundle, "--golden", golden);
+        Assert.Equal((0, ""), (code, errors));
+        string[] lines =
+        {
+            "40 tokens in 2 windows of up to 34",
+            "bundle to reference               6.90e-02      5.67e-01  4.80e-02      87.50%",
+            "perplexity: reference 38.9753, stored 38.8473, bundle 38.70",
+            "choices of experts that the stored weights leave unchanged: 85.62%",
+            "greedy continuations, 8 of 9 tokens equal",
+            "kl                   0.048    0.1  nats   passed",
+        };
+        Assert.All(lines, line => Assert.Contains(line, output));
+        Assert.EndsWith("passed", output.TrimEnd());
+        Changes.Set(_bundle, "/dtype", "float32");
+        Changes.Set(_bundle, "/weights", new JsonArray());
+        (code, output, errors) = Run(_bundle, "--golden", golden);
+        Assert.Equal(1, code);
+        Assert.EndsWith("FAILED", output.TrimEnd());
+        Assert.StartsWith($"error: {_bundle}: mean_difference is ", errors);
+        Assert.Contains(", allowed is 0.0001; max_difference is ", errors);
+    }
+
     [Theory]
     [InlineData(2, "--max-tokens is no option", "It was", "--max-tokens", "8")]
     [InlineData(2, "--top-k needs a value", "It was", "--top-k")]
@@ -26,6 +53,7 @@ public sealed class ProgramTests : IDisposable
     [InlineData(2, "--seed is 1e9, expected a whole number", "It was", "--seed", "1e9")]
     [InlineData(2, "an argument is no text", "\uFFFD")]
     [InlineData(2, "expected a bundle and a prompt")]
+    [InlineData(2, "with --golden no prompt", "It was", "--golden", "x")]
     [InlineData(1, "TopK", "It was", "--top-k", "-1")]
     [InlineData(1, "threads", "It was", "--threads", "10000")]
     public void SaysWhatIsWrong(int expected, string names, params string[] arguments)

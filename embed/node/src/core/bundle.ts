@@ -97,6 +97,8 @@ export interface Manifest {
   /** By name. */
   files: Record<string, File>;
   chat: ChatFormat | null;
+  /** Of stored matrices and of activations; empty where the manifest does not say them. */
+  dtypes: string[];
 }
 
 /** Larger files are not hashed: reading 20 GB takes longer than loading them. Bytes. */
@@ -120,7 +122,7 @@ const turn: Reader<[string, string]> = (value, key) => {
   if (texts.length !== 2) throw mismatch(key, value, "a prefix and a suffix");
   return texts as [string, string];
 };
-const readManifest = object<Manifest>({
+const readManifest = object<Omit<Manifest, "dtypes">>({
   source: forPeople,
   target: forPeople,
   quantize: forPeople,
@@ -194,10 +196,25 @@ export function parseManifest(text: string, path: string): Manifest {
     ]) {
       if (name !== null && !Object.hasOwn(manifest.files, name)) throw new Mismatch(`files has no ${name}`);
     }
-    return manifest;
+    return { ...manifest, dtypes: readDtypes(raw) };
   } catch (error) {
     if (!(error instanceof Mismatch)) throw error;
     throw new BundleError(`${path}: is damaged (${error.message}); export the bundle again`);
+  }
+}
+
+/** Running a bundle takes none of this, so nothing is wrong with a manifest that says it in other ways or not at all. */
+function readDtypes({ format_version, weights, dtype }: any): string[] {
+  const version1: Reader<string> = (value, key) => string()(value, key).split(",")[0]; // such as "int4, block 32"
+  try {
+    const stored =
+      format_version === 1
+        ? Object.values(record(version1)(weights, "weights"))
+        : list(object<{ dtype: string }>({ dtype: string() }))(weights, "weights").map((group) => group.dtype);
+    return [...new Set([string()(dtype, "dtype"), ...stored])];
+  } catch (error) {
+    if (!(error instanceof Mismatch)) throw error;
+    return [];
   }
 }
 

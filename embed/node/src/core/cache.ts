@@ -37,18 +37,25 @@ export class SharedCache {
    *
    * @param past - how many cached tokens count; later ones are overwritten.
    * @param ropeLength - the length that chooses between longrope's factors, if it is more than P + S.
-   * @returns the last token's logits, float32 [vocab_size].
+   * @param keep - for how many of the last tokens logits are wanted.
+   * @returns their logits, float32 [keep, vocab_size].
    */
-  async runRow(row: number, ids: readonly number[], past: number, ropeLength: number): Promise<Float32Array> {
+  async runRow(
+    row: number,
+    ids: readonly number[],
+    past: number,
+    ropeLength: number,
+    keep = 1,
+  ): Promise<Float32Array> {
     const slices = this.slices(row, 1);
-    return (await pass(this.session, this.decoding, [ids], [past + ids.length], ropeLength, slices, slices))[0];
+    return (await pass(this.session, this.decoding, [ids], [past + ids.length], ropeLength, keep, slices, slices))[0];
   }
 
   /** Runs one new token of every row, after `lengths` cached ones each; returns float32 [vocab_size] a row. */
   runStep(ids: readonly number[], lengths: readonly number[]): Promise<Float32Array[]> {
     this.step ??= this.slices(0, ids.length);
     const [tokens, totals] = [ids.map((id) => [id]), lengths.map((length) => length + 1)];
-    return pass(this.session, this.decoding, tokens, totals, 0, this.step, this.step);
+    return pass(this.session, this.decoding, tokens, totals, 0, 1, this.step, this.step);
   }
 
   /** Forgets a row; the last row takes its number. */
@@ -93,10 +100,17 @@ export class GrowingCache {
   }
 
   /** As SharedCache.runRow. */
-  async runRow(row: number, ids: readonly number[], past: number, ropeLength: number): Promise<Float32Array> {
+  async runRow(
+    row: number,
+    ids: readonly number[],
+    past: number,
+    ropeLength: number,
+    keep = 1,
+  ): Promise<Float32Array> {
     const cached = this.rows[row].map((value) => (value.dims[2] > past ? resized(value, past) : value));
-    const present = zeros(this.decoding.cache, 1, past + ids.length);
-    const [logits] = await pass(this.session, this.decoding, [ids], [past + ids.length], ropeLength, cached, present);
+    const total = past + ids.length;
+    const present = zeros(this.decoding.cache, 1, total);
+    const [logits] = await pass(this.session, this.decoding, [ids], [total], ropeLength, keep, cached, present);
     this.rows[row] = present;
     return logits;
   }
@@ -156,8 +170,8 @@ function array(type: CacheType, dims: readonly number[]): InstanceType<(typeof A
 }
 
 /**
- * One run of the graph: new `tokens` [B, S], each row's `totals` T, and its cache; the last token's logits, float32 [V]
- * a row.
+ * One run of the graph: new `tokens` [B, S], each row's `totals` T, and its cache; the logits of the last `keep` tokens,
+ * float32 [keep, V] a row.
  */
 async function pass(
   session: Session,
@@ -165,6 +179,7 @@ async function pass(
   tokens: readonly (readonly number[])[],
   totals: readonly number[],
   ropeLength: number,
+  keep: number,
   past: Value[],
   present: Value[],
 ): Promise<Float32Array[]> {
@@ -175,18 +190,19 @@ async function pass(
   const inputs: Record<string, Value> = {
     input_ids: int64([rows, tokens[0].length], tokens.flat()),
     attention_mask: mask,
-    logits_to_keep: int64([1], [1]),
+    logits_to_keep: int64([1], [keep]),
     rope_length: int64([1], [ropeLength]),
   };
   const outputs: Record<string, Value> = {
-    logits: { type: "float32", dims: [rows, 1, vocab_size], data: new Float32Array(rows * vocab_size) },
+    logits: { type: "float32", dims: [rows, keep, vocab_size], data: new Float32Array(rows * keep * vocab_size) },
   };
   for (const [index, name] of cacheNames(cache.num_hidden_layers, "past_key_values").entries())
     inputs[name] = past[index];
   for (const [index, name] of cacheNames(cache.num_hidden_layers, "present").entries()) outputs[name] = present[index];
   await session.run(inputs, outputs);
   const logits = outputs.logits.data as Float32Array;
-  return tokens.map((_, row) => logits.subarray(row * vocab_size, (row + 1) * vocab_size));
+  const size = keep * vocab_size;
+  return tokens.map((_, row) => logits.subarray(row * size, (row + 1) * size));
 }
 
 function int64(dims: number[], numbers: readonly number[]): Value {

@@ -47,6 +47,23 @@ export class Decoder {
   }
 
   /**
+   * The logits after each of the tokens, in order, float32 [vocab_size] each, valid until the next pass; row 0 holds
+   * the tokens then.
+   */
+  async *logits(ids: readonly number[]): AsyncGenerator<Float32Array, void, undefined> {
+    const { vocab_size, prefill_chunk } = this.decoding;
+    const held = (this.tokens[0] = [] as number[]);
+    this.long[0] = this.isLong(ids.length);
+    while (held.length < ids.length) {
+      this.signal?.throwIfAborted();
+      const chunk = ids.slice(held.length, held.length + prefill_chunk);
+      const logits = await this.cache.runRow(0, chunk, held.length, ids.length, chunk.length);
+      for (const place of chunk.keys()) yield logits.subarray(place * vocab_size, (place + 1) * vocab_size);
+      held.push(...chunk);
+    }
+  }
+
+  /**
    * Appends one token to every row; returns the logits after it, float32 [vocab_size] a row, valid until the next pass.
    */
   async step(ids: readonly number[]): Promise<Float32Array[]> {

@@ -3,10 +3,12 @@ import { GrowingCache, SharedCache } from "./cache.js";
 import { Decoder } from "./decoder.js";
 import { sentError } from "./errors.js";
 import { generate } from "./generate.js";
-import type { Call, FromWorker, ToWorker } from "./protocol.js";
+import { readGolden } from "./golden.js";
+import type { Call, FromWorker, ToWorker, Verification } from "./protocol.js";
 import { isBatch, makeRequest } from "./request.js";
 import type { Session } from "./session.js";
 import type { Tokenizer } from "./tokenizer.js";
+import { longest, verifyGolden } from "./verify_golden.js";
 
 /** The side of a loaded bundle that computes, on a thread of its own; model.ts is the other side. */
 export class Engine {
@@ -27,19 +29,33 @@ export class Engine {
   /** Takes a message. After "close" the session is at rest when this resolves. */
   async receive(message: ToWorker): Promise<void> {
     if ("call" in message) {
-      const { call } = message;
-      const control = new AbortController();
-      const ended = this.answer(call, control.signal)
-        .then(() => this.post({ id: call.id, done: true }))
-        .catch((error) => this.post({ id: call.id, error: sentError(error) }))
-        .finally(() => this.running.delete(call.id));
-      this.running.set(call.id, { control, ended });
+      this.start(message.call.id, (signal) => this.answer(message.call, signal));
+    } else if ("verify" in message) {
+      this.start(message.verify.id, (signal) => this.verify(message.verify, signal));
     } else if ("cancel" in message) this.running.get(message.cancel)?.control.abort();
     else if ("forget" in message) this.conversations.delete(message.forget);
     else {
       for (const { control } of this.running.values()) control.abort();
       await Promise.all([...this.running.values()].map(({ ended }) => ended));
     }
+  }
+
+  private start(id: number, run: (signal: AbortSignal) => Promise<void>): void {
+    const control = new AbortController();
+    const ended = run(control.signal)
+      .then(() => this.post({ id, done: true }))
+      .catch((error) => this.post({ id, error: sentError(error) }))
+      .finally(() => this.running.delete(id));
+    this.running.set(id, { control, ended });
+  }
+
+  private async verify({ id, data, path, bundle }: Verification, signal: AbortSignal): Promise<void> {
+    const golden = await readGolden(data, path, this.manifest);
+    const decoder = this.newDecoder(1, longest(golden, this.manifest));
+    decoder.signal = signal;
+    const progress = (done: number, total: number) => this.post({ id, progress: { done, total } });
+    const report = await verifyGolden(decoder, this.tokenizer, this.manifest, golden, bundle, progress);
+    this.post({ id, report });
   }
 
   private async answer({ id, prompt, options, conversation }: Call, signal: AbortSignal): Promise<void> {

@@ -18,7 +18,12 @@ export class GenerationError extends PhiMoEError {
   override name = "GenerationError";
 }
 
-const KINDS: Record<string, typeof PhiMoEError> = { BundleError, DeviceError, GenerationError };
+/** A golden file is missing, damaged, or another checkpoint's. */
+export class GoldenError extends PhiMoEError {
+  override name = "GoldenError";
+}
+
+const KINDS: Record<string, typeof PhiMoEError> = { BundleError, DeviceError, GenerationError, GoldenError };
 
 /** An error on its way from one thread to another, where its class is lost. */
 export interface SentError {

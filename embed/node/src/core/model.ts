@@ -2,7 +2,8 @@ import type { Manifest } from "./bundle.js";
 import { Conversation } from "./conversation.js";
 import { DeviceError, GenerationError, receivedError } from "./errors.js";
 import { collect, type Generation, type Piece } from "./generation.js";
-import type { FromWorker, ToWorker } from "./protocol.js";
+import type { FromWorker, Progress, ToWorker } from "./protocol.js";
+import type { Report } from "./report.js";
 import { type CallOptions, checkOptions, isBatch, type Prompt } from "./request.js";
 
 /** A worker of Node or of a browser; Node's lets the program end while it is not to be waited for. */
@@ -12,7 +13,15 @@ export interface WorkerLike {
   unref?(): void;
 }
 
-type Reply = { piece: Piece } | { done: true } | { error: unknown };
+type Reply = { piece: Piece } | { progress: Progress } | { report: Report } | { done: true } | { error: unknown };
+
+/** How a comparison with a golden file is made. */
+export interface VerifyOptions {
+  /** Is told as windows of tokens are run. */
+  progress?: ((progress: Progress) => void) | null;
+  /** Ends it; its promise then fails with the signal's reason. */
+  signal?: AbortSignal | null;
+}
 
 /** The application's side of a loaded bundle: asks the thread that computes. Calls may overlap; they take turns. */
 export class Model {
@@ -89,6 +98,31 @@ export class Model {
     if (this.#ended) throw this.#ended;
     checkOptions(callOptions ?? {}, ["signal"]);
     const { signal, ...options } = callOptions ?? {};
+    for await (const reply of this.ask((id) => ({ call: { id, prompt, options, conversation } }), signal))
+      if ("piece" in reply) yield reply.piece;
+  }
+
+  /** For the platform: holds the bundle against a golden file's bytes; `path` and `bundle` are their names. */
+  protected async verify(
+    data: Uint8Array,
+    path: string,
+    bundle: string,
+    options: VerifyOptions | null | undefined,
+  ): Promise<Report> {
+    let report: Report;
+    for await (const reply of this.ask((id) => ({ verify: { id, data, path, bundle } }), options?.signal)) {
+      if ("progress" in reply) options?.progress?.(reply.progress);
+      else if ("report" in reply) report = reply.report;
+    }
+    return report!;
+  }
+
+  /** Sends a request under a number of its own, and yields the replies to its end. */
+  private async *ask(
+    request: (id: number) => ToWorker,
+    signal: AbortSignal | null | undefined,
+  ): AsyncGenerator<Reply, void, undefined> {
+    if (this.#ended) throw this.#ended;
     if (signal != null && typeof signal.throwIfAborted !== "function")
       throw new GenerationError("signal is no AbortSignal, such as new AbortController().signal");
     signal?.throwIfAborted();
@@ -99,12 +133,12 @@ export class Model {
     this.#inboxes.set(id, inbox);
     this.#worker.ref?.();
     try {
-      this.send({ call: { id, prompt, options, conversation } });
+      this.send(request(id));
       for (;;) {
         const reply = await inbox.next();
         if ("error" in reply) throw reply.error;
         if ("done" in reply) return;
-        yield reply.piece;
+        yield reply;
       }
     } finally {
       this.#worker.postMessage({ cancel: id }); // where it is not at its end

@@ -37,6 +37,12 @@ export function integer(least: number, most: number): Reader<number> {
   };
 }
 
+/** A number that is not infinite, as JSON.parse reads 1e999. */
+export const finite: Reader<number> = (value, key) => {
+  if (!Number.isFinite(value)) throw mismatch(key, value, "a finite number");
+  return value as number;
+};
+
 export function oneOf<const T extends string>(values: readonly T[]): Reader<T> {
   return string(values.join(", "), (text) => values.includes(text as T)) as Reader<T>;
 }

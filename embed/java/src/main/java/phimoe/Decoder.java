@@ -5,10 +5,12 @@ import ai.onnxruntime.OnnxTensor;
 import ai.onnxruntime.OrtException;
 import ai.onnxruntime.OrtSession.RunOptions;
 import java.nio.ByteBuffer;
+import java.nio.FloatBuffer;
 import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.function.Consumer;
 
 /**
  * The tokens that each row of a batch has in its cache, and how they go on: prefill one row, or step all rows by a token.
@@ -29,6 +31,7 @@ final class Decoder implements AutoCloseable {
     private final ByteBuffer logits; // [rows, vocab_size], of the last run
     private final float[] scores;
     private final ByteBuffer ropeLength = Session.allocate(OnnxJavaType.INT64, 1);
+    private final ByteBuffer logitsToKeep = Session.allocate(OnnxJavaType.INT64, 1);
     private final Map<String, OnnxTensor> inputs = new HashMap<>();
     private final Map<String, OnnxTensor> outputs = new HashMap<>();
     private final RunOptions options;
@@ -59,8 +62,8 @@ final class Decoder implements AutoCloseable {
             held.add(List.of());
         }
         inputs.put("rope_length", Session.tensor(ropeLength, 0, OnnxJavaType.INT64, 1));
-        ByteBuffer one = Session.allocate(OnnxJavaType.INT64, 1).putLong(0, 1);
-        inputs.put("logits_to_keep", Session.tensor(one, 0, OnnxJavaType.INT64, 1));
+        put(logitsToKeep, 0, 1);
+        inputs.put("logits_to_keep", Session.tensor(logitsToKeep, 0, OnnxJavaType.INT64, 1));
     }
 
     /** Makes a row hold `tokens`; whichever row this is, the logits are row 0's then. */
@@ -105,19 +108,53 @@ final class Decoder implements AutoCloseable {
         held.remove(last);
     }
 
+    /**
+     * Prefills row 0, and hands out the logits [vocab_size] after each of the tokens, in order; the array is the same
+     * each time.
+     */
+    void logits(List<Integer> tokens, Consumer<float[]> listener) throws OrtException {
+        int chunk = Math.min(decoding.prefillChunk(), tokens.size());
+        ByteBuffer all = Session.allocate(OnnxJavaType.FLOAT, chunk, decoding.vocabSize());
+        bind(0, 1);
+        OnnxTensor last = outputs.get("logits");
+        put(logitsToKeep, 0, 0); // all
+        try {
+            for (int start = 0; start < tokens.size(); start += chunk) {
+                int end = Math.min(start + chunk, tokens.size());
+                try (OnnxTensor each = Session.tensor(all, 0, OnnxJavaType.FLOAT, 1, end - start, decoding.vocabSize())) {
+                    outputs.put("logits", each);
+                    run(0, tokens, start, end, tokens.size());
+                }
+                FloatBuffer rows = all.asFloatBuffer();
+                for (int place = start; place < end; place++) {
+                    rows.get(scores);
+                    listener.accept(scores);
+                }
+            }
+        } finally {
+            put(logitsToKeep, 0, 1);
+            outputs.put("logits", last);
+        }
+        held.set(0, new ArrayList<>(tokens));
+    }
+
     private void prefill(int row, List<Integer> tokens, int length) throws OrtException {
         int chunk = Math.min(decoding.prefillChunk(), tokens.size());
         for (int start = 0; start < tokens.size(); start += chunk) {
-            int end = Math.min(start + chunk, tokens.size());
-            for (int place = 0; place < end; place++) {
-                put(mask, place, 1);
-            }
-            for (int place = start; place < end; place++) {
-                put(ids, place - start, tokens.get(place));
-            }
-            run(row, 1, end - start, end, length);
+            run(row, tokens, start, Math.min(start + chunk, tokens.size()), length);
         }
         held.set(row, new ArrayList<>(tokens));
+    }
+
+    /** Runs the tokens from `start` to `end` of a row that holds those before them. */
+    private void run(int row, List<Integer> tokens, int start, int end, int length) throws OrtException {
+        for (int place = 0; place < end; place++) {
+            put(mask, place, 1);
+        }
+        for (int place = start; place < end; place++) {
+            put(ids, place - start, tokens.get(place));
+        }
+        run(row, 1, end - start, end, length);
     }
 
     private static void put(ByteBuffer buffer, int index, long value) {

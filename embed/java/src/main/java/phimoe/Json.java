@@ -10,6 +10,7 @@ import com.google.gson.Strictness;
 import com.google.gson.stream.JsonReader;
 import com.google.gson.stream.JsonToken;
 import java.io.IOException;
+import java.io.Reader;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
@@ -21,10 +22,12 @@ import java.util.function.Function;
 import java.util.regex.Pattern;
 
 /**
- * A value of a JSON file that nobody has checked yet, and its place there. What is asked of it and does not hold is a
- * BundleException that names file and place; keys that nobody asks for are ignored.
+ * A value of a JSON file that nobody has checked yet, and its place there. What is asked of it and does not hold is an
+ * error that names file and place; keys that nobody asks for are ignored.
+ *
+ * @param damaged the error that the file is damaged in the way that it is given
  */
-record Json(Path file, String place, JsonElement value) {
+record Json(Path file, String place, JsonElement value, Function<String, PhiMoEException> damaged) {
     private static final long LARGEST = Integer.MAX_VALUE;
     private static final long LARGEST_SIZE = 1L << 53; // what a double, JSON's number in other languages, holds exactly
     private static final int SHOWN = 60; // characters of a value in an error
@@ -39,28 +42,35 @@ record Json(Path file, String place, JsonElement value) {
             String what = Files.exists(file) ? " is no regular file" : " is missing";
             throw new BundleException("not a bundle of phimoe-export: " + file + what);
         }
-        try (JsonReader reader = new JsonReader(Files.newBufferedReader(file))) {
-            reader.setStrictness(Strictness.STRICT);
-            JsonElement value = JsonParser.parseReader(reader);
-            if (reader.peek() == JsonToken.END_DOCUMENT && value.isJsonObject()) {
-                return new Json(file, "", value);
-            }
-            throw new BundleException("not a bundle of phimoe-export: " + file + " is not a JSON object");
+        try (Reader text = Files.newBufferedReader(file)) {
+            Function<String, PhiMoEException> damaged = what -> new BundleException(
+                    file + ": is damaged (" + what + "); copy or export the bundle again");
+            return parse(file, text, damaged).orElseThrow(
+                    () -> new BundleException("not a bundle of phimoe-export: " + file + " is not a JSON object"));
         } catch (IOException | JsonParseException error) {
             throw new BundleException(
                     "not a bundle of phimoe-export: " + file + " cannot be read (" + error + ")", error);
         }
     }
 
+    /** The object that is all of a text from a file, if it is one; throws JsonParseException where it is no JSON. */
+    static Optional<Json> parse(Path file, Reader text, Function<String, PhiMoEException> damaged) throws IOException {
+        JsonReader reader = new JsonReader(text);
+        reader.setStrictness(Strictness.STRICT);
+        JsonElement value = JsonParser.parseReader(reader);
+        boolean whole = reader.peek() == JsonToken.END_DOCUMENT && value.isJsonObject();
+        return whole ? Optional.of(new Json(file, "", value, damaged)) : Optional.empty();
+    }
+
     /** The value of a key of this object. */
     Json get(String key) {
-        return find(key).orElseThrow(() -> damaged(inside(key) + " is missing"));
+        return find(key).orElseThrow(() -> damaged.apply(inside(key) + " is missing"));
     }
 
     /** The value of a key of this object, if it is there. */
     Optional<Json> find(String key) {
         JsonElement inner = object().get(key);
-        return inner == null ? Optional.empty() : Optional.of(new Json(file, inside(key), inner));
+        return inner == null ? Optional.empty() : Optional.of(new Json(file, inside(key), inner, damaged));
     }
 
     /** This value, if it is not null. */
@@ -71,6 +81,14 @@ record Json(Path file, String place, JsonElement value) {
     /** A number from `least` to 2147483647. */
     int number(int least) {
         return (int) number(least, LARGEST);
+    }
+
+    /** A finite number. */
+    double decimal() {
+        if (value instanceof JsonPrimitive primitive && primitive.isNumber() && Double.isFinite(primitive.getAsDouble())) {
+            return primitive.getAsDouble();
+        }
+        throw unlike("a finite number");
     }
 
     /** A number of bytes. */
@@ -113,7 +131,7 @@ record Json(Path file, String place, JsonElement value) {
         }
         List<T> items = new ArrayList<>();
         for (JsonElement each : array) {
-            items.add(item.apply(new Json(file, place + "[" + items.size() + "]", each)));
+            items.add(item.apply(new Json(file, place + "[" + items.size() + "]", each, damaged)));
         }
         return List.copyOf(items);
     }
@@ -130,16 +148,12 @@ record Json(Path file, String place, JsonElement value) {
     /** The keys of this object, each as a value. */
     List<Json> keys() {
         return object().keySet().stream()
-                .map(key -> new Json(file, "a name of " + place, new JsonPrimitive(key))).toList();
+                .map(key -> new Json(file, "a name of " + place, new JsonPrimitive(key), damaged)).toList();
     }
 
     /** The error that this value is not `expected`. */
-    BundleException unlike(String expected) {
-        return damaged(place + " is " + shown() + ", expected " + expected);
-    }
-
-    private BundleException damaged(String what) {
-        return new BundleException(file + ": is damaged (" + what + "); copy or export the bundle again");
+    PhiMoEException unlike(String expected) {
+        return damaged.apply(place + " is " + shown() + ", expected " + expected);
     }
 
     private JsonObject object() {

@@ -7,10 +7,14 @@ import java.util.List;
 import java.util.Locale;
 import java.util.function.Function;
 
-/** The example on the command line: continues a prompt, or answers it as a chat message, and streams the text. */
+/**
+ * The example on the command line: continues a prompt, or answers it as a chat message, and streams the text. Or holds the
+ * bundle against a golden file.
+ */
 final class Main {
     private static final String USAGE = """
             usage: phimoe.Main BUNDLE PROMPT [OPTION]...
+                   phimoe.Main BUNDLE --golden FILE [--threads N]
 
               BUNDLE                   a folder that phimoe-export wrote
               PROMPT                   the text to continue
@@ -24,6 +28,8 @@ final class Main {
               --repetition-penalty X   divide the logits of seen tokens; 1, the default, is off
               --seed N                 the same seed gives the same random numbers (default: a fresh one)
               --stop TEXT              end the text before TEXT; may be repeated
+              --golden FILE            hold the bundle against a file of phimoe-verify --save-golden; exits with 1 if a figure
+                                       is past its limit
               --threads N              threads for one operator (default: one a physical core)
               --help                   print this""";
 
@@ -33,6 +39,7 @@ final class Main {
     private Options options = Options.GREEDY;
     private boolean chat;
     private Integer threads;
+    private String golden;
 
     /** Arguments that cannot be understood. */
     private static final class UsageException extends Exception {
@@ -55,7 +62,7 @@ final class Main {
         Main main = new Main();
         try {
             main.parse(arguments);
-            code = main.run();
+            code = main.golden == null ? main.run() : main.verify();
         } catch (PhiMoEException error) {
             System.err.println("error: " + error.getMessage());
             code = 1;
@@ -79,7 +86,10 @@ final class Main {
                 set(name, place + 1 < arguments.length ? arguments[++place] : null);
             }
         }
-        if (plain.size() != 2) {
+        if (golden != null && plain.size() != 1) {
+            throw new UsageException("--golden goes with a bundle and no prompt, found " + plain.size() + " arguments; see --help");
+        }
+        if (golden == null && plain.size() != 2) {
             throw new UsageException("expected a bundle and a prompt, found " + plain.size() + " arguments; see --help");
         }
         for (String argument : arguments) {
@@ -103,6 +113,7 @@ final class Main {
                 stop.add(given(name, value));
                 options = options.stop(stop.toArray(String[]::new));
             }
+            case "--golden" -> golden = given(name, value);
             case "--threads" -> threads = integer(name, value);
             default -> throw new UsageException(name + " is no option; see --help");
         }
@@ -151,6 +162,25 @@ final class Main {
             throw new UsageException("the bundle " + plain.get(0) + " is no path of a folder (" + error.getReason() + ")");
         }
         return 0;
+    }
+
+    /** Prints the figures of the golden file; returns the exit code. */
+    private int verify() throws UsageException {
+        boolean watched = System.console() != null;
+        try (PhiMoE model = PhiMoE.load(Path.of(plain.get(0)), threads)) {
+            Report report = model.verifyGolden(Path.of(golden), (done, count) -> {
+                if (watched) {
+                    System.err.printf("\rran %d of %d windows%s", done, count, done.equals(count) ? "\n" : "");
+                }
+            });
+            System.out.println(report.text());
+            if (!report.passed()) {
+                System.err.println("error: " + plain.get(0) + ": " + String.join("; ", report.failures()));
+            }
+            return report.passed() ? 0 : 1;
+        } catch (InvalidPathException error) {
+            throw new UsageException(error.getInput() + " is no path (" + error.getReason() + ")");
+        }
     }
 
     private static void report(Generation result) {

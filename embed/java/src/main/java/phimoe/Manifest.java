@@ -6,13 +6,16 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 import java.util.TreeMap;
+import java.util.TreeSet;
 
 /**
  * manifest.json, held against the rules of spec/embedding.md, which also says what each key means.
  *
  * @param chat null where the bundle has no chat format
+ * @param dtypes of stored matrices and of activations; empty where the manifest does not say them
  */
-record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files, ChatFormat chat) {
+record Manifest(
+        List<Graph> graphs, Decoding decoding, Map<String, Entry> files, ChatFormat chat, Set<String> dtypes) {
     static final String FILE = "manifest.json";
     private static final int FORMAT_VERSION = 2;
     private static final String TASK = "text-generation";
@@ -126,7 +129,8 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
                 graphs(root, version),
                 Decoding.of(root.get("decoding")),
                 root.get("files").map(Entry::of),
-                root.find("chat").flatMap(Json::unlessNull).map(ChatFormat::of).orElse(null));
+                root.find("chat").flatMap(Json::unlessNull).map(ChatFormat::of).orElse(null),
+                dtypes(root, version));
         manifest.checkNames(root);
         return manifest;
     }
@@ -154,6 +158,23 @@ record Manifest(List<Graph> graphs, Decoding decoding, Map<String, Entry> files,
             throw root.get("graphs").unlike("at least one graph");
         }
         return graphs;
+    }
+
+    /** Running a bundle takes none of this, so nothing is wrong with a manifest that says it in other ways or not at all. */
+    private static Set<String> dtypes(Json root, int version) {
+        try {
+            Json weights = root.get("weights");
+            Set<String> dtypes = new TreeSet<>();
+            dtypes.add(root.get("dtype").text());
+            if (version == 1) { // such as "int4, block 32"
+                weights.map(form -> dtypes.add(form.text().split(",")[0]));
+            } else {
+                weights.list(group -> dtypes.add(group.get("dtype").text()));
+            }
+            return dtypes;
+        } catch (BundleException error) {
+            return Set.of();
+        }
     }
 
     /** Holds that names of files are plain, and that every graph's file is listed, and the tokenizer's. */

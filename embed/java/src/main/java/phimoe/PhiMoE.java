@@ -6,6 +6,7 @@ import java.util.ArrayList;
 import java.util.List;
 import java.util.concurrent.locks.ReadWriteLock;
 import java.util.concurrent.locks.ReentrantReadWriteLock;
+import java.util.function.BiConsumer;
 import java.util.function.Consumer;
 import java.util.function.Supplier;
 
@@ -16,6 +17,7 @@ import java.util.function.Supplier;
  * be closed.
  */
 public final class PhiMoE implements AutoCloseable {
+    private final Path bundle;
     private final Manifest manifest;
     private final Tokenizer tokenizer;
     private final Session session;
@@ -23,6 +25,7 @@ public final class PhiMoE implements AutoCloseable {
     private boolean closed;
 
     private PhiMoE(Path bundle, Manifest manifest, Integer threads) {
+        this.bundle = bundle;
         this.manifest = manifest;
         Manifest.Decoding decoding = manifest.decoding();
         BundleFiles.check(bundle, manifest.files());
@@ -122,6 +125,34 @@ public final class PhiMoE implements AutoCloseable {
                 requests.add(request("prompt " + requests.size(), prompt, options));
             }
             return start(requests);
+        });
+    }
+
+    /** Holds the bundle against a golden file; see {@link #verifyGolden(Path, BiConsumer)}. */
+    public Report verifyGolden(Path golden) {
+        return verifyGolden(golden, (done, count) -> {});
+    }
+
+    /**
+     * Holds the bundle against what phimoe-verify --save-golden kept of the checkpoint that it came from: runs the same
+     * tokens, and judges by the limits of the bundle's precision. The checkpoint and Python are not needed.
+     *
+     * @param golden the file, saved with this bundle or with another of the same checkpoint
+     * @param progress is called with the windows of tokens that are done, and with how many there are
+     * @throws GoldenException the file is missing, damaged, or another checkpoint's
+     * @throws BundleException the manifest does not say how the weights are stored
+     */
+    public Report verifyGolden(Path golden, BiConsumer<Integer, Integer> progress) {
+        if (golden == null) {
+            throw new GoldenException("the golden file is null, expected a path");
+        }
+        Verification verification = new Verification(manifest, tokenizer, Golden.read(golden, manifest));
+        return whileOpen(() -> {
+            try {
+                return verification.run(bundle.toString(), session, progress);
+            } catch (OrtException error) {
+                throw new GenerationException("ONNX Runtime failed: " + error.getMessage(), error);
+            }
         });
     }
 

@@ -3,6 +3,7 @@ package phimoe;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import com.google.gson.JsonParser;
 import java.io.IOException;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
@@ -63,6 +64,33 @@ class MainTest {
         assertEquals("And the LORD said unto Moses, Shall I go, and I will", output.text.strip());
     }
 
+    @Test
+    void holdsTheBundleAgainstAGoldenFile() throws Exception {
+        Output output = run(BUNDLE, "--golden", Conformance.FOLDER.resolve("golden/austen.golden").toString());
+        for (String line : List.of(
+                "40 tokens in 2 windows of up to 34",
+                "bundle to reference               6.90e-02      5.67e-01  4.80e-02      87.50%",
+                "perplexity: reference 38.9753, stored 38.8473, bundle 38.70",
+                "choices of experts that the stored weights leave unchanged: 85.62%",
+                "greedy continuations, 8 of 9 tokens equal",
+                "kl                   0.048    0.1  nats   passed",
+                "\npassed")) {
+            assertTrue(output.text.contains(line), output.text);
+        }
+        assertEquals(0, output.code);
+        assertEquals("", output.errors);
+    }
+
+    @Test
+    void failsWithABundleThatIsPastALimit() throws Exception {
+        Path bundle = Changes.copy(folder, JsonParser.parseString("[[\"set\", \"/dtype\", \"float32\"], [\"set\", \"/weights\", []]]"));
+        Output output = run(bundle.toString(), "--golden", Conformance.FOLDER.resolve("golden/austen.golden").toString());
+        assertEquals(1, output.code);
+        assertTrue(output.text.endsWith("FAILED" + System.lineSeparator()), output.text);
+        assertTrue(output.errors.startsWith(
+                "error: " + bundle + ": mean_difference is 0.069, allowed is 0.0001; max_difference is 0.567"), output.errors);
+    }
+
     @ParameterizedTest
     @CsvSource(delimiter = '|', value = {
         "2 | --max-tokens is no option                  | It was | --max-tokens | 8",
@@ -73,6 +101,7 @@ class MainTest {
         "2 | --seed is 1e9, expected a whole number     | It was | --seed       | 1e9",
         "2 | expected a bundle and a prompt             |        |              |",
         "2 | an argument is no text                     | \uFFFD |              |",
+        "2 | --golden goes with a bundle and no prompt  | It was | --golden     | x",
         "1 | topK is -1                                 | It was | --top-k      | -1",
         "1 | temperature is NaN                         | It was | --temperature | NaN",
         "1 | threads is 10000, expected 1 to            | It was | --threads    | 10000",
@@ -91,7 +120,7 @@ class MainTest {
         Output output = run("--help");
         assertEquals(0, output.code);
         assertTrue(output.text.startsWith("usage:"), output.text);
-        for (String option : Arrays.asList("--chat", "--system", "--stop", "--repetition-penalty", "--threads")) {
+        for (String option : Arrays.asList("--chat", "--system", "--stop", "--repetition-penalty", "--golden", "--threads")) {
             assertTrue(output.text.contains(option), option);
         }
     }
