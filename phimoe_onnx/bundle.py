@@ -166,7 +166,7 @@ class StoredWeights:
     Attributes:
         parameters: modeling.py's names; those of layers without "model.layers.N.".
         layers: the first and the last of a run of layers; None where the names are whole.
-        dtype: "float32", "float16", "bfloat16", or integers of so many bits, "int8", "int4".
+        dtype: "float32", "float16", "bfloat16", or integers of so many bits, "int8", "int4", "int3", "int2".
         block_size: of integers, how many neighbours of a row share a scale; else None.
         scale_dtype: of integers, their scales' dtype; else None.
         symmetric: whether the codes lie around their middle; else each block has a zero point.

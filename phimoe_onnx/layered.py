@@ -7,6 +7,7 @@ its own passes through each operator, with the shapes that it has in a whole mod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,12 +87,12 @@ def run(
     scratch = scratch or Scratch()
     rope = modeling.Rope(config)
     embeddings = read("model.embed_tokens.weight", None)
-    states = [_State(text, embeddings, scratch) for text in texts]
+    states = [State(text, embeddings, scratch) for text in texts]
     del embeddings
     for number in range(config.num_hidden_layers):
         where = f"layer {number + 1} of {config.num_hidden_layers}"
         step(f"{where}, attention")
-        layer = _layer(config, read, number, attention(number))
+        layer = read_layer(config, read, number, attention(number))
         for state in states:
             state.attend(layer, config, rope)
         prefix = f"model.layers.{number}.block_sparse_moe.experts."
@@ -142,7 +143,9 @@ def agreement(routing: Routing, other: Routing) -> float:
     return float(torch.stack(same).mean(dtype=torch.float64))
 
 
-def _layer(config: PhiMoEConfig, read: Read, number: int, attention: Attention) -> modeling.DecoderLayer:
+def read_layer(
+    config: PhiMoEConfig, read: Read, number: int, attention: Attention = modeling.attention
+) -> modeling.DecoderLayer:
     """A layer with all its weights but the experts'."""
     with torch.device("meta"):
         layer = modeling.DecoderLayer(config, modeling.Seams(attention=attention))
@@ -152,7 +155,7 @@ def _layer(config: PhiMoEConfig, read: Read, number: int, attention: Attention) 
     return layer
 
 
-class _State:
+class State:
     """Where a text is.
 
     Attributes:
@@ -170,6 +173,13 @@ class _State:
         self.replay = text.routing
         self.weights = torch.empty(0)
         self.routing: Routing = []
+
+    def copy(self) -> State:
+        """Another text that is where this one is."""
+        other = copy.copy(self)
+        other.x, other.normed, other.output = self.x.clone(), torch.empty_like(self.x), torch.empty_like(self.x)
+        other.routing = list(self.routing)
+        return other
 
     def attend(self, layer: modeling.DecoderLayer, config: PhiMoEConfig, rope: modeling.Rope) -> None:
         """Takes the text through the layer's attention, norms and router."""

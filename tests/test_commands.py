@@ -95,8 +95,8 @@ def test_what_argparse_refuses_is_a_line(
     [
         (
             "export",
-            ["a", "--quantize", "int3"],
-            "--quantize: invalid choice: 'int3' (choose from none, fp16",
+            ["a", "--quantize", "int5"],
+            "--quantize: invalid choice: 'int5' (choose from none, fp16",
         ),
         ("export", ["a", "--target", "tpu"], "--target: invalid choice: 'tpu' (choose from cpu, cuda, portable)"),
         ("export", ["a", "--kv-cache", "int2"], "--kv-cache: invalid choice: 'int2'"),
@@ -104,7 +104,7 @@ def test_what_argparse_refuses_is_a_line(
         ("export", ["a", "--task", "translation"], "--task: invalid choice: 'translation'"),
         ("export", ["a", "--block-size", "24"], "--block-size: invalid choice: 24"),
         ("export", ["a", "--store", "head"], "--store: head: expected PATTERN=FORM, such as lm_head.weight=int8"),
-        ("export", ["a", "--store", "head=int3"], "--store: head=int3: the form is 'int3', expected one of none, fp16"),
+        ("export", ["a", "--store", "head=int5"], "--store: head=int5: the form is 'int5', expected one of none, fp16"),
         ("verify", ["a", "--reference", "b", "--tokens", "0"], "--tokens: 0: expected 1 or more"),
         ("verify", ["a", "--reference", "b", "--max-kl", "x"], "--max-kl: invalid float value: 'x'"),
     ],

@@ -478,7 +478,7 @@ def test_progress_counts_every_byte(tmp_path: Path, checkpoint: Checkpoint) -> N
     ("shape", "options", "words"),
     [
         ("plain", {"target": "tpu"}, ["target is 'tpu'", "cpu, cuda, portable"]),
-        ("plain", {"quantize": "int3"}, ["quantize is 'int3'", "none, fp16, int8, int4"]),
+        ("plain", {"quantize": "int5"}, ["quantize is 'int5'", "none, fp16, int8, int4"]),
         ("plain", {"quantize": "int4", "block_size": 64}, ["64", "intermediate_size 96", "[16, 32]"]),
         ("plain", {"quantize": "int8", "block_size": 0}, ["0", "[16, 32]"]),
         ("plain", {"quantize": "int4", "target": "portable"}, ["portable", "int4", "none or fp16"]),

@@ -104,7 +104,11 @@ def rows(printed: str) -> dict[tuple[str, str], list[str]]:
         (["--quantize", "int4", "--target", "cpu"], {("cpu", "int4")}),
         (["--quantize", "fp16"], {("cpu", "fp16"), ("cuda", "fp16"), ("portable", "fp16")}),
         (["--target", "portable"], {("portable", form) for form in ("none", "fp16", "int8", "int4")}),
-        (["--kv-cache", "int8"], {("cpu", form) for form in ("none", "fp16", "int8", "int4")} | {("cuda", "none")}),
+        (
+            ["--kv-cache", "int8"],
+            {("cpu", form) for form in ("none", "fp16", "int8", "int4", "int2")} | {("cuda", "none")},
+        ),
+        (["--operators", "native", "--quantize", "int3"], {("cpu", "int3")}),
         (["--dtype", "bfloat16"], {("cuda", "none")}),
     ],
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from phimoe_onnx import modeling
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
+from phimoe_onnx.exporter.recipe import BLOCK_SIZES_2
 
 FORMATS = [Format(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -208,6 +209,42 @@ def test_qmoe_reads_it(format: Format) -> None:
     )
     got = got * weights.sum(dim=1, keepdim=True).numpy()
     np.testing.assert_allclose(got, expected, atol=2e-5 * float(expected.std()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES_2)
+def test_2_bits_take_the_fast_path(block_size: int) -> None:
+    """In which activations are rounded to int8, so that the result is near and not the same."""
+    torch.manual_seed(0)
+    format, number = Format(2, block_size), 4
+    x, weight = torch.randn(3, 256), torch.randn(40, 256)
+    codes, scales = rounded(format, weight)
+    expected = x @ format.dequantize(codes, scales).T
+    attributes = {"N": 40, "K": 256, "bits": 2, "block_size": block_size}
+    stored = [codes.view(40, 256 // block_size, -1), scales]
+    np.testing.assert_allclose(run("MatMulNBits", [x, *stored], **attributes, accuracy_level=0), expected, atol=1e-4)
+    error = np.abs(run("MatMulNBits", [x, *stored], **attributes, accuracy_level=4) - expected.numpy())
+    assert 1e-3 < error.mean() / expected.std() < 2e-2
+
+    gate_up, down = torch.randn(number, 2 * 128, 256) / 16, torch.randn(number, 256, 128)
+    stored = [rounded(format, stack) for stack in (gate_up, down)]
+    gate_up, down = (format.dequantize(*parts) for parts in stored)
+    chosen = torch.tensor([[0, 1], [2, 0], [3, 2]])
+    expected = modeling.experts(x[None], torch.full((1, 3, 2), 0.5), chosen[None], gate_up, down)[0]
+    fc1 = [torch.stack(part.chunk(2, dim=1), dim=2).flatten(1, 2) for part in stored[0]]
+    got = run(
+        "QMoE",
+        [x, torch.full((3, number), -1e4).scatter(1, chosen, 0.0), *fc1, None, *stored[1]],
+        k=2,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=1.0,
+        activation_beta=0.0,
+        normalize_routing_weights=0,
+        expert_weight_bits=2,
+        block_size=block_size,
+        accuracy_level=4,
+    )
+    assert 1e-3 < np.abs(got - expected.numpy()).mean() / expected.std() < 3e-2
 
 
 @given(st.data())

@@ -105,7 +105,13 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
     ("options", "words"),
     [
         ({"store": {"head": "int8"}}, ["--store head=int8", "no parameter is called so", "lm_head.weight"]),
-        ({"store": {"lm_head.weight": "int3"}}, ["--store lm_head.weight=int3", "none, fp16, int8, int4"]),
+        ({"store": {"lm_head.weight": "int5"}}, ["--store lm_head.weight=int5", "none, fp16, int8, int4, int3, int2"]),
+        ({"store": {"lm_head.weight": "int3"}}, ["--target cpu has no int3", "--operators native 3 as well"]),
+        ({"quantize": "int2", "target": "cuda"}, ["--target cuda has no int2", "4 and 8 bits"]),
+        ({"quantize": "int2", "target": "portable"}, ["--target portable has no int2", "4 and 8 bits"]),
+        ({"quantize": "int2", "block_size": 16}, ["int2 in blocks of 16", "32, 64 and 128"]),
+        ({"quantize": "int2", "rounding": "two-level"}, ["rounding is 'two-level'", "int2", "takes 'rtn'"]),
+        ({"quantize": "int4", "store": {"*embed*": "int2"}}, ["--store: model.embed_tokens.weight is int2, block 32"]),
         ({"store": {"*.gate.weight": "int8"}}, ["--store *.gate.weight=int8", "is always float32", "router"]),
         ({"store": {"*norm*": "int8"}}, ["norm", "is always float32", "only matrices"]),
         ({"store": {"*.q_proj.weight": "int8"}}, ["q_proj int8, block 32, k_proj float32", "one matrix", "alike"]),
@@ -119,7 +125,7 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
             ["--target cuda has no", "one layer", "store them alike"],
         ),
         ({"quantize": "int4", "target": "cuda"}, ["--target cuda has no int4", "multiples of 64"]),
-        ({"operators": "native"}, ["--operators native", "int4 and int8 weights", "--quantize int4"]),
+        ({"operators": "native"}, ["--operators native", "int2 to int8", "--quantize int4"]),
         ({"operators": "fast"}, ["--operators is 'fast'", "stock or native"]),
         (
             {"operators": "native", "target": "portable", "quantize": "fp16"},
@@ -129,7 +135,7 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
         ({"operators": "native", "quantize": "int4", "rounding": "rtn"}, ["rounding is 'rtn'", "takes 'two-level'"]),
         (
             {"operators": "native", "quantize": "int4", "store": {"*.1.*.down_proj": "fp16"}},
-            ["layers.1.block_sparse_moe.experts.down_proj is stored as float16", "all as int4 or all as int8"],
+            ["layers.1.block_sparse_moe.experts.down_proj is stored as float16", "one of int8, int4, int3 and int2"],
         ),
         (
             {"operators": "native", "quantize": "int4", "store": {"*.gate_up_proj.3": "int8"}},

@@ -12,7 +12,7 @@ import numpy as np
 from phimoe_onnx.bundle import Manifest, StoredWeights
 from phimoe_onnx.config import PhiMoEConfig, read_config
 
-_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int8": 8.0, "int4": 4.0}
+_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0} | {f"int{bits}": float(bits) for bits in (8, 4, 3, 2)}
 _SHARE = 256 << 20  # bytes that a thread reads in turn: more than any cache
 _EXPERTS = "block_sparse_moe.experts."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ import phimoe_onnx
 from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_manifest
 from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
+from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.recipe import BLOCK_SIZES, DEFAULT_ROUNDING, QUANTIZE, ROUNDINGS
+from phimoe_onnx.exporter.sizes import parse_size
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.memory import peak_memory
 
@@ -48,6 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (default: as config.json says)")
     add("--quantize", choices=QUANTIZE, help="how weights are stored (default: none, which is float32 for the CPU)")
+    add(
+        "--bits",
+        type=_bits,
+        metavar="NUMBER",
+        help="in place of --quantize: so many bits a weight on average, all parameters and their scales counted; each "
+        "kind of matrix of each layer gets the width that serves the whole best, which is measured first",
+    )
+    add(
+        "--fit",
+        type=_size_of,
+        metavar="SIZE",
+        help="in place of --quantize: the same, so that the bundle's files are at most so large together, such as 14GB",
+    )
+    add(
+        "--text", metavar="FILE", help="UTF-8 text that --bits and --fit measure on (default: a passage of the package)"
+    )
     add(
         "--store",
         action="append",
@@ -92,10 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> None:
     store = dict(arguments.store)
+    text = None if arguments.text is None else _read(arguments.text)
     if arguments.plan:
         with imports():
             from phimoe_onnx.cli.plan import show_plan
-        show_plan(arguments, store)
+        show_plan(arguments, store, text, Phases())
         return
     with imports():
         export = phimoe_onnx.export  # first: it says what is missing where a package is
@@ -117,6 +137,9 @@ def _export(arguments: argparse.Namespace) -> None:
             revision=arguments.revision,
             token=arguments.token,
             overwrite=arguments.overwrite,
+            bits=arguments.bits,
+            fit=arguments.fit,
+            text=text,
             progress=phases,
         )
     print(f"{folder}: {_size(folder) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
@@ -131,6 +154,30 @@ def _pair(text: str) -> tuple[str, str]:
     if form not in QUANTIZE:
         raise argparse.ArgumentTypeError(f"{text}: the form is {form!r}, expected one of {', '.join(QUANTIZE)}")
     return pattern, form
+
+
+def _bits(text: str) -> float:
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = math.nan
+    if not math.isfinite(bits):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; expected bits a weight, such as 3.2")
+    return bits
+
+
+def _size_of(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ExportError(f"--text {file}: cannot be read ({error})") from None
 
 
 def _who_runs_it(folder: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -13,15 +15,26 @@ from rich.table import Table
 from phimoe_onnx.checkpoint.adapter import read_adapter
 from phimoe_onnx.checkpoint.source import headers, task_for
 from phimoe_onnx.checkpoint.tensors import parameters
+from phimoe_onnx.cli._start import imports
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.places import HEAD_KIND, KINDS, places
 from phimoe_onnx.exporter.plan import Machine, Requirements, count_parameters, requirements, this_machine
-from phimoe_onnx.exporter.recipe import QUANTIZE, Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import MIXED, QUANTIZE, Recipe, recipe_for
+from phimoe_onnx.exporter.sizes import average_bits, stored_bytes
 from phimoe_onnx.exporter.target import TARGETS, Target, target_named
+from phimoe_onnx.progress import Progress
 
 
-def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
-    """Prints the checkpoint's parameters by kind, and a row for each target and form that the options leave."""
+def show_plan(
+    arguments: argparse.Namespace,
+    store: Mapping[str, str],
+    text: str | None,
+    progress: AbstractContextManager[Progress],
+) -> None:
+    """Prints the checkpoint's parameters by kind, and a row for each target and form that the options leave; with
+    `--bits` and `--fit` the chosen widths of each layer.
+    """
     source = arguments.source
     folder, stored = headers(source, arguments.revision, arguments.token)
     config = read_config(folder)
@@ -32,9 +45,10 @@ def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
     machine = this_machine(Path(arguments.output or ".").resolve().parent)
     table = _table()
     refused: dict[str, ExportError] = {}
+    chosen = _chosen(arguments, store, config, task, text, progress)
     for target, quantize in _wanted(arguments, store):
         try:
-            recipe = _recipe(arguments, store, config, target, quantize, task)
+            recipe = chosen or recipe_for(config, target, quantize, **_options(arguments, store, task))
         except ExportError as error:
             refused[f"{target.name} {quantize}"] = error
             continue
@@ -49,6 +63,9 @@ def show_plan(arguments: argparse.Namespace, store: Mapping[str, str]) -> None:
     console.print(", ".join(f"{kind} {count / 1e6:.1f} M" for kind, count in counts.items()))
     for row, reason in refused.items():
         console.print(f"{row}: {reason}", soft_wrap=True)
+    if chosen is not None:
+        console.print(_layers(config, chosen))
+        console.print(f"{average_bits(config, chosen):.3f} bits a weight")
     console.print(table)
     gpu = "no NVIDIA GPU" if machine.gpu is None else f"{decimal(machine.gpu)} on the GPU"
     memory = "an unknown amount" if machine.memory is None else decimal(machine.memory)
@@ -62,35 +79,73 @@ def _count(parameters: int) -> str:
 
 def _wanted(arguments: argparse.Namespace, store: Mapping[str, str]) -> Iterator[tuple[Target, str]]:
     """The targets and forms to show: those asked for, else all that differ."""
+    if arguments.bits is not None or arguments.fit is not None:
+        yield target_named(arguments.target or "cpu"), MIXED
+        return
     targets = [target_named(arguments.target)] if arguments.target else list(TARGETS.values())
     for target in targets:
         for quantize in [arguments.quantize] if arguments.quantize else QUANTIZE:
             # half the activations' width, or nothing new
             same = quantize == "fp16" and target.activations(None) != "float32" and not arguments.quantize
-            if not same and (quantize in target.forms or arguments.quantize):
+            known = target.forms_for(arguments.operators)
+            if not same and (quantize in known or arguments.quantize):
                 yield target, quantize
 
 
-def _recipe(
+def _options(arguments: argparse.Namespace, store: Mapping[str, str], task: str) -> dict[str, Any]:
+    """Those of `recipe_for`."""
+    return {
+        "task": task,
+        "block_size": arguments.block_size,
+        "kv_cache": arguments.kv_cache,
+        "dtype": arguments.dtype,
+        "store": store,
+        "operators": arguments.operators,
+        "rounding": arguments.rounding,
+    }
+
+
+def _chosen(
     arguments: argparse.Namespace,
     store: Mapping[str, str],
     config: PhiMoEConfig,
-    target: Target,
-    quantize: str,
     task: str,
-) -> Recipe:
-    return recipe_for(
-        config,
-        target,
-        quantize,
-        task=task,
-        block_size=arguments.block_size,
-        kv_cache=arguments.kv_cache,
-        dtype=arguments.dtype,
-        store=store,
-        operators=arguments.operators,
-        rounding=arguments.rounding,
-    )
+    text: str | None,
+    progress: AbstractContextManager[Progress],
+) -> Recipe | None:
+    """What `--bits` or `--fit` choose; None without them."""
+    if arguments.bits is None and arguments.fit is None and text is None:
+        return None
+    with imports():  # it reads the weights, and so needs what an export needs
+        from phimoe_onnx.exporter.pipeline import plan_widths
+        from phimoe_onnx.exporter.widths import Widths, check_widths
+    check_widths(arguments.quantize or "none", arguments.bits, arguments.fit, text)
+    widths = Widths(config, target_named(arguments.target or "cpu"), _options(arguments, store, task))
+    with progress as report:
+        return plan_widths(
+            arguments.source,
+            arguments.bits,
+            arguments.fit,
+            text,
+            arguments.adapter,
+            arguments.revision,
+            arguments.token,
+            widths,
+            report,
+        )
+
+
+def _layers(config: PhiMoEConfig, recipe: Recipe) -> Table:
+    """Of each layer, and of the head, how its matrices are stored and how many bytes they take."""
+    table = Table("layer", *KINDS, HEAD_KIND, "size", box=None, header_style="")
+    table.columns[-1].justify = "right"
+    for layer in range(config.num_hidden_layers + 1):
+        found = {place.kind: place for place in places(config) if place.layer == layer}
+        forms = (str(recipe.form(found[kind].parameters()[0])) if kind in found else "" for kind in (*KINDS, HEAD_KIND))
+        names = [name for place in found.values() for name in place.parameters()]
+        size = sum(stored_bytes(config, recipe, name) for name in names)
+        table.add_row("" if HEAD_KIND in found else str(layer), *forms, decimal(size, precision=2))
+    return table
 
 
 def _table() -> Table:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -14,7 +17,7 @@ from onnxscript import optimizer
 
 from phimoe_onnx import bundle
 from phimoe_onnx._version import __version__
-from phimoe_onnx.checkpoint.adapter import read_adapter
+from phimoe_onnx.checkpoint.adapter import Adapter, read_adapter
 from phimoe_onnx.checkpoint.headers import Stored
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve, task_for
@@ -38,13 +41,14 @@ from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
-from phimoe_onnx.exporter.recipe import Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import MIXED, Recipe, recipe_for
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.target import target_named
 from phimoe_onnx.exporter.tokenizer import check_text, tokenizer_files
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.weights import DTYPES
+from phimoe_onnx.exporter.widths import Widths, check_widths, chosen_recipe
 from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.files import read_json
 from phimoe_onnx.progress import Progress, counter
@@ -74,6 +78,9 @@ def export(
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
+    bits: float | None = None,
+    fit: int | None = None,
+    text: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the bundle of the PhiMoE checkpoint `source`.
@@ -83,8 +90,9 @@ def export(
         output: the bundle's folder; by default `<name>-<target>-<quantize>` in the working directory.
         task: "text-generation", "text-classification" (`PhimoeForSequenceClassification`) or "feature-extraction" (any
             PhiMoE, its head left out); by default the one that config.json's architectures name.
-        quantize: "none" (float32 for the CPU, float16 for CUDA), "fp16" (weights stored as float16), "int8" or "int4"
-            (experts, attention and lm_head block-wise in that width, embeddings int8, router float32).
+        quantize: "none" (float32 for the CPU, float16 for CUDA), "fp16" (weights stored as float16), "int8", "int4",
+            "int3" or "int2" (experts, attention and lm_head block-wise in that width, embeddings int8, router float32;
+            "int3" with native operators alone, "int2" for the CPU).
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
         block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the
             shape.
@@ -100,6 +108,10 @@ def export(
         adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
+        bits: in place of `quantize`: so many bits a weight on average, all parameters and their scales counted, each
+            kind of matrix of each layer in the width that serves the whole best.
+        fit: in place of `quantize` and `bits`: the same, by the bundle's size on disk, in bytes.
+        text: what the widths of `bits` and `fit` are measured on; a passage of the package by default.
         progress: called with a phase, the bytes done and the bytes to do.
 
     Returns:
@@ -111,24 +123,25 @@ def export(
     """
     report = progress or (lambda phase, done, total: None)
     wanted = target_named(target)
-    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
+    chooses = check_widths(quantize, bits, fit, text)
+    named = MIXED if chooses else quantize
+    output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{named}")
     check_output(output, overwrite)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
     merged = None if adapter is None else read_adapter(Path(adapter))
-    recipe = recipe_for(
-        config,
-        wanted,
-        quantize,
-        task=task_for(config, task, source),
-        block_size=block_size,
-        kv_cache=kv_cache,
-        dtype=dtype,
-        store=store,
-        operators=operators,
-        rounding=rounding,
-    )
+    options: dict[str, Any] = {
+        "task": task_for(config, task, source),
+        "block_size": block_size,
+        "kv_cache": kv_cache,
+        "dtype": dtype,
+        "store": store,
+        "operators": operators,
+        "rounding": rounding,
+    }
+    widths = Widths(config, wanted, options) if chooses else None
+    recipe = recipe_for(config, wanted, quantize, **options) if widths is None else widths.smallest()
     check_tokens(config, folder)
     decoding = read_decoding(config, folder, recipe)
     check_text(folder)
@@ -137,13 +150,74 @@ def export(
     rows = parameters(config, stored, recipe.task, merged)
 
     report("tracing", 0, 0)
-    graphs = build_graphs(trace(config, rows, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
+    traced = trace(config, rows, DTYPES[recipe.dtype], recipe.task)
+    if widths is not None:
+
+        def size(recipe: Recipe) -> int:
+            return _bundle_size(traced, source, folder, config, rows, recipe, decoding, merged)
+
+        recipe = chosen_recipe(widths, bits, fit, text, rows, folder, size, report)
+    graphs = build_graphs(traced, config, rows, recipe)
     with staged(output, overwrite) as staging:
         nbytes = _write_graphs(graphs, staging, recipe, [*_shards(stored), *(merged.files if merged else ())], report)
         _write_files(folder, staging, config, recipe)
         files = bundle.describe_files(staging, counter(report, "hashing", nbytes))
         _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
     return output
+
+
+def plan_widths(
+    source: str | Path,
+    bits: float | None,
+    fit: int | None,
+    text: str | None,
+    adapter: str | Path | None,
+    revision: str | None,
+    token: str | None,
+    widths: Widths,
+    progress: Progress,
+) -> Recipe:
+    """The recipe that an export with these options has; the weights are read, and downloaded where it needs them.
+
+    Raises:
+        ConfigError, CheckpointError, ExportError: as for `export`.
+    """
+    folder, config = resolve(source, revision, token), widths.config
+    merged = None if adapter is None else read_adapter(Path(adapter))
+    fetch_weights(source, folder, token, progress)
+    rows = parameters(config, read_headers(folder), "text-generation", merged)
+    decoding = read_decoding(config, folder, widths.smallest())
+
+    @cache
+    def traced() -> ir.Model:
+        return trace(config, rows, DTYPES[widths.smallest().dtype], "text-generation")
+
+    def size(recipe: Recipe) -> int:
+        return _bundle_size(traced(), source, folder, config, rows, recipe, decoding, merged)
+
+    return chosen_recipe(widths, bits, fit, text, rows, folder, size, progress)
+
+
+def _bundle_size(
+    traced: ir.Model,
+    source: str | Path,
+    folder: Path,
+    config: PhiMoEConfig,
+    rows: dict[str, tuple[Rows, ...]],
+    recipe: Recipe,
+    decoding: bundle.Decoding,
+    merged: Adapter | None,
+) -> int:
+    """Bytes of all files of the bundle by a recipe: all but the weights are written, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as name:
+        staging, layout = Path(name), Layout()
+        for file, graph in build_graphs(traced.clone(), config, rows, recipe).items():
+            layout.save(graph, staging / file)
+        _write_files(folder, staging, config, recipe)
+        data = {file: bundle.File(size, "0" * 64) for file, size in layout.sizes.items()}
+        files = bundle.describe_files(staging) | data
+        _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
+        return layout.nbytes + sum(path.stat().st_size for path in staging.iterdir())
 
 
 def build_graphs(

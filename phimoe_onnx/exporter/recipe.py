@@ -26,9 +26,13 @@ from phimoe_onnx.exporter.target import Dtype, Experts, Form, Operators, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-QUANTIZE = ("none", "fp16", "int8", "int4")
+QUANTIZE = ("none", "fp16", "int8", "int4", "int3", "int2")
+MIXED = "mixed"  # what stands for one of them where each width is chosen by itself (widths.py)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 LARGEST_DEFAULT_BLOCK = 64
+# In which MatMulNBits (at accuracy_level 4) and QMoE are fast with 2 bits, in 1.29 and 1.32 on AVX2. In blocks of 16
+# both, in blocks of 256 MatMulNBits unpack the weights first, and take some forty times as long for a row.
+BLOCK_SIZES_2 = (32, 64, 128)
 ROUTER = "gate.weight"
 EXACT = (ROUTER, "score.weight")  # router and a classifier's head: float32 in every form, a tie would decide
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -46,18 +50,23 @@ class Rounding:
     Attributes:
         operators: whose layouts it knows.
         largest_block: the most weights that share a scale, where the grid sets a limit.
+        stock_bits: the widths that it gives ONNX Runtime's operators.
     """
 
     function: str
     symmetric: bool = True
     operators: tuple[Operators, ...] = ("stock",)
     largest_block: int = max(BLOCK_SIZES)
+    stock_bits: tuple[int, ...] = (2, 4, 8)
 
 
 ROUNDINGS = {
     "rtn": Rounding("phimoe_onnx.exporter.quantize.rtn:round_to_nearest"),
     "two-level": Rounding(
-        "phimoe_onnx.exporter.quantize.two_level:round_two_level", operators=("native", "stock"), largest_block=BLOCK
+        "phimoe_onnx.exporter.quantize.levels:round_to_levels",
+        operators=("native", "stock"),
+        largest_block=BLOCK,
+        stock_bits=(4, 8),  # the levels of 2 bits are of the native operators alone
     ),
 }
 DEFAULT_ROUNDING: dict[Operators, str] = {"stock": "rtn", "native": "two-level"}
@@ -70,7 +79,7 @@ class Recipe:
     Attributes:
         target: what it is for.
         task: one of bundle.TASKS.
-        quantize: the option that `forms` follow where `store` says nothing else.
+        quantize: the option that `forms` follow where `store` says nothing else, or MIXED.
         dtype: of activations.
         kv_cache: "none", "int8" or "int4".
         operators: whose operators compute with rounded weights, ONNX Runtime's ("stock") or this project's ("native").
@@ -196,10 +205,15 @@ def recipe_for(
     chosen = _operators(target, operators, (quantize, *store.values()), block_size)
     rounding = rounding or DEFAULT_ROUNDING[chosen]
     _check_options(task, kv_cache, quantize, store, chosen, rounding)
-    target.check(config, (quantize, *store.values()), kv_cache)
+    target.check(config, (quantize, *store.values()), kv_cache, chosen)
     activations = target.activations(dtype)
     blocks = any(form.startswith("int") for form in (quantize, *store.values()))
     size = _block_size(config, block_size, ROUNDINGS[rounding].largest_block) if blocks else 0
+    if chosen == "stock" and "int2" in (quantize, *store.values()) and size not in BLOCK_SIZES_2:
+        raise ExportError(
+            f"int2 in blocks of {size}: ONNX Runtime is fast in blocks of 32, 64 and 128 alone; use another "
+            f"--block-size, int4, or --operators native"
+        )
 
     def form(name: str, parameter: str = "") -> Form:
         if name.startswith("int") and chosen == "native" and parameter != EMBEDDING:
@@ -223,6 +237,8 @@ def recipe_for(
     for pattern, stored in store.items():
         _override(forms, known, pattern, stored, partial(form, stored))
     embedding = forms[EMBEDDING][0]
+    if isinstance(embedding, Format) and embedding.bits < 4:
+        raise ExportError(f"--store: {EMBEDDING} is {embedding}; it is stored as none, fp16, int8 or int4")
     if isinstance(embedding, Format) and target.blocks == "DequantizeLinear" and embedding.bits != 8:
         raise ExportError(
             f"--store: {EMBEDDING} is {embedding}; the standard Gather takes int8 and no int4, store it as int8"
@@ -260,7 +276,7 @@ def _operators(target: Target, operators: str, forms: tuple[str, ...], block_siz
         if known == operators == "native":
             if not any(form.startswith("int") for form in forms):
                 raise ExportError(
-                    "--operators native computes with int4 and int8 weights, and none are asked for; use --quantize "
+                    "--operators native computes with weights of int2 to int8, and none are asked for; use --quantize "
                     "int4, or --operators stock"
                 )
             if block_size not in (None, BLOCK):
@@ -288,6 +304,11 @@ def _check_options(
         raise ExportError(f"rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
     if operators not in ROUNDINGS[rounding].operators:
         raise ExportError(f"rounding is {rounding!r}, --operators {operators} takes {DEFAULT_ROUNDING[operators]!r}")
+    if operators == "stock" and "int2" in (quantize, *store.values()) and 2 not in ROUNDINGS[rounding].stock_bits:
+        raise ExportError(
+            f"rounding is {rounding!r}, whose 2 bits the native operators alone read; for int2 --operators stock takes "
+            f"{DEFAULT_ROUNDING[operators]!r}"
+        )
     if task != "text-generation" and kv_cache != "none":
         raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
 
@@ -364,7 +385,7 @@ def _native(config: PhiMoEConfig, forms: Mapping[str, tuple[Form, ...]]) -> tupl
             if len(found) > 1 or not isinstance(forms[name][0], Strips):
                 raise ExportError(
                     f"{name} is stored as {' and '.join(found)}; --operators native takes the experts of a layer all "
-                    f"as int4 or all as int8"
+                    f"as one of int8, int4, int3 and int2"
                 )
     return ("native",)
 

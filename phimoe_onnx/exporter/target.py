@@ -52,7 +52,8 @@ class Target:
         blocks: what computes with weights in blocks. MatMulNBits is ONNX Runtime's; DequantizeLinear before a MatMul is
             standard from opset 21 on.
         operators: whose operators there are for rounded weights.
-        forms: in which weights may be stored: "none" (as activations), "fp16", "int8", "int4".
+        forms: in which weights may be stored: "none" (as activations), "fp16", "int8" and so on.
+        native_forms: what native operators compute with beside them.
         no_form: why others are not there.
         kv_cache: in which keys and values may be: "none" (as activations), "int8", "int4".
         no_kv_cache: why others are not there.
@@ -78,6 +79,7 @@ class Target:
     rotates: Callable[[PhiMoEConfig], bool] = lambda config: True
     blocks: Literal["MatMulNBits", "DequantizeLinear"] = "MatMulNBits"
     operators: tuple[Operators, ...] = ("stock",)
+    native_forms: tuple[str, ...] = ()
     no_plain_moe: str | None = None
     tile: int = 1
     no_form: str = ""
@@ -119,13 +121,20 @@ class Target:
                 return known
         raise ExportError(f"--target {self.name} has no --dtype {dtype}, expected {' or '.join(self.dtypes)}")
 
-    def check(self, config: PhiMoEConfig, forms: Collection[str], kv_cache: str) -> None:
+    def forms_for(self, operators: Operators) -> tuple[str, ...]:
+        """In which weights may be stored where these operators compute with them."""
+        return (*self.forms, *self.native_forms) if operators == "native" else self.forms
+
+    def check(
+        self, config: PhiMoEConfig, forms: Collection[str], kv_cache: str, operators: Operators = "stock"
+    ) -> None:
         """Raises ExportError, with the reason, for a shape, a form of weights or a form of cache that is not taken."""
+        known = self.forms_for(operators)
         if kv_cache not in self.kv_cache:
             raise ExportError(f"--target {self.name} has no --kv-cache {kv_cache}: {self.no_kv_cache}")
         for form in forms:
-            if form not in self.forms:
-                raise ExportError(f"--target {self.name} has no {form}: {self.no_form}; use {' or '.join(self.forms)}")
+            if form not in known:
+                raise ExportError(f"--target {self.name} has no {form}: {self.no_form}; use {' or '.join(known)}")
         if self.attention == "GroupQueryAttention" and config.head_dim % 16:
             raise ExportError(
                 f"head_dim is {config.head_dim}, ONNX Runtime's GroupQueryAttention with rope needs a multiple of 16; "
@@ -171,7 +180,9 @@ CPU = Target(
     experts=("fused", "branches"),
     operators=("stock", "native"),
     no_plain_moe="no MoE for plain weights: before ONNX Runtime 1.32 it writes its output over its input",
-    forms=("none", "fp16", "int8", "int4"),
+    forms=("none", "fp16", "int8", "int4", "int2"),
+    native_forms=("int3",),
+    no_form="ONNX Runtime's operators read 2, 4 and 8 bits, --operators native 3 as well",
     kv_cache=("none", "int8", "int4"),
     prefill_chunk=512,
     plain_inputs=True,
@@ -188,6 +199,7 @@ CUDA = Target(
     experts=("fused",),
     tile=64,  # QMoE's packed weights are made of tiles of so many columns
     forms=("none", "fp16", "int8", "int4"),
+    no_form="ONNX Runtime's QMoE reads 4 and 8 bits there",
     kv_cache=("none", "int8", "int4"),
     prefill_chunk=4096,
     genai=({"cuda": {"enable_cuda_graph": "0", "use_tf32": "0"}},),
@@ -203,6 +215,7 @@ PORTABLE = Target(
     skip_norm=False,
     experts=("branches",),
     forms=("none", "fp16", "int8", "int4"),
+    no_form="the standard DequantizeLinear reads 4 and 8 bits",
     blocks="DequantizeLinear",
     kv_cache=("none",),
     no_kv_cache="the standard operators keep keys and values as they are",

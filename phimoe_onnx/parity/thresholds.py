@@ -50,6 +50,8 @@ DEFAULTS = {
     16: Thresholds(kl=1e-3, kernel_kl=1e-6, perplexity_ratio=1.001),
     8: Thresholds(kl=1e-2, kernel_kl=1e-2, perplexity_ratio=1.005),
     4: Thresholds(kl=1e-1, kernel_kl=1e-2, perplexity_ratio=1.05),
+    3: Thresholds(kl=2.5e-1, kernel_kl=1e-2, perplexity_ratio=1.1),
+    2: Thresholds(kl=1.0, kernel_kl=1.5e-2, perplexity_ratio=1.7),
 }
 
 # For outputs that are no distribution: hidden states, and logits of labels that do not exclude each other. About twice
@@ -59,6 +61,8 @@ VALUES = {
     16: Thresholds(mean_difference=1e-3, kernel_difference=1e-4),
     8: Thresholds(mean_difference=5e-2, kernel_difference=4e-2),
     4: Thresholds(mean_difference=3e-1, kernel_difference=4e-2),
+    3: Thresholds(mean_difference=4e-1, kernel_difference=7e-2),
+    2: Thresholds(mean_difference=8e-1, kernel_difference=7e-2),
 }
 
 # What a cache of integers may add to the divergence and to the perplexity's ratio, by its dtype: again about twice what

@@ -7,6 +7,8 @@ imported where numbers are touched, so sizes can be planned without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,12 +33,12 @@ class Plain:
 
 @dataclass(frozen=True)
 class Format:
-    """Integers of `bits` (4 or 8), a scale of `scale_dtype` for each `block_size` neighbours of a row.
+    """Integers of `bits` (2, 4 or 8), a scale of `scale_dtype` for each `block_size` neighbours of a row.
 
     A stored code q stands for (q - z) * scale. Where `symmetric`, z is 2 ** (bits - 1) everywhere; else every block
     has a zero point z of its own, unsigned and as wide as a code. A row [K] is stored as
 
-    1. codes, uint8 [K * bits / 8]: of two 4-bit codes in a byte the first is in the low nibble,
+    1. codes, uint8 [K * bits / 8]: of several codes in a byte the first is in the lowest bits,
     2. scales [K / block_size],
     3. without `symmetric` zeros, uint8 [ceil(K / block_size * bits / 8)], packed like codes and padded with 0.
 
@@ -78,18 +80,20 @@ class Format:
         """uint8 [..., count], a code a byte -> [..., ceil(count * bits / 8)]."""
         from torch.nn.functional import pad
 
-        if self.bits == 8:
+        each = 8 // self.bits  # codes of a byte
+        if each == 1:
             return codes
-        low, high = pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2)).unbind(-1)
-        packed: Tensor = low | high << 4
+        parts = pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each)).unbind(-1)
+        packed: Tensor = reduce(or_, (part << self.bits * place for place, part in enumerate(parts)))
         return packed
 
     def unpack(self, packed: Tensor, count: int) -> Tensor:
         """What `pack` was given: uint8 [..., count], a code a byte."""
         import torch
 
-        if self.bits == 4:
-            packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+        if self.bits < 8:
+            shifts = range(0, 8, self.bits)
+            packed = torch.stack([packed >> shift & (1 << self.bits) - 1 for shift in shifts], dim=-1).flatten(-2)
         codes: Tensor = packed[..., :count]
         return codes
 

@@ -53,4 +53,4 @@ def _round_slab(rows: torch.Tensor, format: Format, codes: torch.Tensor, scales:
     if format.bits == 4:  # two codes as one little-endian int16, 0x0b0a, whose low byte becomes 0xba
         pairs = wide.view(torch.int16)
         wide = pairs.bitwise_or(pairs >> 4)
-    codes.copy_(wide)
+    codes.copy_(format.pack(wide) if format.bits == 2 else wide)

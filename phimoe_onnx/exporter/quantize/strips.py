@@ -6,6 +6,8 @@ Layout alone, as format.py is for ONNX Runtime's operators; two_level.py rounds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,14 +18,15 @@ TILE = 64  # inputs of a piece of codes
 BLOCK = 32  # inputs that share an integer scale
 LARGEST_SUPERBLOCK = 512
 ALIGNMENT = 64  # bytes
+LEVELS = {2: (-7, -2, 2, 7), 3: (-8, -5, -3, -1, 1, 3, 5, 8)}  # by code; 4 and 8 bits have all integers
 
 
 @dataclass(frozen=True)
 class Strips:
-    """Integers of `bits` (4 or 8) with two levels of scales, sixteen outputs side by side.
+    """Codes of `bits` (2, 3, 4 or 8) with two levels of scales, sixteen outputs side by side.
 
     A weight is S * s * level: S a bfloat16 for each superblock of a row, s an integer from 0 to 15 for each 32 inputs
-    (1 with 8 bits), level an integer of `bits`, from -8 to 7 or from -127 to 127.
+    (1 with 8 bits), level one of `LEVELS`, or an integer from -8 to 7 (4 bits) or from -127 to 127 (8 bits).
     """
 
     bits: int
@@ -66,16 +69,18 @@ class Strips:
         strips, tiles = -(-n // STRIP), -(-k // TILE)
         rows = (0, strips * STRIP - n)
         levels = pad(levels, (0, tiles * TILE - k, *rows)).view(strips, STRIP, tiles, TILE // 4, 4)
-        codes = levels.permute(0, 2, 3, 1, 4)  # [strips, tiles, TILE / 4, STRIP, 4]
+        codes = self._codes(levels.permute(0, 2, 3, 1, 4))  # [strips, tiles, TILE / 4, STRIP, 4]
+        if self.bits == 3:
+            tile = torch.cat((_folded(codes & 3, 2), _folded(codes >> 2, 1)), dim=2)
+        else:
+            tile = _folded(codes, self.bits)
         scales = [pad(S, (0, 0, *rows)).view(strips, STRIP, -1).transpose(1, 2).contiguous().view(torch.uint8)]
-        if self.bits == 4:
-            low, high = (codes + 8).to(torch.uint8).chunk(2, dim=2)
-            codes = low | high << 4
+        if self.bits < 8:
             pairs = pad(s, (0, 2 * tiles - s.shape[1], *rows)).view(strips, STRIP, tiles, 2)
             scales.append((pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2))
         header = torch.cat([part.reshape(strips, -1) for part in scales], dim=1)
         header = pad(header, (0, self._header_bytes(k) - header.shape[1]))
-        return torch.cat((header, codes.contiguous().view(torch.uint8).reshape(strips, -1)), dim=1)
+        return torch.cat((header, tile.reshape(strips, -1)), dim=1)
 
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
         """The float32 [n, k] that strips, uint8 [strips, strip_bytes], stand for."""
@@ -86,16 +91,48 @@ class Strips:
         outer = packed[:, : 2 * STRIP * superblocks].contiguous().view(torch.bfloat16)
         scales = outer.view(strips, superblocks, STRIP).transpose(1, 2).float()
         scales = scales.repeat_interleave(superblock_size(k) // BLOCK, dim=2)  # [strips, STRIP, blocks]
-        if self.bits == 8:
-            codes = packed[:, header:].contiguous().view(torch.int8).view(strips, tiles, TILE // 4, STRIP, 4)
-        else:
+        if self.bits < 8:
             pairs = packed[:, 2 * STRIP * superblocks :][:, : STRIP * tiles].view(strips, tiles, STRIP).transpose(1, 2)
             scales = scales * torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(2).float()
-            nibbles = packed[:, header:].view(strips, tiles, TILE // 8, STRIP, 4)
-            codes = torch.cat((nibbles & 15, nibbles >> 4), dim=2).to(torch.int8) - 8
-        levels = codes.permute(0, 3, 1, 2, 4).reshape(strips, STRIP, 2 * tiles, BLOCK)
+        tile = packed[:, header:].reshape(strips, tiles, 2 * self.bits, STRIP, 4)
+        if self.bits == 3:
+            codes = _unfolded(tile[:, :, :4], 2) | _unfolded(tile[:, :, 4:], 1) << 2
+        else:
+            codes = _unfolded(tile, self.bits)
+        levels = self._levels(codes).permute(0, 3, 1, 2, 4).reshape(strips, STRIP, 2 * tiles, BLOCK)
         rows: Tensor = (levels * scales.unsqueeze(-1)).reshape(strips * STRIP, -1)[:n, :k]
         return rows
+
+    def _codes(self, levels: Tensor) -> Tensor:
+        """int8 -> uint8; what is no level of 2 and 3 bits, a padding's 0, becomes any."""
+        import torch
+
+        if self.bits in LEVELS:
+            table = torch.tensor(LEVELS[self.bits], dtype=torch.int8)
+            return torch.bucketize(levels.contiguous(), table, out_int32=True).to(torch.uint8)
+        return (levels + 8).to(torch.uint8) if self.bits == 4 else levels.contiguous().view(torch.uint8)
+
+    def _levels(self, codes: Tensor) -> Tensor:
+        """uint8 -> int8."""
+        import torch
+
+        if self.bits in LEVELS:
+            return torch.tensor(LEVELS[self.bits], dtype=torch.int8)[codes.int()]
+        return codes.to(torch.int8) - 8 if self.bits == 4 else codes.contiguous().view(torch.int8)
+
+
+def _folded(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 1, 2, 4 or 8 bits, uint8 [strips, tiles, TILE / 4, STRIP, 4] -> [strips, tiles, 2 * bits, STRIP, 4]."""
+    parts = codes.unflatten(2, (8 // bits, -1)).unbind(2)
+    folded: Tensor = reduce(or_, (part << bits * place for place, part in enumerate(parts)))
+    return folded
+
+
+def _unfolded(folded: Tensor, bits: int) -> Tensor:
+    """What `_folded` was given."""
+    import torch
+
+    return torch.cat([folded >> bits * place & (1 << bits) - 1 for place in range(8 // bits)], dim=2)
 
 
 def superblock_size(k: int) -> int:

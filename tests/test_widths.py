@@ -1,0 +1,309 @@
+"""Widths of 2 and 3 bits, and --bits and --fit, which choose widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phimoe_onnx import export, verify
+from phimoe_onnx.bench.traffic import step_bytes
+from phimoe_onnx.bundle import describe_files, read_manifest
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers, shapes
+from phimoe_onnx.cli.export import main
+from phimoe_onnx.config import parse_config, read_config
+from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter import pipeline
+from phimoe_onnx.exporter import widths as module
+from phimoe_onnx.exporter.places import KINDS, Place, places
+from phimoe_onnx.exporter.quantize.measure import measure
+from phimoe_onnx.exporter.recipe import Recipe, recipe_for
+from phimoe_onnx.exporter.sizes import average_bits, count_weights, parse_size, shown, stored_bytes
+from phimoe_onnx.exporter.target import TARGETS
+from phimoe_onnx.exporter.widths import PASSAGE, Widths, check_widths, cut
+from phimoe_onnx.layered import checkpoint_weights
+from phimoe_onnx.modeling import PhiMoEForCausalLM
+from phimoe_onnx.parity.thresholds import Thresholds
+from phimoe_onnx.reference import fill, logits
+from phimoe_onnx.runtime.ort import operators
+from tests.checkpoints import BASE, MODEL
+
+Checkpoint = Callable[..., Path]
+CPU, CONFIG = TARGETS["cpu"], parse_config(BASE)
+TEXT = "It was a fine morning, and nobody had anything to do. " * 20
+LOOSE = Thresholds(kl=5.0, kernel_kl=0.1)  # a random model's logits say little
+built = pytest.mark.skipif(operators.library() is None, reason="the library of the native operators is not built here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once() -> Iterator[None]:
+    """Tracing and measuring take most of the time of so small an export; the same is traced and measured once."""
+    known: dict[Any, Any] = {}
+    costs: dict[Any, Any] = {}
+    original = pipeline.trace
+
+    def measure_once(config: Any, read: Any, recipes: dict[int, Recipe], windows: Any, **options: Any) -> Any:
+        key = str(([recipe.digest() for recipe in recipes.values()], windows))
+        if key not in costs:
+            costs[key] = measure(config, read, recipes, windows, **options)
+        return costs[key]
+
+    def trace(config: Any, *rest: Any) -> Any:
+        key = repr(config)
+        if key not in known:
+            known[key] = original(config, *rest)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "trace", trace)
+        patch.setattr(module, "measure", measure_once)
+        yield
+
+
+@built
+@pytest.mark.parametrize(("bits", "store"), [(2, {}), (3, {"*.down_proj": "int2", "lm_head.weight": "int8"})])
+def test_native_operators_compute_with_2_and_3_bits(
+    tmp_path: Path, checkpoint: Checkpoint, bits: int, store: dict[str, str]
+) -> None:
+    """As PyTorch does over the weights that are stored, which are far from the checkpoint's."""
+    source = checkpoint("longrope-window")
+    folder = export(source, tmp_path / "bundle", quantize=f"int{bits}", operators="native", store=store)
+    assert {group.dtype for group in read_manifest(folder).weights} >= {f"int{bits}", *store.values()}
+    report = verify(folder, source, tokens=150, new_tokens=8, thresholds=LOOSE)
+    assert report.failures == []
+    assert report.bundle_to_stored is not None
+    assert report.bundle_to_stored.mean_difference < 0.1
+    assert report.bundle_to_reference.mean_difference > 0.2
+
+
+def test_bench_counts_2_bits(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """With a block's scale of 4 bits; a step reads two of sixteen experts, and the router in float32."""
+    source = checkpoint("plain")
+    folder = export(source, tmp_path / "bundle", quantize="int2", operators="native")
+    sizes = {name: math.prod(shape) for name, shape in shapes(read_config(source)).items()}
+    expected = sum(
+        size * (4 if ".gate." in name else 2.125 / 8) * (2 / 16 if ".experts." in name else 1)
+        for name, size in sizes.items()
+        if name.endswith(("_proj", "_proj.weight", "gate.weight", "lm_head.weight"))
+    )
+    assert step_bytes(folder, read_manifest(folder), 1, 0) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("graph", ["model.onnx", "model.branches.onnx"])
+def test_stock_operators_compute_with_2_bits(tmp_path: Path, checkpoint: Checkpoint, graph: str) -> None:
+    source = checkpoint("longrope-window")
+    folder = export(source, tmp_path / "bundle", quantize="int2")
+    manifest = read_manifest(folder)
+    assert {graph.file: graph.devices["cpu"] for graph in manifest.graphs} == {
+        "model.onnx": "1.31",
+        "model.branches.onnx": "1.29",
+    }
+    replace(manifest, graphs=tuple(each for each in manifest.graphs if each.file == graph)).write(folder)
+    report = verify(folder, source, tokens=150, new_tokens=4, thresholds=LOOSE)
+    assert report.failures == []
+    assert report.bundle_to_stored is not None
+    assert report.bundle_to_stored.mean_difference < 0.2
+
+
+def test_spans_divide_as_single_layers_measure() -> None:
+    """Two layers of the trained model as one span, against every layer, kind and width by itself: costs are near, and
+    what is chosen by them costs little more than the best. And one of these costs against a model whose one matrix is
+    stored so.
+    """
+    read = checkpoint_weights(read_config(MODEL), parameters(read_config(MODEL), read_headers(MODEL)))
+    widths = Widths(replace(read_config(MODEL), num_hidden_layers=2), CPU, {"operators": "native"})
+    widths.recipes = recipes = {bits: widths.recipes[bits] for bits in (2, 4)}
+    windows = [passage()[:128]]
+    alone = measure(widths.config, read, recipes, windows, spans=2)
+    spans = measure(widths.config, read, recipes, windows, spans=1)
+    assert spans[Place("lm_head", 2)] == alone[Place("lm_head", 2)]
+    logs = [
+        math.log(spans[place][bits] / alone[place][bits]) for place in places(widths.config)[:-1] for bits in recipes
+    ]
+    assert 0 < np.mean(np.abs(logs)) < math.log(1.5)
+    for average in (4.2, 4.6, 5.0):
+        chosen = []
+        for widths.costs in (spans, alone):
+            recipe = widths.within(int(average * count_weights(widths.config, widths.smallest()) / 8))
+            chosen.append(
+                sum(
+                    alone[place][bits]
+                    for place in places(widths.config)
+                    for bits in recipes
+                    if recipe.forms[place.parameters()[0]] == recipes[bits].forms[place.parameters()[0]]
+                )
+            )
+        assert chosen[1] <= chosen[0] <= 1.25 * chosen[1]
+
+    place = Place("gate, up", 1)
+    (name,) = place.parameters()
+    model = PhiMoEForCausalLM(widths.config).eval()
+    fill(model, read)
+    expected = log_probabilities(model, windows[0])
+    strips = recipes[2].form(name)
+    stack = model.get_parameter(name).data
+    for expert, matrix in enumerate(stack):
+        stack[expert] = strips.unpack(*recipes[2].round_rows()(matrix, strips, name, expert), *matrix.shape)
+    found = log_probabilities(model, windows[0])
+    divergence = float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
+    assert alone[place][2] == pytest.approx(divergence, rel=0.02)
+
+
+def passage() -> list[int]:
+    return list(cut(PASSAGE.read_text(encoding="utf-8"), MODEL, read_config(MODEL))[0])
+
+
+def log_probabilities(model: Any, token_ids: list[int]) -> np.ndarray:
+    scores = logits(model, token_ids).astype(np.float64)
+    return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+
+
+def better_steps(widths: Widths, recipe: Recipe) -> list[int]:
+    """Bytes by which each better choice of each item is larger."""
+    steps = []
+    for item in widths.items:
+        names = [name for place in item for name in place.parameters()]
+        sizes = {
+            bits: sum(stored_bytes(widths.config, each, name) for name in names)
+            for bits, each in widths.recipes.items()
+        }
+        costs = {bits: sum(widths.costs[place][bits] for place in item) for bits in widths.recipes}
+        (now,) = (bits for bits, each in widths.recipes.items() if each.forms[names[0]] == recipe.forms[names[0]])
+        assert {recipe.forms[name] for name in names} == {recipe.forms[names[0]]}
+        steps += [sizes[bits] - sizes[now] for bits in sizes if costs[bits] < costs[now]]
+    return steps
+
+
+@pytest.mark.parametrize("kind", ["native", "stock"])
+def test_bits_is_the_average_of_all_that_is_stored(tmp_path: Path, checkpoint: Checkpoint, kind: str) -> None:
+    source = checkpoint("plain")
+    config = read_config(source)
+    folder = export(source, tmp_path / "bundle", bits=4.5, text=TEXT, operators=kind)
+    manifest = read_manifest(folder)
+    recipe = measured(source, kind).within(int(4.5 * weights(source) / 8))
+    assert (manifest.quantize, manifest.recipe) == ("mixed", recipe.digest())
+    assert manifest.weights == recipe.stored_weights()
+    assert len({form for forms in recipe.forms.values() for form in forms}) > 2
+    data = sum(path.stat().st_size for path in folder.glob("*.data"))
+    tables = 2 * 128 * 8 * 4
+    assert 8 * (data - tables) / weights(source) == pytest.approx(average_bits(config, recipe), abs=0.01)
+    assert average_bits(config, recipe) <= 4.5
+    left = int((4.5 - average_bits(config, recipe)) * weights(source) / 8)
+    assert min(better_steps(measured(source, kind), recipe)) > left
+
+
+def test_the_same_options_give_the_same_bytes(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    source = checkpoint("experts")
+    config = read_config(source)
+    widths = Widths(config, CPU, {"operators": "native"})
+    read = checkpoint_weights(config, parameters(config, read_headers(source)))
+    windows = cut(TEXT, source, config)
+    assert measure(config, read, widths.recipes, windows) == measure(config, read, widths.recipes, windows)
+    folders = [export(source, tmp_path / name, bits=4.0, text=TEXT, operators="native") for name in ("a", "b")]
+    assert describe_files(folders[0]) == describe_files(folders[1])
+    assert read_manifest(folders[0]) == read_manifest(folders[1])
+
+
+def weights(source: Path) -> int:
+    return sum(
+        math.prod(part.shape)
+        for parts in parameters(read_config(source), read_headers(source)).values()
+        for part in parts
+    )
+
+
+def measured(source: Path, kind: str) -> Widths:
+    config = read_config(source)
+    widths = Widths(config, CPU, {"operators": kind})
+    read = checkpoint_weights(config, parameters(config, read_headers(source)))
+    widths.measure(read, TEXT, source, lambda phase, done, total: None)
+    return widths
+
+
+def test_fit_is_as_large_as_fits(tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folder = checkpoint("plain"), tmp_path / "bundle"
+    options = ["--fit", "640 kB", "--operators", "native", "--text", str(tmp_path / "text.txt")]
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main([str(source), *options, "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert not folder.exists()
+    assert main([str(source), *options, "-o", str(folder)]) == 0
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    assert total <= 640_000
+    widths = measured(source, "native")
+    manifest = read_manifest(folder)
+    store = {name: group.dtype for group in manifest.weights for name in group.names() if group.layout == "strips"}
+    recipe = recipe_for(widths.config, CPU, "int8", operators="native", store=store)
+    assert recipe.digest() == manifest.recipe
+    assert min(better_steps(widths, recipe)) > 640_000 - total
+    for layer in range(2):
+        line = next(line.strip() for line in planned.splitlines() if line.split()[:1] == [str(layer)])
+        forms = [str(recipe.form(Place(kind, layer).parameters()[0])) for kind in KINDS]
+        assert all(form in line for form in forms)
+    assert f"{average_bits(widths.config, recipe):.3f} bits a weight" in planned
+
+
+def test_what_store_fixes_stays(checkpoint: Checkpoint) -> None:
+    widths = Widths(
+        CONFIG, CPU, {"operators": "native", "store": {"lm_head.weight": "int4", "*.0.*.down_proj": "int3"}}
+    )
+    places_left = [place for item in widths.items for place in item]
+    assert Place("lm_head", 2) not in places_left
+    assert Place("down", 0) not in places_left
+    assert len(places_left) == 2 * 4 - 1
+    assert {str(widths.smallest().form("lm_head.weight")), str(widths.largest().form("lm_head.weight"))} == {
+        "int4 in strips"
+    }
+
+
+def test_the_target_and_its_operators_say_what_may_be_chosen() -> None:
+    assert sorted(Widths(CONFIG, CPU, {"operators": "native"}).recipes) == [2, 3, 4, 8]
+    assert sorted(Widths(CONFIG, CPU, {}).recipes) == [2, 4, 8]
+    assert sorted(Widths(CONFIG, CPU, {"block_size": 16}).recipes) == [4, 8]
+    assert sorted(Widths(CONFIG, TARGETS["portable"], {}).recipes) == [4, 8]
+    assert [len(item) for item in Widths(CONFIG, CPU, {}).items] == [1, 1, 2] * 2 + [1]
+    assert [len(item) for item in Widths(CONFIG, TARGETS["portable"], {}).items] == [1] * 9
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 1.5}, ["--bits is 1.5", "can have 3.75 to 9.26"]),
+        ({"bits": 11.0}, ["--bits is 11", "can have 3.75 to 9.26"]),
+        ({"fit": 1000}, ["--fit is 1 kB", "the smallest bundle", "kB"]),
+        ({"fit": 10**9}, ["--fit is 1 GB", "8 bits throughout", "use --quantize int8"]),
+        ({"bits": 4.0, "fit": 10**9}, ["--bits and --fit", "one of them"]),
+        ({"bits": 4.0, "quantize": "int4"}, ["--bits chooses the widths", "--quantize int4"]),
+        ({"bits": 4.0, "text": "short"}, ["--text: has", "at least 256"]),
+        ({"text": TEXT}, ["--text", "neither is given"]),
+        ({"bits": 4.0, "task": "feature-extraction"}, ["--task feature-extraction has no --bits"]),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_in_a_sentence(
+    tmp_path: Path, checkpoint: Checkpoint, options: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ExportError) as error:
+        export(checkpoint("plain"), tmp_path / "bundle", operators="native", **options)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [["--fit", "14"], ["--fit", "-3GB"], ["--bits", "few"], ["--bits", "nan"]])
+def test_options_that_are_no_numbers_are_named(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(MODEL), *option])
+    assert ended.value.code == 2
+    assert f"{option[0]}" in capsys.readouterr().err
+
+
+def test_sizes_are_decimal() -> None:
+    assert [parse_size(text) for text in ("14GB", "1.5 MB", "3kB")] == [14 * 10**9, 1_500_000, 3000]
+    assert [shown(size) for size in (13_999_999_999, 1_500_000, 12)] == ["14 GB", "1.5 MB", "0.02 kB"]
+    assert not check_widths("int4", None, None, None)
