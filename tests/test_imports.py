@@ -22,16 +22,20 @@ ALLOWED = {
     "modeling": {"config"},
     "bundle_v1": set(),
     "bundle": {"bundle_v1"},
+    "page_parts": set(),
     "text": set(),
     "checkpoint": {"config"},
     "layered": {"checkpoint", "config", "modeling"},
     "reference": {"layered", "checkpoint", "config", "modeling"},
     "exporter": {"checkpoint", "text", "reference", "layered", "bundle", "config", "modeling"},
     "runtime": {"bundle", "config", "text"},
-    "analytics": {"runtime"},
+    "analytics": {"runtime", "page_parts"},
     "lm_eval": {"runtime", "text"},
     "bench": {"runtime", "bundle", "config"},
-    "parity": {"exporter", "runtime", "layered", "reference", "checkpoint", "bundle", "config", "modeling"},
+    "parity": {
+        *("exporter", "runtime", "layered", "reference", "checkpoint", "bundle", "config", "modeling"),
+        *("text", "page_parts"),
+    },
     "cli": {"analytics", "bench", "exporter", "checkpoint", "runtime", "parity", "text", "bundle", "config"},
 }
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")

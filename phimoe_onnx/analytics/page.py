@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from phimoe_onnx.analytics.report import Report
 from phimoe_onnx.analytics.routing import BIN, BINS, Usage, apart, own_experts, top_pairs
+from phimoe_onnx.page_parts import document
 
 CELL = 20  # of a heat map, in its own units
 LEFT, TOP = 26, 16  # room for the numbers of layers and experts
@@ -18,64 +19,21 @@ LEVELS = 8  # of their colour
 BAR = 14  # the width of a bar
 HEIGHT = 70  # of the highest
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfaf8; --card: #fff; --ink: #22252a; --soft: #666c76; --line: #dcdad5;
-  --more: #1560a8; --less: #b4501e; --base: #eeecE7; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #15171a; --card: #1d2024; --ink: #e4e6e9; --soft: #9aa1ab; --line: #343940;
-    --more: #6cb2f5; --less: #f09a62; --base: #2a2e34; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 20px 16px 48px; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 36px 0 4px; }
-h3 { font-size: 1rem; margin: 0 0 8px; overflow-wrap: anywhere; }
-h3 span, p, figcaption, summary, .soft { color: var(--soft); }
-h3 span { font-weight: normal; }
-p { margin: 0 0 14px; max-width: 70ch; }
-.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px; min-width: 0; }
-.card > svg { display: block; width: 100%; height: auto; max-width: 520px; }
-.card > p { margin: 8px 0 0; font-size: 0.86rem; }
-.wide { overflow-x: auto; }
-svg text { fill: var(--soft); font: 10px system-ui, sans-serif; }
-.base { fill: var(--base); } .more { fill: var(--more); } .less { fill: var(--less); }
-.edge { stroke: var(--ink); stroke-dasharray: 3 3; }
-table { border-collapse: collapse; font-size: 0.86rem; font-variant-numeric: tabular-nums; min-width: 280px; }
-th, td { text-align: right; padding: 3px 0 3px 12px; white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; }
-tbody tr { border-top: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.words, th.words { text-align: left; white-space: normal; }
-td.words span { display: inline-block; margin-right: 14px; } td.words span span { margin: 0; }
-.small { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 10px; }
-figure { margin: 0; } figcaption { font-size: 0.75rem; }
-details { margin-top: 14px; } summary { cursor: pointer; }
-.legend { display: flex; gap: 8px; align-items: center; font-size: 0.86rem; margin-bottom: 12px; }
-.legend svg { flex: 0 1 160px; min-width: 0; height: 12px; } .legend svg + svg { margin-left: -8px; }
-"""
-
 
 def page(report: Report) -> str:
     """The page, HTML of one file."""
     names = ", ".join(usage.name for usage in report.texts)
-    title = escape(f"Experts of {report.source}")
-    return "\n".join(
+    return document(
+        f"Experts of {report.source}",
+        "<!doctype html>\n<!-- phimoe-experts -->",
         [
-            "<!doctype html>\n<!-- phimoe-experts -->",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<style>{STYLE}</style></head><body><main>",
-            f"<h1>{title}</h1>",
             f"<p>Bundle {escape(report.bundle)}, for {escape(report.target)}, weights {escape(report.quantize)}. "
             f"Texts: {escape(names)}.</p>",
             *_shares(report),
             *(_differences(report.texts) if len(report.texts) > 1 else ()),
             *_pairs(report.texts),
             *_margins(report),
-            "</main></body></html>\n",
-        ]
+        ],
     )
 
 

@@ -29,6 +29,7 @@ MARKS = {
     "json": '{\n  "written_by": "phimoe-verify"',
     "markdown": "### phimoe-verify: `",
     "junit": '<testsuite name="phimoe-verify"',
+    "html": "<!doctype html>\n<!-- phimoe-verify -->",
 }
 OF_THE_REFERENCE = ("adapter", "text", "tokens", "new_tokens", "save_golden")  # options that go with --reference
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "past its threshold.",
         "austen-int4 --reference models/phimoe-austen",
         "BUNDLE --reference CHECKPOINT --junit parity.xml --max-kl 0.05",
+        "BUNDLE --reference CHECKPOINT --html report.html",
         "BUNDLE --reference CHECKPOINT --save-golden model.golden",
         "BUNDLE --golden model.golden",
     )
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--junit", metavar="FILE", help="write JUnit XML (default: none)")
     add("--markdown", metavar="FILE", help="write the tables as Markdown (default: none)")
     add("--json", metavar="FILE", help="write the whole report as JSON (default: none)")
+    add("--html", metavar="FILE", help="write it as one page to look at, with what stands behind it (default: none)")
     add("--overwrite", action="store_true", help="write these files over others; over earlier reports they always are")
     limits = parser.add_argument_group(
         "thresholds",
@@ -87,6 +90,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         check_file(file, MARKS[kind], arguments.overwrite)
     report = _compare(arguments)
     with imports():
+        from phimoe_onnx.parity import page
         from phimoe_onnx.parity import report as reports
 
     reports.show(report, Console())
@@ -95,6 +99,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         "json": lambda: json.dumps(written, indent=2, ensure_ascii=False) + "\n",
         "markdown": lambda: reports.markdown(report),
         "junit": lambda: reports.junit(report),
+        "html": lambda: page.page(report),
     }
     for kind, file in files.items():
         write_file(file, texts[kind](), MARKS[kind], arguments.overwrite)

@@ -25,9 +25,15 @@ class Comparison:
     kl: float | None = 0.0
     top1_agreement: float | None = 0.0
 
-    def add(self, logits: NDArray[np.float32], expected: NDArray[np.float32], *, distribution: bool = True) -> None:
-        """Takes in the logits [S, V] of one window, or other outputs that are no `distribution`."""
-        scale = spread(expected)
+    def add(
+        self, logits: NDArray[np.float32], expected: NDArray[np.float32], *, distribution: bool = True
+    ) -> NDArray[np.float32]:
+        """Takes in the logits [S, V] of one window, or other outputs that are no `distribution`.
+
+        Returns:
+            The KL divergence of each row, [S]; of what is no distribution an empty array.
+        """
+        scale, divergences = spread(expected), [np.empty(0, np.float32)]
         for rows in pieces(len(logits)):
             got, wanted = logits[rows], expected[rows]
             difference = np.abs(got - wanted)
@@ -35,10 +41,12 @@ class Comparison:
             if distribution:
                 log_p, log_q = log_softmax(wanted), log_softmax(got)
                 values["kl"] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+                divergences.append(values["kl"])
                 values["top1_agreement"] = got.argmax(axis=-1) == wanted.argmax(axis=-1)
             else:
                 self.kl = self.top1_agreement = None
             self.take(len(got), float(difference.max() / scale), values)
+        return np.concatenate(divergences)
 
     def take(self, tokens: int, largest: float, values: dict[str, NDArray[np.floating]]) -> None:
         """Takes in so many tokens with their largest difference and, by the attribute's name, what to average."""

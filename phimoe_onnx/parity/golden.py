@@ -258,7 +258,7 @@ def compare(
     ids: NDArray[np.int32],
     first: int,
     scale: float,
-) -> None:
+) -> NDArray[np.float64]:
     """Adds a window's logits [S, V] to a comparison with those of which `seen` kept something.
 
     Of all logits but the top and the sampled ones the sum of probabilities alone is known, of both sides. So `kl` is
@@ -266,7 +266,11 @@ def compare(
     of the others' p and q, the sum of p log(p / q) over them is that of p log(p / q) - p + q, of which no term is
     negative, and r - s. `mean_difference` is that of the sampled logits, `max_difference` the largest among these and
     the top ones.
+
+    Returns:
+        The KL divergence of each token, [S].
     """
+    divergences = [np.empty(0)]
     for rows in pieces(len(logits)):
         got = logits[rows].astype(np.float64)
         top, where = ids[rows].astype(np.int64), columns(first + rows.start, len(got), got.shape[-1])
@@ -283,12 +287,14 @@ def compare(
         others = ~(where[:, :, None] == top[:, None, :]).any(axis=-1)
         terms = np.exp(log_p) * (log_p - log_q - 1) + np.exp(log_q)
         kl += np.where(others, terms, 0.0).sum(axis=-1) * got.shape[-1] / where.shape[-1]
+        divergences.append(kl)
         values = {
             "mean_difference": apart / scale,
             "kl": kl,
             "top1_agreement": got.argmax(axis=-1) == kept["best"][rows],
         }
         comparison.take(len(got), float(np.maximum(near.max(), apart.max()) / scale), values)
+    return np.concatenate(divergences)
 
 
 def _logsumexp(logits: NDArray[np.float64]) -> NDArray[np.float64]:

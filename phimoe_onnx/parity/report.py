@@ -18,6 +18,7 @@ from phimoe_onnx import bundle as bundles
 from phimoe_onnx.bundle import Manifest
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.parity.comparison import Comparison
+from phimoe_onnx.parity.evidence import Evidence
 from phimoe_onnx.parity.thresholds import MEASURES, Thresholds
 
 COLUMNS = ("", "mean |d|, std", "max |d|, std", "KL, nats", "same top-1")
@@ -52,6 +53,7 @@ class Report:
         perplexity: of "reference", "stored" and "bundle"; of text-generation, like `greedy`.
         greedy: "prompt", "reference" and "bundle" as text, the reference's up to the token with which the two part;
             "agreeing", the number of equal tokens at the start, and "new_tokens", of how many.
+        evidence: what stands behind the averages.
         notes: what else a reader must know, such as which figures are bounds.
         checks: what was held against a threshold.
         failures: those that are past their limit, in words; empty means success.
@@ -71,6 +73,7 @@ class Report:
     routing_agreement: float | None
     perplexity: dict[str, float]
     greedy: dict[str, Any] = field(default_factory=dict)
+    evidence: Evidence | None = None
     notes: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -105,10 +108,10 @@ def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
     title = f"{report.bundle} ({report.target}, {report.quantize}) against {report.reference}"
     console.print(title, highlight=False, markup=False)
-    console.print(f"{_tokens(report)}\n", highlight=False)
-    console.print(_table(COLUMNS, _rows(report)))
+    console.print(f"{token_count(report)}\n", highlight=False)
+    console.print(_table(COLUMNS, comparison_rows(report)))
     console.print()
-    for line in _lines(report):
+    for line in remarks(report):
         console.print(line, highlight=False)
     if report.greedy:
         console.print(_greedy(report), highlight=False)
@@ -130,9 +133,9 @@ def markdown(report: Report) -> str:
     parts += [f"**{failure}**" for failure in report.failures]
     verdicts = {True: "passed", False: "**failed**"}
     parts.append(_markdown_table(CHECKS, [(*row, verdicts[check.passed]) for check, row in _checked(report)]))
-    parts.append(f"{_tokens(report)}, against `{report.reference}`:")
-    parts.append(_markdown_table(COLUMNS, list(_rows(report))))
-    if lines := list(_lines(report)):
+    parts.append(f"{token_count(report)}, against `{report.reference}`:")
+    parts.append(_markdown_table(COLUMNS, list(comparison_rows(report))))
+    if lines := list(remarks(report)):
         parts.append("\n".join(f"- {line}" for line in lines))
     if report.greedy:
         texts = "".join(f"\n{name}:\n<pre>{html.escape(report.greedy[name])}</pre>" for name in ("reference", "bundle"))
@@ -222,18 +225,21 @@ def _checked(report: Report) -> Iterator[tuple[Check, tuple[str, ...]]]:
         yield check, (check.name, f"{check.measured:.3g}", f"{check.limit:.3g}", MEASURES[check.name].unit)
 
 
-def _tokens(report: Report) -> str:
+def token_count(report: Report) -> str:
+    """How many tokens were run, in words."""
     return f"{report.tokens} tokens in {len(report.windows)} windows of up to {max(report.windows)}"
 
 
-def _rows(report: Report) -> Iterator[tuple[str, ...]]:
+def comparison_rows(report: Report) -> Iterator[tuple[str, ...]]:
+    """The cells under `COLUMNS` of each comparison that there is."""
     for name, comparison in _comparisons(report).items():
         differences = (comparison.mean_difference, comparison.max_difference, comparison.kl)
         agreement = "" if comparison.top1_agreement is None else f"{comparison.top1_agreement:.2%}"
         yield (name, *("" if value is None else f"{value:.2e}" for value in differences), agreement)
 
 
-def _lines(report: Report) -> Iterator[str]:
+def remarks(report: Report) -> Iterator[str]:
+    """What the tables do not say."""
     if report.bundle_to_stored is not None:
         yield "stored weights run in PyTorch; beside the reference with its choice of experts"
     if report.perplexity:

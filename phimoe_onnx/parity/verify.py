@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,20 @@ from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.layered import Ran, Read, Text
+from phimoe_onnx.parity.bits import matrices, stored_bits
 from phimoe_onnx.parity.comparison import Comparison, surprise
+from phimoe_onnx.parity.evidence import (
+    Evidence,
+    Routing,
+    Tokens,
+    agreement,
+    divergence,
+    passages,
+    shares,
+    weight_errors,
+)
 from phimoe_onnx.parity.outputs import PROMPT, bundle_outputs, continuation, greedy, is_distribution
+from phimoe_onnx.parity.products import ROWS, Errors, Products
 from phimoe_onnx.parity.report import Report, empty_report, judge
 from phimoe_onnx.parity.save_golden import Kept
 from phimoe_onnx.parity.stored import is_rounded, stored_attention, stored_weights
@@ -30,6 +43,7 @@ from phimoe_onnx.parity.thresholds import Thresholds, default_thresholds
 from phimoe_onnx.progress import Progress
 from phimoe_onnx.runtime.model import PhiMoE
 from phimoe_onnx.scratch import Scratch
+from phimoe_onnx.text.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).with_name("persuasion.txt")  # Jane Austen, Persuasion, chapters 1 and 2
 Outputs = NDArray[np.float32]
@@ -85,12 +99,17 @@ def verify(
     answers = _ask(folder, device, text, tokens, new_tokens, scratch, report_progress)
     limits, rounded = thresholds or default_thresholds(manifest), is_rounded(manifest)
     report = empty_report(bundle, reference, manifest, answers.windows, limits, stored=rounded)
-    passes = _run(folder, manifest, config, read, answers, scratch, report_progress)
+    passes, errors = _run(folder, manifest, config, read, answers, scratch, report_progress)
     kept = None if save_golden is None else Kept()
-    _compare(report, answers, passes, is_distribution(manifest), kept)
+    report.evidence = Evidence(_routing(passes, config.num_local_experts))
+    report.evidence.weights = weight_errors(errors, stored_bits(manifest, config), matrices(config, task))
+    seen = _compare(report, answers, passes, is_distribution(manifest), kept)
     expected = _expected_continuation(passes["greedy"], answers)
     if task == "text-generation":
-        report.greedy = greedy(answers.decode, answers.prompt, expected, answers.continuation, answers.new)
+        decode = answers.tokenizer.decode
+        report.greedy = greedy(decode, answers.prompt, expected, answers.continuation, answers.new)
+        report.evidence.divergence = divergence(seen.kl)
+        report.evidence.passages = passages(answers.tokenizer, answers.windows, seen)
     if save_golden is not None and kept is not None:
         kept.arrays["token_ids"] = [np.array(window, np.int32) for window in answers.windows]
         kept.arrays["routing"] = [torch.stack(each.routing)[:, 0].short().numpy() for each in passes["reference"].ran]
@@ -112,7 +131,7 @@ class Answers:
     prompt: list[int]
     new: int
     continuation: list[int]
-    decode: Callable[[list[int]], str]
+    tokenizer: Tokenizer
 
 
 def _ask(
@@ -132,7 +151,7 @@ def _ask(
     prompt = windows[0][:PROMPT]
     new = min(new_tokens, runtime.decoding.context - len(prompt)) if generates else 0
     said = continuation(runtime, prompt, new) if new else []
-    return Answers(windows, outputs, prompt, new, said, runtime.tokenizer.decode)
+    return Answers(windows, outputs, prompt, new, said, runtime.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -151,9 +170,9 @@ def _run(
     answers: Answers,
     scratch: Scratch,
     progress: Progress,
-) -> dict[str, _Pass]:
+) -> tuple[dict[str, _Pass], dict[str, float]]:
     """PyTorch over the checkpoint: "reference" and "greedy"; where the bundle rounds, over what it stores: "stored" and
-    "replayed", with the reference's choice of experts.
+    "replayed", with the reference's choice of experts. With them the errors of the stored weights, by name.
     """
     rounded = is_rounded(manifest)
     windows = [Text(window) for window in answers.windows]
@@ -165,24 +184,44 @@ def _run(
         done += 1
 
     texts = [*windows, *continued(config, answers)]
-    ran = layered.run(config, read, texts, scratch=scratch, step=partial(step, "checkpoint"))
-    head = layered.head(config, manifest.task, read)
+    stored = stored_weights(read, folder, manifest, config) if rounded else read
+    errors = Errors(stored, matrices(config, manifest.task))
+    products = Products(read, errors.look)
+    watched = products.read if rounded else read
+    with products if rounded else nullcontext():
+        ran = layered.run(config, watched, texts, scratch=scratch, step=partial(step, "checkpoint"))
+        head = layered.head(config, manifest.task, watched)
+        head(ran[0].hidden[:, :ROWS])
     count = len(windows)
     passes = {"reference": _Pass(ran[:count], head), "greedy": _Pass(ran[count:], head)}
     if rounded:
-        read = stored_weights(read, folder, manifest, config)
         texts = [*windows, *(Text(text.token_ids, each.routing) for text, each in zip(windows, ran, strict=False))]
         attention = stored_attention(folder, manifest)
         ran = layered.run(
-            config, read, texts, attention=attention, scratch=scratch, step=partial(step, "stored weights")
+            config, stored, texts, attention=attention, scratch=scratch, step=partial(step, "stored weights")
         )
-        head = layered.head(config, manifest.task, read)
+        head = layered.head(config, manifest.task, stored)
         passes |= {"stored": _Pass(ran[:count], head), "replayed": _Pass(ran[count:], head)}
-    return passes
+    return passes, errors.by_name()
 
 
-def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distribution: bool, kept: Kept | None) -> None:
-    """Fills in the comparisons of a report, and what is kept of the outputs."""
+def _routing(passes: dict[str, _Pass], experts: int) -> Routing:
+    def chosen(name: str) -> NDArray[np.int64]:
+        parts = [torch.stack(each.routing)[:, 0].numpy() for each in passes[name].ran]
+        return np.concatenate(parts, axis=1)
+
+    reference = chosen("reference")
+    if "stored" not in passes:
+        return Routing(shares(reference, experts))
+    stored = chosen("stored")
+    return Routing(shares(reference, experts), shares(stored, experts), agreement(reference, stored))
+
+
+def _compare(
+    report: Report, answers: Answers, passes: dict[str, _Pass], distribution: bool, kept: Kept | None
+) -> Tokens:
+    """Fills in the comparisons of a report, and what is kept of the outputs; returns what is known of each token."""
+    seen = Tokens()
     generates = report.task == "text-generation"
     losses: dict[str, list[Outputs]] = defaultdict(list)
     sources = {name: _outputs(each, generates) for name, each in passes.items() if name != "greedy"}
@@ -190,7 +229,8 @@ def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distrib
     for number, got in enumerate(answers.outputs):
         outputs = {"bundle": got} | {name: next(source) for name, source in sources.items()}
         expected, stored, replayed = outputs["reference"], outputs.get("stored"), outputs.get("replayed")
-        add(report.bundle_to_reference, got, expected)
+        kl = report.bundle_to_reference.add(got, expected, distribution=distribution)
+        seen.add(kl, expected.argmax(axis=-1), got.argmax(axis=-1))
         add(report.bundle_to_stored, got, stored)
         add(report.stored_to_reference, replayed, expected)
         if generates:
@@ -206,6 +246,7 @@ def _compare(report: Report, answers: Answers, passes: dict[str, _Pass], distrib
         pairs = zip(passes["reference"].ran, passes["stored"].ran, strict=True)
         same = [layered.agreement(one.routing, other.routing) for one, other in pairs]
         report.routing_agreement = float(np.average(same, weights=report.windows))
+    return seen
 
 
 def _add(comparison: Comparison | None, got: Outputs | None, expected: Outputs | None, *, distribution: bool) -> None:

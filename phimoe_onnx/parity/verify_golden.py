@@ -12,6 +12,7 @@ from phimoe_onnx.bundle import Manifest, check_files, read_manifest
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import GoldenError
 from phimoe_onnx.parity.comparison import surprise
+from phimoe_onnx.parity.evidence import Evidence, Routing, Tokens, divergence, passages, shares
 from phimoe_onnx.parity.golden import (
     SAMPLED,
     TOP,
@@ -67,6 +68,7 @@ def verify_golden(
     report.notes = list(_notes(report, file, stored is not None))
     if stored is None:
         report.thresholds = dataclasses.replace(limits, kernel_kl=None, kernel_difference=None)
+    report.evidence = Evidence(Routing(shares(file.arrays["routing"], header.config["num_local_experts"])))
     runtime = PhiMoE.load(folder, device=device)
     if header.task == "text-generation":
         _compare_tokens(report, runtime, file, stored is not None, progress or (lambda what, done, total: None))
@@ -118,7 +120,7 @@ def _notes(report: Report, file: Golden, stored: bool) -> list[str]:
 def _compare_tokens(report: Report, runtime: PhiMoE, file: Golden, stored: bool, progress: Progress) -> None:
     arrays, header, windows = file.arrays, file.header, file.windows()
     best = {"best": arrays["top_ids"][:, 0], "stored_best": arrays.get("stored_best", arrays["top_ids"][:, 0])}
-    losses, first = [], 0
+    losses, first, seen = [], 0, Tokens()
     progress("running the bundle", 0, len(windows))
     for number, logits in enumerate(bundle_outputs(runtime, windows, _empty)):
         rows = slice(first, first + len(logits))
@@ -128,7 +130,8 @@ def _compare_tokens(report: Report, runtime: PhiMoE, file: Golden, stored: bool,
             return {name: (arrays | best)[prefix + name][rows] for name in names}
 
         ids = arrays["top_ids"][rows]
-        compare(report.bundle_to_reference, logits, kept(""), ids, first, header.scales[number])
+        kl = compare(report.bundle_to_reference, logits, kept(""), ids, first, header.scales[number])
+        seen.add(kl, best["best"][rows], logits.argmax(axis=-1))
         if stored and report.bundle_to_stored is not None and header.stored is not None:
             compare(report.bundle_to_stored, logits, kept("stored_"), ids, first, header.stored.scales[number])
         losses.append(surprise(logits, windows[number]))
@@ -143,6 +146,9 @@ def _compare_tokens(report: Report, runtime: PhiMoE, file: Golden, stored: bool,
     prompt, expected = windows[0][:PROMPT], arrays["greedy"].tolist()
     got = continuation(runtime, prompt, len(expected))
     report.greedy = greedy(runtime.tokenizer.decode, prompt, expected, got, len(expected))
+    if report.evidence is not None:
+        report.evidence.divergence = divergence(seen.kl)
+        report.evidence.passages = passages(runtime.tokenizer, windows, seen)
 
 
 def _empty(rows: int, columns: int) -> NDArray[np.float32]:
