@@ -5,9 +5,9 @@ Run it from the repository's root in an environment that has both:
     pip install llama-cpp-python gguf     # compiles llama.cpp for this machine, about ten minutes
     python -m benchmarks.compare_quantisers [--layers 4] [--rounds 3]
 
-It writes a random bf16 checkpoint of Phi-mini-MoE's shape cut to a few layers, and the same weights as GGUF files in
-every input format that llama.cpp's quantiser reads. Everything is read from the page cache; everything is written to
-the same folder.
+Without the two it times ours alone. It writes a random bf16 checkpoint of Phi-mini-MoE's shape cut to a few layers, and
+the same weights as GGUF files in every input format that llama.cpp's quantiser reads. Everything is read from the page
+cache; everything is written to the same folder. The last table is what rounding to 4 bits loses of a random matrix.
 """
 
 from __future__ import annotations
@@ -25,29 +25,40 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import gguf
-import llama_cpp
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from phimoe_onnx import operators
 from phimoe_onnx._version import __version__
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.exporter import pipeline
+from phimoe_onnx.exporter.quantize import two_level_native
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
+from phimoe_onnx.exporter.quantize.strips import Strips
+from phimoe_onnx.exporter.quantize.two_level import round_two_level
+from phimoe_onnx.exporter.recipe import RoundRows
 from phimoe_onnx.exporter.weights import tensor_bytes
 from tests.checkpoints import write_checkpoint
+
+try:
+    import gguf
+    import llama_cpp
+except ModuleNotFoundError:
+    gguf = llama_cpp = None
 
 Times = NDArray[np.float64]  # seconds, and seconds of all cores together
 
 BLOCK = 32
-GGML_TYPES = {
-    torch.float32: gguf.GGMLQuantizationType.F32,
-    torch.float16: gguf.GGMLQuantizationType.F16,
-    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FORMS: dict[str, Format | Strips] = {
+    "int4 in strips": Strips(4),
+    "int4, block 32": Format(4, BLOCK),
+    "int8 in strips": Strips(8),
 }
 
 
@@ -61,25 +72,26 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="where to write, some 18 GB; what is there already is used again"
     )
+    parser.add_argument(
+        "--bare",
+        action="store_true",
+        help="only what runs in memory, over 63 M random weights, and the table of losses",
+    )
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
-    checkpoint = prepare(folder / "checkpoint", arguments.layers)
-    config = read_config(checkpoint)
-    tensors = read_tensors(checkpoint, config)
-    matrices = [tensor for name, tensor in tensors.items() if is_quantised(name)]
+    if arguments.bare:
+        matrices, candidates = [torch.randn(16, 960, 4096).bfloat16()], {}
+    else:
+        matrices, candidates = on_disk(folder, arguments.layers)
     count = sum(matrix.numel() for matrix in matrices)
-    candidates: dict[str, Callable[[], Times]] = {}
-    for dtype, form in GGML_TYPES.items():
-        source = write_gguf(folder / f"{form.name}.gguf", config, tensors, dtype)
-        candidates[f"llama.cpp, {form.name} GGUF to Q4_0 GGUF"] = partial(llama, source, folder / "Q4_0.gguf")
     candidates |= {
-        "ours, bf16 safetensors to int4, block 32": partial(
-            ours, checkpoint, folder / "bundle", ("writing weights", "hashing")
-        ),
-        "the same with tracing and hashing": partial(ours, checkpoint, folder / "bundle", ("start", "end")),
-        "ours, bare, bf16 in memory": partial(bare_ours, matrices),
+        "ours, bare, bf16 in memory": partial(bare, matrices, round_to_nearest, Format(4, BLOCK)),
         "PyTorch, bare, bf16 in memory": partial(bare_torch, matrices),
     }
+    for name, layout in FORMS.items():
+        candidates[f"two-level to {name}, bare, bf16 in memory"] = partial(bare, matrices, round_two_level, layout)
+    candidates["the same to int4 in strips without the library"] = partial(without_library, matrices[:1])
+    counts = {name: matrices[0].numel() for name in candidates if "without the library" in name}
     times: dict[str, list[Times]] = {name: [] for name in candidates}
     for _ in range(arguments.rounds):
         for name, run in candidates.items():
@@ -89,18 +101,39 @@ def main() -> None:
         f"{arguments.rounds} rounds; ",
         end="",
     )
-    print(f"phimoe-onnx {__version__}, PyTorch {torch.__version__}, llama-cpp-python {llama_cpp.__version__}")
+    peer = "no llama-cpp-python" if llama_cpp is None else f"llama-cpp-python {llama_cpp.__version__}"
+    print(f"phimoe-onnx {__version__}, kernels {operators.kernels()}, PyTorch {torch.__version__}, {peer}")
     print(
         "\n| candidate | M parameters/s, median | best | worst | CPU seconds, least |\n| --- | --- | --- | --- | --- |"
     )
     for name, runs in times.items():
         seconds = [wall for wall, _ in runs]
-        speeds = (count / value / 1e6 for value in (median(seconds), min(seconds), max(seconds)))
+        speeds = (counts.get(name, count) / value / 1e6 for value in (median(seconds), min(seconds), max(seconds)))
         print(
             f"| {name} | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {min(cpu for _, cpu in runs):.1f} |"
         )
+    print_losses()
     if not arguments.folder:
         shutil.rmtree(folder)
+
+
+def on_disk(folder: Path, layers: int) -> tuple[list[torch.Tensor], dict[str, Callable[[], Times]]]:
+    """The matrices of a checkpoint, and the candidates that read files."""
+    checkpoint = prepare(folder / "checkpoint", layers)
+    config = read_config(checkpoint)
+    tensors = read_tensors(checkpoint, config)
+    candidates: dict[str, Callable[[], Times]] = {}
+    for dtype, form in GGML_TYPES.items() if llama_cpp is not None else ():
+        source = write_gguf(folder / f"{form}.gguf", config, tensors, dtype)
+        candidates[f"llama.cpp, {form} GGUF to Q4_0 GGUF"] = partial(llama, source, folder / "Q4_0.gguf")
+    stock, native = {"block_size": BLOCK}, {"operators": "native"}
+    written, bundle = ("writing weights", "hashing"), folder / "bundle"
+    candidates |= {
+        "ours, bf16 safetensors to int4, block 32": partial(ours, checkpoint, bundle, written, stock),
+        "the same with tracing and hashing": partial(ours, checkpoint, bundle, ("start", "end"), stock),
+        "ours, bf16 safetensors to int4 in strips, two-level": partial(ours, checkpoint, bundle, written, native),
+    }
+    return [tensor for name, tensor in tensors.items() if is_quantised(name)], candidates
 
 
 def prepare(folder: Path, layers: int) -> Path:
@@ -164,7 +197,9 @@ def write_gguf(path: Path, config: PhiMoEConfig, tensors: dict[str, torch.Tensor
     kept = {name: dtype if is_quantised(name) else torch.float32 for name in tensors}
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * kept[name].itemsize
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), nbytes, GGML_TYPES[kept[name]])
+        writer.add_tensor_info(
+            name, tensor.shape, np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[GGML_TYPES[kept[name]]]
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -192,14 +227,14 @@ def llama(source: Path, target: Path) -> Times:
     return times
 
 
-def ours(checkpoint: Path, output: Path, between: tuple[str, str]) -> Times:
+def ours(checkpoint: Path, output: Path, between: tuple[str, str], options: dict[str, Any]) -> Times:
     """An int4 export, from the beginning of one of its phases to that of another."""
     begins = {"start": _now()}
     pipeline.export(
         checkpoint,
         output,
         quantize="int4",
-        block_size=BLOCK,
+        **options,
         progress=lambda phase, *_: begins.setdefault(phase, _now()),
     )
     begins["end"] = _now()
@@ -207,19 +242,49 @@ def ours(checkpoint: Path, output: Path, between: tuple[str, str]) -> Times:
     return begins[between[1]] - begins[between[0]]
 
 
-def bare_ours(matrices: list[torch.Tensor]) -> Times:
-    """`round_to_nearest` alone, a matrix a worker, a worker a core, as the export does it."""
-    format = Format(4, BLOCK)
+def bare(matrices: list[torch.Tensor], round_rows: RoundRows, form: Format | Strips) -> Times:
+    """A rounding alone, a matrix a worker, a worker a core, as the export does it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = _now()
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         parts = [part for matrix in matrices for part in matrix.view(-1, *matrix.shape[-2:])]
-        for _ in workers.map(lambda part: round_to_nearest(part, format, "", None), parts):
+        for _ in workers.map(lambda part: round_rows(part, form, "", None), parts):
             pass
     times = _now() - start
     torch.set_num_threads(threads)
     return times
+
+
+def without_library(matrices: list[torch.Tensor]) -> Times:
+    """Two-level rounding as where the native library is not built."""
+    found = two_level_native.function
+    two_level_native.function = lambda: None
+    times = bare(
+        [part for matrix in matrices for part in matrix.tensor_split(os.cpu_count() or 1)], round_two_level, Strips(4)
+    )
+    two_level_native.function = found
+    return times
+
+
+def print_losses() -> None:
+    """A table of squared errors, relative to the weights' squares."""
+    generator = np.random.default_rng(0)
+    shape = (2048, 4096)
+    samples = {"normal": generator.standard_normal(shape), "Student t, 5": generator.standard_t(5, shape)}
+    print("\n| squared error x 1000 | " + " | ".join(samples) + " |\n| --- | --- | --- |")
+    for name, round_rows, form in (
+        ("two-level, 4.2 bits a weight", round_two_level, Strips(4)),
+        ("rtn, block 32, 5 bits", round_to_nearest, Format(4, BLOCK)),
+        ("rtn, block 64, 4.5 bits", round_to_nearest, Format(4, 64)),
+    ):
+        errors = []
+        for sample in samples.values():
+            rows = torch.from_numpy(sample).float()
+            stored = round_rows(rows, form, "", None)
+            back = form.unpack(stored[0], *shape) if isinstance(form, Strips) else form.dequantize(*stored)
+            errors.append(1000 * float((back - rows).square().mean() / rows.square().mean()))
+        print(f"| {name} | " + " | ".join(f"{error:.2f}" for error in errors) + " |")
 
 
 def bare_torch(matrices: list[torch.Tensor]) -> Times:

@@ -22,7 +22,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from phimoe_onnx.runtime.ort import operators
+from phimoe_onnx import operators
 
 HIDDEN, INNER, EXPERTS, HEADS, KV_HEADS, SIZE, WINDOW, VOCAB = 4096, 960, 16, 32, 8, 128, 2047, 32064
 QKV = (HEADS + 2 * KV_HEADS) * SIZE

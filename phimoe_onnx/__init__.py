@@ -1,7 +1,7 @@
 """phimoe-onnx: PhiMoE checkpoints to ONNX bundles, and a runtime for them.
 
-`export` and `verify` need the extra `[export]`; `PhiMoE`, what it returns and `verify_golden` need an ONNX Runtime,
-`[cpu]` or `[gpu]`. Each is imported when it is first used.
+`export`, `convert` and `verify` need the extra `[export]`; `PhiMoE`, what it returns and `verify_golden` need an ONNX
+Runtime, `[cpu]` or `[gpu]`. Each is imported when it is first used.
 
 Importing this package, or a part of it, turns ONNX Runtime's telemetry off for the process, where ONNX Runtime is not
 loaded already: it sets ORT_DISABLE_TELEMETRY=1 in the environment. A value that is there stays, so that 0 turns it on.
@@ -28,6 +28,7 @@ from phimoe_onnx.errors import (
 )
 
 if TYPE_CHECKING:
+    from phimoe_onnx.exporter.convert import convert
     from phimoe_onnx.exporter.pipeline import export
     from phimoe_onnx.parity.verify import verify
     from phimoe_onnx.parity.verify_golden import verify_golden
@@ -53,6 +54,7 @@ __all__ = [
     "Piece",
     "Score",
     "__version__",
+    "convert",
     "export",
     "verify",
     "verify_golden",
@@ -62,6 +64,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # in the process's own envi
 
 _RUNTIME = "phimoe_onnx.runtime"
 _LAZY = {
+    "convert": "phimoe_onnx.exporter.convert",
     "export": "phimoe_onnx.exporter.pipeline",
     "verify": "phimoe_onnx.parity.verify",
     "verify_golden": "phimoe_onnx.parity.verify_golden",

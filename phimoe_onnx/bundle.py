@@ -312,8 +312,16 @@ def _write(bundle: Path, values: dict[str, Any]) -> None:
     draft.replace(bundle / MANIFEST)
 
 
-def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = False) -> None:
+def check_files(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    hash_everything: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> None:
     """Holds every file against the manifest: its size always, its SHA-256 up to `HASH_LIMIT` bytes or when asked.
+
+    `advance` is called with the bytes just read.
 
     Raises:
         BundleError: a file is missing, or is not the one that was exported.
@@ -330,7 +338,7 @@ def check_files(bundle: Path, manifest: Manifest, *, hash_everything: bool = Fal
             raise BundleError(
                 f"{path}: has {size} bytes, the manifest says {expected.size}; copy or export the bundle again"
             )
-        if (hash_everything or size <= HASH_LIMIT) and sha256(path) != expected.sha256:
+        if (hash_everything or size <= HASH_LIMIT) and sha256(path, advance) != expected.sha256:
             raise BundleError(
                 f"{path}: its SHA-256 is not the manifest's, so it was changed; copy or export the bundle again"
             )

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from phimoe_onnx import modeling
+from phimoe_onnx import modeling, operators
 from phimoe_onnx.analytics.page import page
 from phimoe_onnx.analytics.report import Report, lines
 from phimoe_onnx.analytics.routing import BINS, apart, own_experts, top_pairs, usage
@@ -27,7 +27,6 @@ from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.reference import load_reference
 from phimoe_onnx.runtime import PhiMoE, Routing
-from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.protobuf import fields, message
 from phimoe_onnx.runtime.ort.taps import tap
 from phimoe_onnx.runtime.probe import Probe, sparse_mixer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from phimoe_onnx.runtime.ort import operators
+from phimoe_onnx import operators
 
 ort = pytest.importorskip("onnxruntime")
 LIBRARY = operators.library()

@@ -9,10 +9,11 @@ import onnx
 import pytest
 from onnx import helper
 
+from phimoe_onnx import operators
 from phimoe_onnx.bundle import NATIVE_OPERATORS, describe_files, read_manifest
 from phimoe_onnx.errors import DeviceError
 from phimoe_onnx.runtime import PhiMoE
-from phimoe_onnx.runtime.ort import operators, session
+from phimoe_onnx.runtime.ort import session
 from tests.toy_bundle import ToyModel, write_bundle
 
 

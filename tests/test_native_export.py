@@ -10,14 +10,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from phimoe_onnx import PhiMoE, export, verify
+from phimoe_onnx import PhiMoE, export, operators, verify
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.errors import DeviceError
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.reference import load_reference
-from phimoe_onnx.runtime.ort import operators, session
+from phimoe_onnx.runtime.ort import session
 from tests.checkpoints import MODEL, random_ids
 
 Checkpoint = Callable[..., Path]

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from phimoe_onnx.runtime.ort import operators
+from phimoe_onnx import operators
 from tests.native_format import Matrix, expert_bytes, mixture, random_matrix
 
 ort = pytest.importorskip("onnxruntime")

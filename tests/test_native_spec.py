@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from phimoe_onnx import PhiMoE
-from phimoe_onnx.runtime.ort import operators
+from phimoe_onnx import PhiMoE, operators
 from tests.test_conformance import check_generation
 
 HERE = Path(__file__).parents[1] / "spec" / "native"

@@ -16,9 +16,9 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from phimoe_onnx import operators
 from phimoe_onnx.exporter.pipeline import export
 from phimoe_onnx.runtime import PhiMoE
-from phimoe_onnx.runtime.ort import operators
 from tests.checkpoints import MODEL
 from tests.test_conformance import BUNDLE, CASES, change
 from tests.user_environment import user_environment

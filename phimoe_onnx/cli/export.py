@@ -24,6 +24,8 @@ from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.memory import peak_memory
 
 KV_CACHE = tuple(dict.fromkeys(form for target in TARGETS.values() for form in target.kv_cache))
+FOR_BUNDLES = {"source", "output", "operators", "block_size", "overwrite"}  # options that make sense for them
+NATIVE_ANEW = "--operators native writes one, from the checkpoint,"
 DTYPES = tuple(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
 
 
@@ -35,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "microsoft/Phi-tiny-MoE-instruct --quantize int4",
         "CHECKPOINT -o bundle --quantize int4 --store lm_head.weight=int8",
         "models/phimoe-austen --plan",
+        "bundle -o bundle-stock --operators stock",
     )
     add = parser.add_argument
     add(
         "source",
         metavar="SOURCE",
-        help="the folder of a checkpoint, or a hub id such as microsoft/Phi-tiny-MoE-instruct",
+        help="the folder of a checkpoint, or a hub id such as microsoft/Phi-tiny-MoE-instruct; or the folder of a "
+        "bundle, whose operators become those of --operators",
     )
-    add("-o", "--output", metavar="DIR", help="the bundle's folder (default: NAME-TARGET-QUANTIZE)")
+    add("-o", "--output", metavar="DIR", help="the bundle's folder (default: NAME-TARGET-QUANTIZE, or NAME-OPERATORS)")
     add(
         "--plan",
         action="store_true",
@@ -111,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> None:
     store = dict(arguments.store)
+    if _is_bundle(Path(arguments.source)):
+        _convert(arguments)
+        return
     text = None if arguments.text is None else _read(arguments.text)
     if arguments.plan:
         with imports():
@@ -142,9 +149,45 @@ def _export(arguments: argparse.Namespace) -> None:
             text=text,
             progress=phases,
         )
+    _report(folder, start, phases.seconds)
+    print(_who_runs_it(folder, arguments.rounding == "two-level"))
+
+
+def _is_bundle(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    """A bundle for other operators."""
+    others = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if name not in FOR_BUNDLES and value not in (None, False, [], "none")
+    ]
+    if others:
+        raise ExportError(
+            f"{', '.join(others)}: is for checkpoints, but {arguments.source} is a bundle, which keeps all but its "
+            f"operators; leave it out, or give the checkpoint"
+        )
+    with imports():
+        convert = phimoe_onnx.convert
+    start = time.monotonic()
+    with Phases() as phases:
+        folder = convert(
+            arguments.source,
+            arguments.output,
+            operators=arguments.operators,
+            block_size=arguments.block_size,
+            overwrite=arguments.overwrite,
+            progress=phases,
+        )
+    _report(folder, start, phases.seconds)
+    print(_who_runs_it(folder, True))
+
+
+def _report(folder: Path, start: float, seconds: dict[str, float]) -> None:
     print(f"{folder}: {_size(folder) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
-    _summarise(folder, phases.seconds)
-    print(_who_runs_it(folder))
+    _summarise(folder, seconds)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -180,16 +223,17 @@ def _read(file: str) -> str:
         raise ExportError(f"--text {file}: cannot be read ({error})") from None
 
 
-def _who_runs_it(folder: Path) -> str:
-    """Which operators a bundle has, who can run it, and how to get the other kind."""
+def _who_runs_it(folder: Path, two_level: bool) -> str:
+    """Which operators a bundle has, who can run it, and how to get the other kind: from it where it is `two_level`."""
     manifest = read_manifest(folder)
     if any(graph.requires for graph in manifest.graphs):
         return (
-            "native operators: programs that have the library of phimoe-onnx run it; --operators stock writes one for "
-            "plain ONNX Runtime"
+            f"native operators: programs that have the library of phimoe-onnx run it; phimoe-export {folder} "
+            f"--operators stock makes one of it for plain ONNX Runtime"
         )
     if manifest.target == "cpu" and any(group.block_size for group in manifest.weights):
-        return "stock operators: any ONNX Runtime runs it; --operators native writes one for this package"
+        other = f"phimoe-export {folder} --operators native makes one of it" if two_level else NATIVE_ANEW
+        return f"stock operators: any ONNX Runtime runs it; {other} for this package"
     return "standard and ONNX Runtime's operators: any ONNX Runtime runs it"
 
 

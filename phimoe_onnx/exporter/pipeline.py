@@ -159,7 +159,7 @@ def export(
         recipe = chosen_recipe(widths, bits, fit, text, rows, folder, size, report)
     graphs = build_graphs(traced, config, rows, recipe)
     with staged(output, overwrite) as staging:
-        nbytes = _write_graphs(graphs, staging, recipe, [*_shards(stored), *(merged.files if merged else ())], report)
+        nbytes = write_graphs(graphs, staging, recipe, [*_shards(stored), *(merged.files if merged else ())], report)
         _write_files(folder, staging, config, recipe)
         files = bundle.describe_files(staging, counter(report, "hashing", nbytes))
         _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
@@ -287,7 +287,7 @@ def _clean(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)
 
 
-def _write_graphs(
+def write_graphs(
     graphs: dict[str, ir.Model], staging: Path, recipe: Recipe, sources: Iterable[Path], report: Progress
 ) -> int:
     """Writes the graphs and their weights; returns the weights' bytes."""
@@ -345,11 +345,29 @@ def _write_files(folder: Path, staging: Path, config: PhiMoEConfig, recipe: Reci
         (staging / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     for name, text in tokenizer_files(folder).items():
         (staging / name).write_text(text, encoding="utf-8")
+    write_genai(folder, staging, config, recipe)
+    if recipe.draws_on_device:
+        ir.save(sampling_graph(), staging / bundle.SAMPLING)
+
+
+def write_genai(folder: Path, staging: Path, config: PhiMoEConfig, recipe: Recipe) -> None:
+    """Writes genai_config.json where onnxruntime-genai can run the bundle; `folder` has generation_config.json."""
     if recipe.task == "text-generation" and recipe.target.genai is not None and recipe.operators == "stock":
         genai = genai_config(config, read_generation(folder), "model.onnx", recipe.target)
         (staging / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-    if recipe.draws_on_device:
-        ir.save(sampling_graph(), staging / bundle.SAMPLING)
+
+
+def described(recipe: Recipe) -> tuple[bundle.Graph, ...]:
+    """The manifest's `graphs`."""
+    return tuple(
+        bundle.Graph(
+            file=file,
+            devices=recipe.target.devices_for(recipe.dtype, experts),
+            optional_inputs=bundle.OPTIONAL_INPUTS if optional_inputs else (),
+            requires=recipe.requires,
+        )
+        for file, (experts, optional_inputs) in recipe.graphs().items()
+    )
 
 
 def _manifest(
@@ -360,15 +378,6 @@ def _manifest(
     decoding: bundle.Decoding,
     files: dict[str, bundle.File],
 ) -> bundle.Manifest:
-    graphs = tuple(
-        bundle.Graph(
-            file=file,
-            devices=recipe.target.devices_for(recipe.dtype, experts),
-            optional_inputs=bundle.OPTIONAL_INPUTS if optional_inputs else (),
-            requires=recipe.requires,
-        )
-        for file, (experts, optional_inputs) in recipe.graphs().items()
-    )
     return bundle.Manifest(
         tool_version=__version__,
         source=source,
@@ -378,7 +387,7 @@ def _manifest(
         dtype=recipe.dtype,
         recipe=recipe.digest(),
         weights=recipe.stored_weights(),
-        graphs=graphs,
+        graphs=described(recipe),
         decoding=decoding,
         chat=chat_format(folder) if recipe.task == "text-generation" else None,
         classes=bundle.Classes(config.labels, config.function_to_apply)

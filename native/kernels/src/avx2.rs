@@ -12,7 +12,8 @@ use std::arch::x86_64::*;
 
 use crate::activations::{Row, RowMut};
 use crate::elementwise;
-use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip, TILE};
+use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, Layout, STRIP, Strip, TILE};
+use crate::round::{self, Rounded, Weights};
 use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 
 /// From so many rows on a panel is made.
@@ -68,6 +69,11 @@ pub(crate) fn router_scores(x: &[f32], weights: &[f32], scores: &mut [f32]) {
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn weighted_sum(first: &[f32], p1: f32, second: &[f32], p2: f32, y: &mut [f32]) {
     elementwise::weighted_sum(first, p1, second, p2, y);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn round(weights: &Weights, layout: Layout, strip: usize, out: &mut Rounded) -> bool {
+    round::strip(weights, layout, strip, out)
 }
 
 /// Sixteen outputs: 0 to 7 and 8 to 15.

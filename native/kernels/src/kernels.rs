@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use crate::activations::{QuantizedRows, Row, RowMut};
 use crate::format::{Expert, Matrix, STRIP, Strip};
 use crate::output::Part;
-use crate::{Error, elementwise, plain};
+use crate::round::{self, Rounded, Weights};
+use crate::{Error, Layout, elementwise, plain};
 
 /// Names one of `Kernels::all` to be taken by `Kernels::detect`.
 const VARIABLE: &str = "PHIMOE_KERNELS";
@@ -23,6 +24,7 @@ pub struct Kernels {
     swiglu: unsafe fn(&mut [[f32; STRIP]], &[[f32; STRIP]]),
     router_scores: unsafe fn(&[f32], &[f32], &mut [f32]),
     weighted_sum: unsafe fn(&[f32], f32, &[f32], f32, &mut [f32]),
+    round: unsafe fn(&Weights, Layout, usize, &mut Rounded) -> bool,
 }
 
 /// Best first.
@@ -36,6 +38,7 @@ static ALL: &[Kernels] = &[
         swiglu: crate::avx2::swiglu,
         router_scores: crate::avx2::router_scores,
         weighted_sum: crate::avx2::weighted_sum,
+        round: crate::avx2::round,
     },
     #[cfg(target_arch = "aarch64")]
     Kernels {
@@ -46,6 +49,7 @@ static ALL: &[Kernels] = &[
         swiglu: crate::neon::swiglu,
         router_scores: crate::neon::router_scores,
         weighted_sum: crate::neon::weighted_sum,
+        round: crate::neon::round,
     },
     #[cfg(target_arch = "aarch64")]
     Kernels {
@@ -56,6 +60,7 @@ static ALL: &[Kernels] = &[
         swiglu: crate::neon::swiglu,
         router_scores: crate::neon::router_scores,
         weighted_sum: crate::neon::weighted_sum,
+        round: crate::neon::round,
     },
     Kernels {
         name: "plain",
@@ -65,6 +70,7 @@ static ALL: &[Kernels] = &[
         swiglu: elementwise::swiglu,
         router_scores: elementwise::router_scores,
         weighted_sum: elementwise::weighted_sum,
+        round: round::strip,
     },
 ];
 
@@ -205,6 +211,14 @@ impl Kernels {
             }
         }
         Ok(())
+    }
+
+    /// A matrix of 4 or 8 bits from its weights, in superblocks of the layout's size. False where a weight is not finite;
+    /// what was written by then is of no use. An error says which sizes disagree.
+    pub fn round(&self, weights: Weights, layout: Layout, mut out: Rounded) -> Result<bool, Error> {
+        round::check(&weights, layout, &out)?;
+        // SAFETY: `all` gives only what this processor can run.
+        Ok((0..layout.strips()).all(|strip| unsafe { (self.round)(&weights, layout, strip, &mut out) }))
     }
 
     /// The scores [E] of one token x [K] against router weights [E, K]. `sparse_mixer` then chooses.

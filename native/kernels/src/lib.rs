@@ -34,6 +34,7 @@ mod neon;
 mod output;
 mod pack;
 mod plain;
+mod round;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tiling;
 
@@ -46,3 +47,4 @@ pub use kernels::Kernels;
 pub use mixer::sparse_mixer;
 pub use output::{Output, Part};
 pub use pack::pack;
+pub use round::{Rounded, Weights};

@@ -10,7 +10,8 @@ use std::arch::is_aarch64_feature_detected;
 
 use crate::activations::{Row, RowMut};
 use crate::elementwise;
-use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip, TILE};
+use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, Layout, STRIP, Strip, TILE};
+use crate::round::{self, Rounded, Weights};
 use crate::tiling::{PANEL_TILE, in_quartets, values};
 
 pub(crate) fn available() -> bool {
@@ -51,6 +52,11 @@ pub(crate) fn router_scores(x: &[f32], weights: &[f32], scores: &mut [f32]) {
 #[target_feature(enable = "neon")]
 pub(crate) fn weighted_sum(first: &[f32], p1: f32, second: &[f32], p2: f32, y: &mut [f32]) {
     elementwise::weighted_sum(first, p1, second, p2, y);
+}
+
+#[target_feature(enable = "neon")]
+pub(crate) fn round(weights: &Weights, layout: Layout, strip: usize, out: &mut Rounded) -> bool {
+    round::strip(weights, layout, strip, out)
 }
 
 /// Sixteen outputs, four each.

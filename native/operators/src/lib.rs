@@ -7,6 +7,7 @@ mod attention;
 mod moe;
 mod ort;
 mod projection;
+mod round;
 mod schedule;
 
 use std::ffi::{CStr, CString, c_char};

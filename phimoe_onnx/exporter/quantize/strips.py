@@ -82,25 +82,32 @@ class Strips:
         header = pad(header, (0, self._header_bytes(k) - header.shape[1]))
         return torch.cat((header, tile.reshape(strips, -1)), dim=1)
 
-    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
-        """The float32 [n, k] that strips, uint8 [strips, strip_bytes], stand for."""
+    def integers(self, packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `pack` made strips, uint8 [strips, strip_bytes], of: levels [n, k], s and S."""
         import torch
 
         strips, tiles, header = len(packed), -(-k // TILE), self._header_bytes(k)
         superblocks = tiles * TILE // superblock_size(k)
         outer = packed[:, : 2 * STRIP * superblocks].contiguous().view(torch.bfloat16)
-        scales = outer.view(strips, superblocks, STRIP).transpose(1, 2).float()
-        scales = scales.repeat_interleave(superblock_size(k) // BLOCK, dim=2)  # [strips, STRIP, blocks]
-        if self.bits < 8:
+        S = outer.view(strips, superblocks, STRIP).transpose(1, 2).reshape(strips * STRIP, -1)
+        if self.bits == 8:
+            s = torch.ones(strips * STRIP, 2 * tiles, dtype=torch.uint8)
+        else:
             pairs = packed[:, 2 * STRIP * superblocks :][:, : STRIP * tiles].view(strips, tiles, STRIP).transpose(1, 2)
-            scales = scales * torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(2).float()
+            s = torch.stack((pairs & 15, pairs >> 4), dim=-1).reshape(strips * STRIP, -1)
         tile = packed[:, header:].reshape(strips, tiles, 2 * self.bits, STRIP, 4)
         if self.bits == 3:
             codes = _unfolded(tile[:, :, :4], 2) | _unfolded(tile[:, :, 4:], 1) << 2
         else:
             codes = _unfolded(tile, self.bits)
-        levels = self._levels(codes).permute(0, 3, 1, 2, 4).reshape(strips, STRIP, 2 * tiles, BLOCK)
-        rows: Tensor = (levels * scales.unsqueeze(-1)).reshape(strips * STRIP, -1)[:n, :k]
+        levels = self._levels(codes).permute(0, 3, 1, 2, 4).reshape(strips * STRIP, -1)
+        return levels[:n, :k], s[:n, : -(-k // BLOCK)], S[:n]
+
+    def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        """The float32 [n, k] that strips, uint8 [strips, strip_bytes], stand for."""
+        levels, s, S = self.integers(packed, n, k)
+        scales = S.float().repeat_interleave(superblock_size(k) // BLOCK, dim=1)[:, : s.shape[1]] * s.float()
+        rows: Tensor = levels * scales.repeat_interleave(BLOCK, dim=1)[:, :k]
         return rows
 
     def _codes(self, levels: Tensor) -> Tensor:

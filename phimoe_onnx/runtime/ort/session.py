@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from phimoe_onnx import operators
 from phimoe_onnx.bundle import NATIVE_OPERATORS, Graph, Manifest
 from phimoe_onnx.errors import DeviceError, OutOfMemoryError, brief
-from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.agreement import check_graph
 from phimoe_onnx.runtime.ort.driver import driver_problem, library_problem
 from phimoe_onnx.runtime.ort.errors import memory_errors
