@@ -26,7 +26,7 @@ ALLOWED = {
     "checkpoint": {"config"},
     "layered": {"checkpoint", "config", "modeling"},
     "reference": {"layered", "checkpoint", "config", "modeling"},
-    "exporter": {"checkpoint", "text", "reference", "bundle", "config", "modeling"},
+    "exporter": {"checkpoint", "text", "reference", "layered", "bundle", "config", "modeling"},
     "runtime": {"bundle", "config", "text"},
     "analytics": {"runtime"},
     "lm_eval": {"runtime", "text"},

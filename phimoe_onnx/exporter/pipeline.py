@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +23,9 @@ from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, for_transformers, read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.calibrate import calibrate as run_calibration
+from phimoe_onnx.exporter.calibration_folder import CalibrationFolder, Facts, check_calibration
+from phimoe_onnx.exporter.calibration_text import CalibrationText, calibration_text
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.manifest.genai import genai_config
@@ -49,6 +54,8 @@ from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.files import read_json
 from phimoe_onnx.progress import Progress, counter
 
+logger = logging.getLogger(__name__)
+
 # by what a recipe calls them
 EXPERTS: dict[str, type[FuseExperts] | type[BranchExperts] | type[NativeExperts]] = {
     "fused": FuseExperts,
@@ -70,6 +77,7 @@ def export(
     store: Mapping[str, str] | None = None,
     operators: str = "stock",
     rounding: str | None = None,
+    calibrate: bool | str | Path = False,
     adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -97,6 +105,9 @@ def export(
             "native", this project's, which the program that loads the bundle must have.
         rounding: how weights are rounded: "rtn", to nearest, or "two-level", the grid of the native operators, on which
             both kinds of operators compute with the same weights; by default the operators' own.
+        calibrate: True, or a file with a text in UTF-8: int4 and int8 weights are rounded for what they are given when
+            the model reads a text, the package's own where none is named. Takes hours for the large models; a killed
+            export goes on after its last finished layer.
         adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
@@ -113,6 +124,8 @@ def export(
     wanted = target_named(target)
     output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{quantize}")
     check_output(output, overwrite)
+    if calibrate is not False:
+        check_calibration(output)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
@@ -128,22 +141,53 @@ def export(
         store=store,
         operators=operators,
         rounding=rounding,
+        calibrate=calibrate is not False,
     )
     check_tokens(config, folder)
     decoding = read_decoding(config, folder, recipe)
     check_text(folder)
+    text = None
+    if calibrate is not False:
+        text = calibration_text(None if calibrate is True else Path(calibrate), folder, config)
+        recipe = dataclasses.replace(recipe, calibration=text.digest())
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored, recipe.task, merged)
+    sources = [*_shards(stored), *(merged.files if merged else ())]
+    calibration = None if text is None else CalibrationFolder(output)
 
     report("tracing", 0, 0)
-    graphs = build_graphs(trace(config, rows, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
+    rounded = rows if calibration is None else calibration.rows(rows, recipe)
+    graphs = build_graphs(trace(config, rounded, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
     with staged(output, overwrite) as staging:
-        nbytes = _write_graphs(graphs, staging, recipe, [*_shards(stored), *(merged.files if merged else ())], report)
+        if calibration is not None and text is not None:
+            calibration.begin(_plan(staging, (), recipe, sources))
+            run_calibration(config, recipe, rows, text.windows, calibration, report)
+            _name_rare_experts(calibration.facts())
+        nbytes = _write_graphs(graphs, staging, recipe, sources, report)
         _write_files(folder, staging, config, recipe)
         files = bundle.describe_files(staging, counter(report, "hashing", nbytes))
-        _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
+        manifest = _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files, text)
+        manifest.write(staging)
+    if calibration is not None:
+        calibration.remove()
     return output
+
+
+def _name_rare_experts(facts: list[Facts]) -> None:
+    """Logs which experts are rounded more for other tokens than for their own, of which there are few."""
+    rare = [each for each in facts if each.shrinkage > 0.5]
+    if rare:
+        few = [f"layer {each.layer + 1} expert {each.expert + 1} ({each.tokens} tokens)" for each in rare[:5]]
+        more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
+        logger.warning(
+            "calibration: %d of %d experts got so few tokens of the text that they are rounded for all tokens' inputs "
+            "rather than their own: %s%s",
+            len(rare),
+            len(facts),
+            ", ".join(few),
+            more,
+        )
 
 
 def build_graphs(
@@ -285,6 +329,7 @@ def _manifest(
     recipe: Recipe,
     decoding: bundle.Decoding,
     files: dict[str, bundle.File],
+    text: CalibrationText | None,
 ) -> bundle.Manifest:
     graphs = tuple(
         bundle.Graph(
@@ -311,4 +356,5 @@ def _manifest(
         if recipe.task == "text-classification"
         else None,
         files=files,
+        calibration=None if text is None else text.facts(),
     )
