@@ -215,6 +215,7 @@ class Manifest:
         graphs: in order of preference.
         files: every other file, by name.
         classes: of text-classification, else None.
+        calibration: the text that the weights were rounded for, if there was one; for people.
         parity: the summary of the last `phimoe-verify`, if one was run.
     """
 
@@ -232,6 +233,7 @@ class Manifest:
     chat: ChatFormat | None = None
     classes: Classes | None = None
     files: dict[FileName, File]
+    calibration: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -246,6 +248,8 @@ class Manifest:
         values = dataclasses.asdict(self)
         if not self.decoding.clean_up_tokenization_spaces:  # a key of the few tokenizers that want it
             del values["decoding"]["clean_up_tokenization_spaces"]
+        if self.calibration is None:
+            del values["calibration"]
         for group in values["weights"]:
             if group["layout"] == "rows":  # what it was before there was another
                 del group["layout"]

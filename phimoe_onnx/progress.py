@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import Lock
 
-Progress = Callable[[str, int, int], None]  # a phase, the bytes done and the bytes to do
+# a phase, and where it is behind a colon where there is more to say; the bytes done and the bytes to do
+Progress = Callable[[str, int, int], None]
 
 
 def counter(report: Progress, phase: str, total: int) -> Callable[[int], None]:

@@ -95,6 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rtn with stock operators, two-level with native ones)",
     )
     add(
+        "--calibrate",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="round int4 and int8 weights for what they are given when the model reads a text: the UTF-8 text in FILE, "
+        "or without FILE one that comes with the package; minutes for small models, hours for large ones, and a killed "
+        "export goes on where it was (default: no)",
+    )
+    add(
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
@@ -140,6 +150,7 @@ def _export(arguments: argparse.Namespace) -> None:
             store=store,
             operators=arguments.operators,
             rounding=arguments.rounding,
+            calibrate=arguments.calibrate,
             adapter=arguments.adapter,
             revision=arguments.revision,
             token=arguments.token,
@@ -263,13 +274,14 @@ class Phases:
         self._bar.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """Takes a report of progress."""
-        if phase != self._now:
+        """Takes a report of progress; behind a colon a phase says where it is."""
+        name = phase.partition(":")[0]
+        if name != self._now:
             self._end()
-            self._now, self._start = phase, time.monotonic()
+            self._now, self._start = name, time.monotonic()
             self._bar.remove_task(self._task)  # a task's rate is its own phase's
             self._task = self._bar.add_task(phase, total=total or None)
-        self._bar.update(self._task, completed=done, total=total or None)
+        self._bar.update(self._task, description=phase, completed=done, total=total or None)
 
     def _end(self) -> None:
         if self._now:

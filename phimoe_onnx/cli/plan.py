@@ -102,6 +102,7 @@ def _options(arguments: argparse.Namespace, store: Mapping[str, str], task: str)
         "store": store,
         "operators": arguments.operators,
         "rounding": arguments.rounding,
+        "calibrate": arguments.calibrate is not False,
     }
 
 
@@ -161,7 +162,10 @@ def _table() -> Table:
 def _verdicts(need: Requirements, target: Target, machine: Machine) -> tuple[str, str]:
     """Whether this machine can export a form, and run it."""
     memory = machine.memory
-    too_little = {"disk": need.bundle > machine.disk, "memory": memory is not None and need.export_memory > memory}
+    too_little = {
+        "disk": need.bundle + need.calibration > machine.disk,
+        "memory": memory is not None and need.export_memory > memory,
+    }
     lacking = [name for name, lacks in too_little.items() if lacks]
     exports = f"no, too little {' and '.join(lacking)}" if lacking else "yes"
     if memory is None and not lacking:

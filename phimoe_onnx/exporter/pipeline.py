@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -24,6 +26,9 @@ from phimoe_onnx.checkpoint.source import COPIED, fetch_weights, origin, resolve
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, for_transformers, read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.calibrate import calibrate as run_calibration
+from phimoe_onnx.exporter.calibration_folder import CalibrationFolder, Facts, check_calibration
+from phimoe_onnx.exporter.calibration_text import CalibrationText, calibration_text
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.manifest.genai import genai_config
@@ -53,6 +58,8 @@ from phimoe_onnx.exporter.write import Layout, write_weights
 from phimoe_onnx.files import read_json
 from phimoe_onnx.progress import Progress, counter
 
+logger = logging.getLogger(__name__)
+
 # by what a recipe calls them
 EXPERTS: dict[str, type[FuseExperts] | type[BranchExperts] | type[NativeExperts]] = {
     "fused": FuseExperts,
@@ -74,6 +81,7 @@ def export(
     store: Mapping[str, str] | None = None,
     operators: str = "stock",
     rounding: str | None = None,
+    calibrate: bool | str | Path = False,
     adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -105,6 +113,9 @@ def export(
             "native", this project's, which the program that loads the bundle must have.
         rounding: how weights are rounded: "rtn", to nearest, or "two-level", the grid of the native operators, on which
             both kinds of operators compute with the same weights; by default the operators' own.
+        calibrate: True, or a file with a text in UTF-8: int4 and int8 weights are rounded for what they are given when
+            the model reads a text, the package's own where none is named. Takes hours for the large models; a killed
+            export goes on after its last finished layer.
         adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
@@ -127,6 +138,8 @@ def export(
     named = MIXED if chooses else quantize
     output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{named}")
     check_output(output, overwrite)
+    if calibrate is not False:
+        check_calibration(output)
     report("reading", 0, 0)
     folder = resolve(source, revision, token)
     config = read_config(folder)
@@ -139,30 +152,47 @@ def export(
         "store": store,
         "operators": operators,
         "rounding": rounding,
+        "calibrate": calibrate is not False,
     }
     widths = Widths(config, wanted, options) if chooses else None
     recipe = recipe_for(config, wanted, quantize, **options) if widths is None else widths.smallest()
     check_tokens(config, folder)
     decoding = read_decoding(config, folder, recipe)
     check_text(folder)
+    corpus = calibration = None
+    if calibrate is not False:
+        corpus = calibration_text(None if calibrate is True else Path(calibrate), folder, config)
+        calibration = CalibrationFolder(output)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored, recipe.task, merged)
+    sources = [*_shards(stored), *(merged.files if merged else ())]
 
     report("tracing", 0, 0)
-    traced = trace(config, rows, DTYPES[recipe.dtype], recipe.task)
     if widths is not None:
+        exact = trace(config, rows, DTYPES[recipe.dtype], recipe.task)
 
         def size(recipe: Recipe) -> int:
-            return _bundle_size(traced, source, folder, config, rows, recipe, decoding, merged)
+            return _bundle_size(exact, source, folder, config, rows, recipe, decoding, merged, corpus)
 
         recipe = chosen_recipe(widths, bits, fit, text, rows, folder, size, report)
-    graphs = build_graphs(traced, config, rows, recipe)
+    rounded = rows
+    if corpus is not None and calibration is not None:
+        recipe = dataclasses.replace(recipe, calibration=corpus.digest())
+        rounded = calibration.rows(rows, recipe)
+    graphs = build_graphs(trace(config, rounded, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
     with staged(output, overwrite) as staging:
-        nbytes = write_graphs(graphs, staging, recipe, [*_shards(stored), *(merged.files if merged else ())], report)
+        if corpus is not None and calibration is not None:
+            calibration.begin(_plan(staging, (), recipe, sources))
+            run_calibration(config, recipe, rows, corpus.windows, calibration, report)
+            _name_rare_experts(calibration.facts())
+        nbytes = write_graphs(graphs, staging, recipe, sources, report)
         _write_files(folder, staging, config, recipe)
         files = bundle.describe_files(staging, counter(report, "hashing", nbytes))
-        _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
+        manifest = _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files, corpus)
+        manifest.write(staging)
+    if calibration is not None:
+        calibration.remove()
     return output
 
 
@@ -207,6 +237,7 @@ def _bundle_size(
     recipe: Recipe,
     decoding: bundle.Decoding,
     merged: Adapter | None,
+    corpus: CalibrationText | None = None,
 ) -> int:
     """Bytes of all files of the bundle by a recipe: all but the weights are written, in a temporary folder."""
     with tempfile.TemporaryDirectory() as name:
@@ -216,8 +247,22 @@ def _bundle_size(
         _write_files(folder, staging, config, recipe)
         data = {file: bundle.File(size, "0" * 64) for file, size in layout.sizes.items()}
         files = bundle.describe_files(staging) | data
-        _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files).write(staging)
+        _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files, corpus).write(staging)
         return layout.nbytes + sum(path.stat().st_size for path in staging.iterdir())
+def _name_rare_experts(facts: list[Facts]) -> None:
+    """Logs which experts are rounded more for other tokens than for their own, of which there are few."""
+    rare = [each for each in facts if each.shrinkage > 0.5]
+    if rare:
+        few = [f"layer {each.layer + 1} expert {each.expert + 1} ({each.tokens} tokens)" for each in rare[:5]]
+        more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
+        logger.warning(
+            "calibration: %d of %d experts got so few tokens of the text that they are rounded for all tokens' inputs "
+            "rather than their own: %s%s",
+            len(rare),
+            len(facts),
+            ", ".join(few),
+            more,
+        )
 
 
 def build_graphs(
@@ -377,6 +422,7 @@ def _manifest(
     recipe: Recipe,
     decoding: bundle.Decoding,
     files: dict[str, bundle.File],
+    corpus: CalibrationText | None,
 ) -> bundle.Manifest:
     return bundle.Manifest(
         tool_version=__version__,
@@ -394,4 +440,5 @@ def _manifest(
         if recipe.task == "text-classification"
         else None,
         files=files,
+        calibration=None if corpus is None else corpus.facts(),
     )

@@ -15,14 +15,16 @@ from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.kinds import kind
 from phimoe_onnx.exporter.quantize.format import WIDTHS, Plain
 from phimoe_onnx.exporter.quantize.strips import Strips
-from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe, bits_per_weight
+from phimoe_onnx.exporter.recipe import CALIBRATED, EMBEDDING, HEAD, Recipe, bits_per_weight
 from phimoe_onnx.exporter.rope import rope_rows
+from phimoe_onnx.scratch import LIMIT
 
 # Bytes, measured with torch 2.13 and ONNX Runtime 1.32 on Linux.
 EXPORTER = 1000 << 20  # resident beside the weights at hand: torch, the traced graph, what the allocator keeps
 RUNTIME = 90 << 20  # resident before the first weight: Python, numpy, ONNX Runtime, a tokenizer
 GRAPH_PER_LAYER = {"fused": 10_700, "branches": 0, "native": 7_000}
 GRAPH_PER_EXPERT = {"fused": 0, "branches": 6_560, "native": 0}
+CALIBRATION_TOKENS = 65_536
 CACHE_BYTES = {"int8": 1.0, "int4": 0.5}  # of a channel
 
 
@@ -31,16 +33,18 @@ class Requirements:
     """Of one recipe, in bytes.
 
     Attributes:
-        bundle: on disk, and so free on disk to export.
+        bundle: on disk, and so free on disk to export, with `calibration`.
         export_memory: the export's resident peak on this machine's cores.
         run_memory: resident after loading on the target's device, without a cache.
         cache_per_token: of one row's cache.
+        calibration: on disk while it runs, beside the bundle and in the folder for temporary files; 0 without one.
     """
 
     bundle: int
     export_memory: int
     run_memory: int
     cache_per_token: int
+    calibration: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,29 @@ def requirements(config: PhiMoEConfig, recipe: Recipe) -> Requirements:
         layers * (GRAPH_PER_LAYER[way] + experts * GRAPH_PER_EXPERT[way]) for way, _ in recipe.graphs().values()
     )
     stored, resident = _weights(config, recipe)
+    memory, disk = _calibration(config) if recipe.rounding == CALIBRATED else (0, 0)
     channel = CACHE_BYTES.get(recipe.kv_cache, width)
     cached = recipe.task == "text-generation"
     return Requirements(
         bundle=stored + tables + graphs,
-        export_memory=EXPORTER + _largest_jobs(config, recipe),
+        export_memory=EXPORTER + max(memory, _largest_jobs(config, recipe)),
         run_memory=RUNTIME + resident + (0 if target.expands else tables),
         cache_per_token=int(2 * layers * config.num_key_value_heads * config.head_dim * channel) if cached else 0,
+        calibration=disk + (stored if disk else 0),
     )
+
+
+def _calibration(config: PhiMoEConfig) -> tuple[int, int]:
+    """Bytes that a calibration takes in memory, and on disk beside the matrices: by arithmetic, for as many tokens as a
+    calibration has at the most.
+    """
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    states = 4 * CALIBRATION_TOKENS * (4 * hidden + 2 * heads)
+    in_memory = min(states, LIMIT)
+    widest = max(hidden, inner, heads)
+    matrices = 4 * max(3 * 2 * inner * hidden, 2 * config.vocab_size * hidden)
+    work = 4 * (12 * widest**2 + 14 * 4096 * widest)  # moments and their factors; a slab of rows in its forms
+    return in_memory + matrices + work, states - in_memory + 4 * 4 * CALIBRATION_TOKENS * hidden
 
 
 def _weights(config: PhiMoEConfig, recipe: Recipe) -> tuple[int, int]:

@@ -60,6 +60,7 @@ class Rounding:
     stock_bits: tuple[int, ...] = (2, 4, 8)
 
 
+CALIBRATED = "calibrated"  # what calibrate.py found, read again
 ROUNDINGS = {
     "rtn": Rounding("phimoe_onnx.exporter.quantize.rtn:round_to_nearest"),
     "two-level": Rounding(
@@ -67,6 +68,12 @@ ROUNDINGS = {
         operators=("native", "stock"),
         largest_block=BLOCK,
         stock_bits=(4, 8),  # the levels of 2 bits are of the native operators alone
+    ),
+    CALIBRATED: Rounding(
+        "phimoe_onnx.exporter.quantize.calibrated:round_calibrated",
+        operators=("native", "stock"),
+        largest_block=BLOCK,
+        stock_bits=(4, 8),
     ),
 }
 DEFAULT_ROUNDING: dict[Operators, str] = {"stock": "rtn", "native": "two-level"}
@@ -86,6 +93,7 @@ class Recipe:
         rounding: one of ROUNDINGS.
         forms: modeling.py's name of each parameter -> its form; of a stack of experts each expert's.
         experts: how experts can be computed with these forms; each is a graph.
+        calibration: a hash of what a calibration sees; "" without one.
     """
 
     target: Target
@@ -97,6 +105,7 @@ class Recipe:
     rounding: str
     forms: Mapping[str, tuple[Form, ...]]
     experts: tuple[Experts, ...]
+    calibration: str = ""
 
     def form(self, parameter: str, expert: int | None = None) -> Form:
         """How a parameter is stored; of a stack of experts the one of `expert`, or of all where they are alike."""
@@ -160,6 +169,7 @@ class Recipe:
     def digest(self) -> str:
         """A SHA-256 of everything that decides what is written; two recipes with one digest store the same."""
         facts = [self.target.name, self.task, self.dtype, self.kv_cache, self.rounding, self.experts]
+        facts += [self.calibration] if self.calibration else []
         forms = {name: repr(form) for name, form in self._entries()}
         return hashlib.sha256(json.dumps([facts, forms], sort_keys=True).encode()).hexdigest()
 
@@ -195,6 +205,7 @@ def recipe_for(
     store: Mapping[str, str] | None = None,
     operators: str = "stock",
     rounding: str | None = None,
+    calibrate: bool = False,
 ) -> Recipe:
     """Decides how a checkpoint of this shape is stored; options are those of `export`.
 
@@ -203,9 +214,10 @@ def recipe_for(
     """
     store = store or {}
     chosen = _operators(target, operators, (quantize, *store.values()), block_size)
-    rounding = rounding or DEFAULT_ROUNDING[chosen]
+    rounding = rounding or (CALIBRATED if calibrate else DEFAULT_ROUNDING[chosen])
     _check_options(task, kv_cache, quantize, store, chosen, rounding)
     target.check(config, (quantize, *store.values()), kv_cache, chosen)
+    _check_calibration(calibrate, rounding, (quantize, *store.values()))
     activations = target.activations(dtype)
     blocks = any(form.startswith("int") for form in (quantize, *store.values()))
     size = _block_size(config, block_size, ROUNDINGS[rounding].largest_block) if blocks else 0
@@ -311,6 +323,20 @@ def _check_options(
         )
     if task != "text-generation" and kv_cache != "none":
         raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
+
+
+def _check_calibration(calibrate: bool, rounding: str, forms: tuple[str, ...]) -> None:
+    if not calibrate and rounding == CALIBRATED:
+        raise ExportError(f"rounding is {CALIBRATED!r}, which needs --calibrate")
+    if calibrate and rounding != CALIBRATED:
+        raise ExportError(
+            f"--calibrate finds the rounding on the grid of two-level, but --rounding {rounding} is asked for, which "
+            f"looks at no text; leave one of the two out"
+        )
+    if calibrate and not any(form.startswith("int") for form in forms):
+        raise ExportError(
+            "--calibrate is for weights that are rounded to int4 or int8, and none are asked for; use --quantize int4"
+        )
 
 
 def _block_size(config: PhiMoEConfig, block_size: int | None, largest: int) -> int:

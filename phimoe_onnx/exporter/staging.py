@@ -47,12 +47,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     export made stands where the export needs a name beside it.
     """
     try:
-        output = _named(output)
-        _look(_beside(output, "replaced"))  # the longest name
-        parent = next(folder for folder in _beside(output, "partial").parents if _look(folder))
+        output = named(output)
+        look(beside(output, "replaced"))  # the longest name
+        parent = next(folder for folder in beside(output, "partial").parents if look(folder))
         if not parent.is_dir():
             raise ExportError(f"{output}: cannot be written ({parent} is no folder)")
-        if parent != _beside(output, "partial").parent:
+        if parent != beside(output, "partial").parent:
             with tempfile.TemporaryFile(dir=parent):  # whether anything can be made here
                 return
         with _locked(output):
@@ -75,8 +75,8 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         ExportError: another export is writing the output, it exists by now, it cannot be written, or what no export
             made is in the way.
     """
-    output = _named(output)
-    staging = _beside(output, "partial")
+    output = named(output)
+    staging = beside(output, "partial")
     with _locked(output):
         _settle_and_check(output, overwrite)
         try:
@@ -117,14 +117,14 @@ class Journal:
         head = MARK + f" {plan} {boot}\n".encode()
         self.done = _jobs(path.read_bytes(), head) if path.exists() else set()
         for name, size in (sizes or {}).items():
-            status = _look(folder / name)
+            status = look(folder / name)
             if status is None or status.st_size != size:
                 self.done = set()
         if not self.done:
             for stale in folder.glob("*.data"):
                 stale.unlink()
         draft = folder / _DRAFTS[0]
-        _write_new(draft, head + b"".join(b"%d\n" % job for job in sorted(self.done)))
+        write_new(draft, head + b"".join(b"%d\n" % job for job in sorted(self.done)))
         draft.replace(path)
         self._file = path.open("ab")
 
@@ -151,7 +151,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _look(path: Path) -> os.stat_result | None:
+def look(path: Path) -> os.stat_result | None:
     """What is at this very path, a link and not what it leads to; None for nothing."""
     try:
         return path.lstat()
@@ -159,24 +159,25 @@ def _look(path: Path) -> os.stat_result | None:
         return None
 
 
-def _named(output: Path) -> Path:
+def named(output: Path) -> Path:
     """The output by a name that can be given to another folder, which "." cannot."""
     return output if output.name not in ("", "..") else output.resolve()
 
 
-def _beside(output: Path, state: str) -> Path:
+def beside(output: Path, state: str) -> Path:
+    """A hidden name beside the output."""
     return output.parent / f".{output.name}.{state}"
 
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    path = _beside(output, "lock")
+    path = beside(output, "lock")
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = _look(path)
+        found = look(path)
         if found is not None and not (stat.S_ISREG(found.st_mode) and found.st_size == 0):  # a lock of ours is empty
-            raise ExportError(_in_the_way(path))
+            raise ExportError(in_the_way(path))
         lock.acquire(timeout=0)
     except Timeout:
         raise ExportError(
@@ -199,13 +200,14 @@ def _few(names: list[str]) -> str:
 
 def _check_own(folder: Path) -> None:
     """Raises ExportError where this is there and is no export's, or not all of it."""
-    if _look(folder) is not None and not _is_folder(folder):
-        raise ExportError(_in_the_way(folder))
-    if _is_folder(folder) and (strangers := _strangers(folder)):
-        raise ExportError(_in_the_way(folder, strangers))
+    if look(folder) is not None and not is_folder(folder):
+        raise ExportError(in_the_way(folder))
+    if is_folder(folder) and (strangers := _strangers(folder)):
+        raise ExportError(in_the_way(folder, strangers))
 
 
-def _in_the_way(path: Path, strangers: list[str] | None = None) -> str:
+def in_the_way(path: Path, strangers: list[str] | None = None) -> str:
+    """What an error says of something that no export made."""
     holds = f"holds {_few(strangers)}" if strangers else "is in the way"
     return f"{path}: {holds}, which no export made; move that elsewhere, or name another --output"
 
@@ -220,17 +222,17 @@ def _settle_and_check(output: Path, overwrite: bool) -> None:
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
-    if _look(output) is not None:
+    if look(output) is not None:
         if not overwrite:
             raise ExportError(f"{output}: exists already; name another --output, or pass --overwrite")
         if problem := _not_replaceable(output):
             raise ExportError(f"{output}: {problem}")
-    _check_own(_beside(output, "partial"))
+    _check_own(beside(output, "partial"))
 
 
 def _not_replaceable(output: Path) -> str | None:
     """Why --overwrite leaves this alone; None for a bundle with nothing of the user's own in it."""
-    if not _is_folder(output) or bundle.MANIFEST not in _own(output):
+    if not is_folder(output) or bundle.MANIFEST not in _own(output):
         return "exists and is no bundle, so --overwrite leaves it alone; name another --output, or remove it"
     if os.path.ismount(output):
         return "is where a file system is mounted, and cannot be replaced; name a folder in it"
@@ -242,14 +244,15 @@ def _not_replaceable(output: Path) -> str | None:
     return None
 
 
-def _is_folder(path: Path) -> bool:
-    found = _look(path)
+def is_folder(path: Path) -> bool:
+    """Whether this very path is a folder, and no link to one."""
+    found = look(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def _own(folder: Path) -> set[str]:
     """The files in `folder` that a mark shows to be an export's; links and folders never are."""
-    if not _is_folder(folder):
+    if not is_folder(folder):
         return set()
     with os.scandir(folder) as entries:
         files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
@@ -282,7 +285,7 @@ def _remove(folder: Path) -> None:
 
 def _is_complete(folder: Path) -> bool:
     """Whether this is a bundle at the end of its export."""
-    if not _is_folder(folder) or JOURNAL in (own := _own(folder)) or bundle.MANIFEST not in own:
+    if not is_folder(folder) or JOURNAL in (own := _own(folder)) or bundle.MANIFEST not in own:
         return False
     files = bundle.read_manifest(folder).files
     return all(name in own and (folder / name).stat().st_size == file.size for name, file in files.items())
@@ -290,11 +293,11 @@ def _is_complete(folder: Path) -> bool:
 
 def _settle(output: Path) -> None:
     """Ends what a kill cut short in `_put` between two renames."""
-    staging, replaced = _beside(output, "partial"), _beside(output, "replaced")
-    if _look(replaced) is None:
+    staging, replaced = beside(output, "partial"), beside(output, "replaced")
+    if look(replaced) is None:
         return
     _check_own(replaced)
-    if _look(output) is None:
+    if look(output) is None:
         if not _is_complete(staging):
             rename_new(replaced, output)
             return
@@ -310,7 +313,7 @@ def _settle(output: Path) -> None:
 
 def _prepare(staging: Path) -> None:
     """Makes the folder and its mark, or removes from it all that is not worth keeping."""
-    if _look(staging) is not None and bundle.MANIFEST in (own := _own(staging)) and JOURNAL not in own:
+    if look(staging) is not None and bundle.MANIFEST in (own := _own(staging)) and JOURNAL not in own:
         _remove(staging)  # a whole bundle
     staging.mkdir(exist_ok=True)
     for name in _own(staging) - {JOURNAL}:
@@ -320,10 +323,10 @@ def _prepare(staging: Path) -> None:
     journal = staging / JOURNAL
     if not journal.exists() or not _is_marked(journal, alone=False):
         journal.unlink(missing_ok=True)
-        _write_new(journal, MARK + b"\n")
+        write_new(journal, MARK + b"\n")
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes) -> None:
     """Writes a file that was not there, and brings it to the disk: the mark must be there before what it stands for."""
     with path.open("xb") as file:
         file.write(data)
@@ -334,7 +337,7 @@ def _write_new(path: Path, data: bytes) -> None:
 def _finish(staging: Path) -> None:
     """Makes a whole bundle of the folder: from the end of this on its manifest is its mark."""
     if strangers := _strangers(staging):
-        raise ExportError(_in_the_way(staging, strangers))
+        raise ExportError(in_the_way(staging, strangers))
     _flush(staging)
     (staging / JOURNAL).unlink(missing_ok=True)
 
@@ -348,7 +351,7 @@ def _put(output: Path, staging: Path, overwrite: bool) -> Path | None:
         AppearedError: something else has the name; it keeps it.
     """
     appeared = f"has come here while the export ran; the finished bundle is {staging}, move it where you want it"
-    if not overwrite or _look(output) is None:
+    if not overwrite or look(output) is None:
         try:
             rename_new(staging, output)
         except FileExistsError:
@@ -359,7 +362,7 @@ def _put(output: Path, staging: Path, overwrite: bool) -> Path | None:
             exchange(staging, output)
             raise AppearedError(f"{output}: {appeared}")
         return staging
-    replaced = _beside(output, "replaced")
+    replaced = beside(output, "replaced")
     rename_new(output, replaced)
     try:
         if _not_replaceable(replaced):

@@ -51,6 +51,8 @@ class Widths:
                 f"a model expects; use --quantize and --store"
             )
         self.config, self.target, self.options = config, target, dict(options)
+        if options.get("calibrate"):  # its rounding is not known yet; that of the same grid, which looks at no text, is
+            options = {**options, "calibrate": False, "rounding": "two-level"}
         self.recipes: dict[int, Recipe] = {}
         refused = None
         for bits in WIDTHS:  # those that these options allow
@@ -218,7 +220,7 @@ def with_size(widths: Widths, nbytes: int, size: Callable[[Recipe], int], measur
         try:
             recipe = widths.within(weights)
         except ValueError:
-            return replace(widths.smallest(), quantize=MIXED)
+            return widths.within(weight_bytes(widths.config, widths.smallest()))
         over = size(recipe) - nbytes
         if over <= 0:
             return recipe

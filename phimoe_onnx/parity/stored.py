@@ -18,6 +18,7 @@ from phimoe_onnx.bundle import Manifest, StoredWeights
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import BundleError
 from phimoe_onnx.exporter.quantize.format import Format
+from phimoe_onnx.exporter.recipe import ROUTER
 from phimoe_onnx.layered import Attention, Read
 from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
 from phimoe_onnx.parity.strips import from_strips, stripped_name
@@ -51,7 +52,7 @@ def is_rounded(manifest: Manifest) -> bool:
 
 def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEConfig) -> Read:
     """The parameters of the checkpoint that `read` reads, as the bundle's graph stores those that are quantised or
-    rounded.
+    rounded, and the routers where a calibration has changed them.
 
     Raises:
         BundleError: the graph lacks a weight that the manifest says is quantised; when that is read.
@@ -65,6 +66,11 @@ def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEC
             return from_strips(name, packed, forms, config)
         if form is not None and form.block_size is not None:
             return _dequantized(name, expert, form, stored, config)
+        if manifest.calibration is not None and name.endswith(ROUTER):
+            router = stored.get(name)
+            if router is not None:
+                return _numbers(router)
+            return _numbers(_known(stored, [f"{name}.transposed"], forms[name])).T.contiguous()
         rows = read(name, expert)
         return rows.half().float() if form is not None and _is_half(form, manifest) else rows
 

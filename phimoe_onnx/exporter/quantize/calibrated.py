@@ -1,0 +1,65 @@
+"""The rounding that a calibration has found: it is read, not computed (calibrate.py, gptq.py).
+
+While it is on its way to where it is written, a matrix on the grid is an int32 [N, K] in which each weight has all that
+it is made of: the level in the low eight bits, s in the next eight, S in the upper sixteen. So its rows are cut and
+joined like any others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phimoe_onnx.exporter.quantize.format import Format
+from phimoe_onnx.exporter.quantize.gptq import GRIDS, Rounded
+from phimoe_onnx.exporter.quantize.rtn import DTYPES
+from phimoe_onnx.exporter.quantize.strips import BLOCK, Strips, superblock_size
+from phimoe_onnx.exporter.quantize.two_level import round_two_level
+
+
+def round_calibrated(rows: Tensor, form: Format | Strips, parameter: str, expert: int | None) -> tuple[Tensor, ...]:
+    """Rows [N, K] -> as `two_level.round_two_level`, which also rounds what no calibration was at: the embeddings.
+
+    Args:
+        rows: int32 as `words` makes them, or numbers; for strips a whole matrix or a multiple of 16 rows of it.
+        form: strips, or a symmetric format of blocks of 32 or less.
+        parameter: its name in modeling.py.
+        expert: of a stack, the one that the rows are of.
+    """
+    if rows.dtype != torch.int32:
+        return round_two_level(rows, form, parameter, expert)
+    k = rows.shape[1]
+    levels = (rows << 24 >> 24).to(torch.int8)
+    s = (rows[:, ::BLOCK] >> 8 & 255).to(torch.uint8)
+    S = (rows[:, :: superblock_size(k)] >> 16).to(torch.int16).view(torch.bfloat16)
+    if isinstance(form, Strips):
+        return (form.pack(levels, s, S),)
+    codes = form.pack((levels.to(torch.int16) + (1 << form.bits - 1)).to(torch.uint8))
+    scales = S.float().repeat_interleave(superblock_size(k) // BLOCK, dim=1)[:, : s.shape[1]] * s
+    scales = scales.repeat_interleave(BLOCK // form.block_size, dim=1)[:, : k // form.block_size]
+    return codes, scales.to(DTYPES[form.scale_dtype])
+
+
+def words(rounded: Rounded) -> Tensor:
+    """A matrix as int32 [N, K]; see above."""
+    k = rounded.levels.shape[1]
+    S = rounded.S.view(torch.int16).int().repeat_interleave(superblock_size(k), dim=1)[:, :k]
+    s = rounded.s.int().repeat_interleave(BLOCK, dim=1)[:, :k]
+    return S << 16 | s << 8 | rounded.levels.int() & 255
+
+
+def stored(rounded: Rounded, bits: int) -> dict[str, Tensor]:
+    """A matrix as tensors for a file: two codes a byte where a code is one of 16 levels or fewer."""
+    levels = torch.tensor(GRIDS[bits].levels, dtype=torch.int16)
+    codes = torch.bucketize(rounded.levels.to(torch.int16), levels).to(torch.uint8)
+    packed = Format(4, BLOCK).pack(codes) if len(levels) <= 16 else codes
+    return {"codes": packed.contiguous(), "s": rounded.s, "S": rounded.S}
+
+
+def loaded(tensors: dict[str, Tensor], bits: int, k: int) -> Rounded:
+    """What `stored` was given, of matrices [N, k]."""
+    levels = torch.tensor(GRIDS[bits].levels, dtype=torch.int16)
+    codes = tensors["codes"]
+    if len(levels) <= 16:
+        codes = Format(4, BLOCK).unpack(codes, k)
+    return Rounded(levels[codes.int()].to(torch.int8), tensors["s"], tensors["S"])
