@@ -249,6 +249,8 @@ def _bundle_size(
         files = bundle.describe_files(staging) | data
         _manifest(origin(source, folder, merged), folder, config, recipe, decoding, files, corpus).write(staging)
         return layout.nbytes + sum(path.stat().st_size for path in staging.iterdir())
+
+
 def _name_rare_experts(facts: list[Facts]) -> None:
     """Logs which experts are rounded more for other tokens than for their own, of which there are few."""
     rare = [each for each in facts if each.shrinkage > 0.5]
