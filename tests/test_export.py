@@ -481,7 +481,7 @@ def test_progress_counts_every_byte(tmp_path: Path, checkpoint: Checkpoint) -> N
         ("plain", {"quantize": "int5"}, ["quantize is 'int5'", "none, fp16, int8, int4"]),
         ("plain", {"quantize": "int4", "block_size": 64}, ["64", "intermediate_size 96", "[16, 32]"]),
         ("plain", {"quantize": "int8", "block_size": 0}, ["0", "[16, 32]"]),
-        ("plain", {"quantize": "int4", "target": "portable"}, ["portable", "int4", "none or fp16"]),
+        ("plain", {"quantize": "int2", "target": "portable"}, ["portable", "int2", "none or fp16"]),
         (
             "plain",
             {"quantize": "int4", "target": "cuda"},

@@ -224,9 +224,9 @@ def test_windows_are_consecutive_and_cross_the_boundary(length: int, context: in
 
 
 def test_the_defaults_cover_every_precision() -> None:
-    assert set(DEFAULTS) == {32, 16, 8, 4}
+    assert set(DEFAULTS) == {32, 16, 8, 4, 3, 2}
     assert DEFAULTS[32] == Thresholds(mean_difference=1e-4, max_difference=1e-3)
-    assert all(DEFAULTS[bits].kl and DEFAULTS[bits].kernel_kl for bits in (16, 8, 4))
+    assert all(DEFAULTS[bits].kl and DEFAULTS[bits].kernel_kl for bits in (16, 8, 4, 3, 2))
 
 
 def test_every_threshold_has_a_unit_and_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def test_every_threshold_has_a_unit_and_a_meaning(capsys: pytest.CaptureFixture[
         defaults = [getattr(DEFAULTS[bits], name) for bits in DEFAULTS]
         values = ", ".join(
             f"{limit:g} for {kind}"
-            for limit, kind in zip(defaults, ("float32", "float16", "int8", "int4"), strict=True)
+            for limit, kind in zip(defaults, ("float32", "float16", "int8", "int4", "int3", "int2"), strict=True)
             if limit is not None
         )
         words = f"--max-{name.replace('_', '-')} {unit.upper()} {meaning} (default: {values or 'not checked'})"
