@@ -19,6 +19,7 @@ PLACES = tuple((side, lines) for lines in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5)
 COLUMNS = ("", "front", "bits", "bits, Phi-3.5", "perplexity", "KL mean", "median", "99.9 %", "same top-1")
 
 STYLE = """
+tbody th { white-space: normal; min-width: 8em; }
 .plot { max-width: none !important; min-width: 640px; } .plot text { font-size: 11px; }
 .plot .name { fill: var(--ink); } .plot .grid { stroke: var(--line); } .front { stroke: var(--more); fill: none; }
 .leader { stroke: var(--soft); stroke-width: 0.6; }
