@@ -121,6 +121,7 @@ test("a manifest of version 1 is read as one of version 2", () => {
   const version1 = (target: string) => (raw: any) => {
     raw.format_version = 1;
     raw.target = target;
+    raw.weights = { experts: "int4, block 32", router: "float32", embeddings: "int8, block 32" };
     raw.graphs = [{ file: GRAPH, minimum_onnxruntime: "1.29", optional_inputs: [] }];
   };
   for (const target of ["cpu", "portable"])
