@@ -110,7 +110,7 @@ def main() -> None:
         seconds = [wall for wall, _ in runs]
         speeds = (counts.get(name, count) / value / 1e6 for value in (median(seconds), min(seconds), max(seconds)))
         print(
-            f"| {name} | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {min(cpu for _, cpu in runs):.1f} |"
+            f"| {name} | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {min(cpu for _, cpu in runs):.2f} |"
         )
     print_losses()
     if not arguments.folder:

@@ -287,18 +287,9 @@ def build_graphs(
         if recipe.task == "text-generation" and not optional_inputs:
             RequireInputs()(graph)
         store_half(graph)
-        _name_branches_weights(graph)
         graph.producer_name, graph.producer_version = "phimoe-onnx", __version__
         graphs[file] = graph
     return graphs
-
-
-def _name_branches_weights(model: ir.Model) -> None:
-    """Gives the weights inside branches their parameters' names back: the passes before made them unique once more."""
-    for graph in model.graph.subgraphs():
-        for value in list(graph.initializers.values()):
-            if value.name and (own := value.name.removesuffix("_1")) not in graph.initializers:
-                value.name = own
 
 
 def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ...]], recipe: Recipe) -> ir.Model:

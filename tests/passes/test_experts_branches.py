@@ -56,3 +56,14 @@ def test_branches_share_the_operators_bytes(traced: Traced, checkpoint: Checkpoi
         before = layout.nbytes
         layout.save(branched, Path(folder) / "branches.onnx")
     assert layout.nbytes == before > 0
+
+
+def test_no_weight_has_two_owners(traced: Traced, checkpoint: Checkpoint) -> None:
+    """The branches alone hold what they read: later passes rename a weight whose name the main graph has, too."""
+    model, config = traced("plain"), read_config(checkpoint("plain"))
+    stored = recipe(config, "portable", gate_up_proj="int4", down_proj="int4")
+    StoreExperts(LAYERS, stored)(model)
+    BranchExperts(config, stored)(model)
+    inside = {name for graph in model.graph.subgraphs() for name in graph.initializers}
+    assert "model.layers.0.block_sparse_moe.experts.fc1.levels.3" in inside
+    assert not inside & set(model.graph.initializers)

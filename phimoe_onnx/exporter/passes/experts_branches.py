@@ -66,7 +66,7 @@ class _Layer:
 
 
 def _branch(graph: ir.Graph, experts: ir.Node, config: PhiMoEConfig, recipe: Recipe) -> None:
-    x, weights, chosen = experts.inputs[:3]
+    x, weights, chosen, *stacks = experts.inputs
     stored = ExpertsWeights.of(experts)
     number, hidden = config.num_local_experts, config.hidden_size
     new = Nodes(stored.prefix)
@@ -95,6 +95,9 @@ def _branch(graph: ir.Graph, experts: ir.Node, config: PhiMoEConfig, recipe: Rec
         branch.attributes["else_branch"] = ir.AttrGraph("else_branch", _subgraph(skipped, f"skip_expert_{e}"))
     output = new.add("Reshape", total, new.add("Shape", x, name="x/Shape"), name="output")
     replace(graph, [experts], new, [(experts.outputs[0], output)])
+    for value in stacks:
+        if not value.uses():  # its name is a branch's now, or nobody's
+            del graph.initializers[value.name]
 
 
 def _add_expert(layer: _Layer, e: int, total: ir.Value, own: list[ir.Value]) -> Nodes:
