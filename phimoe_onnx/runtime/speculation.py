@@ -91,7 +91,7 @@ class Speculation:
     """The drafts of one row.
 
     A row spends what its own drafts have won. Beyond that it makes debts, and while there are any, nobody begins. So
-    whatever a machine's passes take, texts that do not copy lose a SHARE of their time, and one draft.
+    whatever a machine's passes take, all rows together lose a SHARE of their time, and one draft each at once.
 
     Attributes:
         drafted: tokens that were run ahead.
