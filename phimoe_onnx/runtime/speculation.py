@@ -50,7 +50,7 @@ class Lookup:
             self.length, self._next = self.length + 1, self._next + 1
         else:
             self._next = self._ends.get(key, 0)
-            self.length = self._common(self._next)
+            self.length = self._common(self._next) if self._next else 0
         self._ends[key] = len(tokens)
 
     def continuation(self, count: int) -> list[int]:
