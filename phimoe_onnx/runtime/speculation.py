@@ -50,7 +50,7 @@ class Lookup:
             self.length, self._next = self.length + 1, self._next + 1
         else:
             self._next = self._ends.get(key, 0)
-            self.length = self._common(self._next)
+            self.length = self._common(self._next) if self._next else 0
         self._ends[key] = len(tokens)
 
     def continuation(self, count: int) -> list[int]:
@@ -91,7 +91,7 @@ class Speculation:
     """The drafts of one row.
 
     A row spends what its own drafts have won. Beyond that it makes debts, and while there are any, nobody begins. So
-    whatever a machine's passes take, texts that do not copy lose a SHARE of their time, and one draft.
+    whatever a machine's passes take, all rows together lose a SHARE of their time, and one draft each at once.
 
     Attributes:
         drafted: tokens that were run ahead.
