@@ -77,7 +77,7 @@ pub(crate) fn round(weights: &Weights, layout: Layout, strip: usize, out: &mut R
 }
 
 /// Sixteen outputs: 0 to 7 and 8 to 15.
-type Halves = [__m256i; 2];
+pub(crate) type Halves = [__m256i; 2];
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
@@ -89,14 +89,14 @@ fn load<const N: usize>(bytes: &[u8; N], at: usize) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
+pub(crate) fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
     [load(bytes, 64 * r), load(bytes, 64 * r + 32)]
 }
 
 /// Four activations, for each output.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn broadcast(q: &[i8; TILE], at: usize) -> __m256i {
+pub(crate) fn broadcast(q: &[i8; TILE], at: usize) -> __m256i {
     let four = &q[at..at + 4];
     // SAFETY: 4 bytes, at any address.
     _mm256_set1_epi32(unsafe { four.as_ptr().cast::<i32>().read_unaligned() })
@@ -123,7 +123,7 @@ fn table(level: impl Fn(usize) -> i8) -> __m256i {
 /// Calls `each(block, r, codes)` for a tile, with level + 8 of the inputs 32 block + 4 r + j of each output.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn groups<const SIZE: usize>(tile: &[u8; SIZE], each: impl FnMut(usize, usize, Halves)) {
+pub(crate) fn groups<const SIZE: usize>(tile: &[u8; SIZE], each: impl FnMut(usize, usize, Halves)) {
     match SIZE {
         256 => groups_2(tile, each),
         384 => groups_3(tile, each),
@@ -203,7 +203,7 @@ fn shifted_right(bytes: __m256i, by: i32) -> __m256i {
 /// A tile's scales of blocks, [block], twice in 16 bits for each output.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn block_scales(scales: &[u8; STRIP]) -> [Halves; 2] {
+pub(crate) fn block_scales(scales: &[u8; STRIP]) -> [Halves; 2] {
     // SAFETY: 16 bytes, at any address.
     let both = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(scales.as_ptr().cast()) });
     let spread = |first: i8| {
@@ -230,7 +230,7 @@ fn correction(correction: [i16; 2]) -> __m256i {
 /// y = fma(sum, S * a, y)
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add_superblock(y: &mut [f32; STRIP], sums: Halves, scales: &[u8; 2 * STRIP], a: f32) {
+pub(crate) fn add_superblock(y: &mut [f32; STRIP], sums: Halves, scales: &[u8; 2 * STRIP], a: f32) {
     for h in 0..2 {
         // SAFETY: each half of the 32 bytes of scales is 16 bytes, at any address.
         let scales = unsafe { _mm_loadu_si128(scales[16 * h..][..16].as_ptr().cast()) };

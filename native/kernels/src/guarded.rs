@@ -80,12 +80,12 @@ fn nothing_around_inputs_and_outputs_is_touched() {
                         scales: scales.get(),
                         corrections: corrections.get(),
                     };
-                    for count in [1, 2, 3, 4, 5, 11] {
+                    let mut expected = [[0.0; STRIP]];
+                    Kernels::plain().strip(&strip, &[row], &mut expected);
+                    for count in [1, 2, 3, 4, 5, 8, 11, 17] {
                         let mut out = Guarded::new(&vec![[0.0; STRIP]; count], end);
                         kernels.strip(&strip, &vec![row; count], out.get_mut());
-                        let mut expected = vec![[0.0; STRIP]; count];
-                        Kernels::plain().strip(&strip, &vec![row; count], &mut expected);
-                        for (found, expected) in out.get().as_flattened().iter().zip(expected.as_flattened()) {
+                        for (found, expected) in out.get().as_flattened().iter().zip(expected[0].iter().cycle()) {
                             let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
                             assert!(same, "{} with {bits} bits: {found}, expected {expected}", kernels.name());
                         }

@@ -18,6 +18,8 @@ const ROWS_AT_ONCE: usize = 128;
 pub struct Kernels {
     name: &'static str,
     available: fn() -> bool,
+    /// Whether it is taken by its name alone.
+    on_request: bool,
     // SAFETY of all of these: the processor must have the instructions that `available` asks for.
     products: unsafe fn(&Strip, &[Row], &mut [[f32; STRIP]]),
     quantize: unsafe fn(&[f32], RowMut<'_>),
@@ -27,12 +29,46 @@ pub struct Kernels {
     round: unsafe fn(&Weights, Layout, usize, &mut Rounded) -> bool,
 }
 
-/// Best first.
+/// Best first. On request: what ran nowhere yet, or only in an emulator that was corrected for it.
 static ALL: &[Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "amx",
+        available: crate::amx::available,
+        on_request: true,
+        products: crate::amx::products,
+        quantize: crate::avx512vnni::quantize,
+        swiglu: crate::avx512vnni::swiglu,
+        router_scores: crate::avx512vnni::router_scores,
+        weighted_sum: crate::avx512vnni::weighted_sum,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "avx512vnni",
+        available: crate::avx512vnni::available,
+        on_request: true,
+        products: crate::avx512vnni::products,
+        quantize: crate::avx512vnni::quantize,
+        swiglu: crate::avx512vnni::swiglu,
+        router_scores: crate::avx512vnni::router_scores,
+        weighted_sum: crate::avx512vnni::weighted_sum,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "avxvnni",
+        available: crate::avxvnni::available,
+        on_request: true,
+        products: crate::avxvnni::products,
+        quantize: crate::avx2::quantize,
+        swiglu: crate::avx2::swiglu,
+        router_scores: crate::avx2::router_scores,
+        weighted_sum: crate::avx2::weighted_sum,
+    },
     #[cfg(target_arch = "x86_64")]
     Kernels {
         name: "avx2",
         available: crate::avx2::available,
+        on_request: false,
         products: crate::avx2::products,
         quantize: crate::avx2::quantize,
         swiglu: crate::avx2::swiglu,
@@ -44,6 +80,7 @@ static ALL: &[Kernels] = &[
     Kernels {
         name: "dotprod",
         available: crate::neon::dotprod_available,
+        on_request: false,
         products: crate::neon::products_dotprod,
         quantize: crate::neon::quantize,
         swiglu: crate::neon::swiglu,
@@ -55,6 +92,7 @@ static ALL: &[Kernels] = &[
     Kernels {
         name: "neon",
         available: crate::neon::available,
+        on_request: false,
         products: crate::neon::products,
         quantize: crate::neon::quantize,
         swiglu: crate::neon::swiglu,
@@ -65,6 +103,7 @@ static ALL: &[Kernels] = &[
     Kernels {
         name: "plain",
         available: || true,
+        on_request: false,
         products: plain::products,
         quantize: elementwise::quantize,
         swiglu: elementwise::swiglu,
@@ -89,9 +128,11 @@ impl Kernels {
     /// The best kernels for this processor, or those of that name.
     pub fn choose(name: Option<&str>) -> Result<&'static Self, Error> {
         let Some(name) = name else {
-            return Ok(Self::all().next().unwrap_or(Self::plain()));
+            // Others are not even asked for: asking for AMX changes what the system demands of this process.
+            let best = ALL.iter().find(|kernels| !kernels.on_request && (kernels.available)());
+            return Ok(best.unwrap_or(Self::plain()));
         };
-        Self::all().find(|kernels| kernels.name == name).ok_or_else(|| {
+        ALL.iter().find(|kernels| kernels.name == name && (kernels.available)()).ok_or_else(|| {
             let names: Vec<_> = Self::all().map(|kernels| kernels.name).collect();
             let what = if ALL.iter().any(|kernels| kernels.name == name) {
                 "which this processor cannot run"

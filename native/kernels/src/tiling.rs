@@ -19,6 +19,17 @@ pub(crate) fn corrections<'a>(row: &Row<'a>, g: usize, tiles: usize) -> &'a [[[i
     &row.corrections.as_chunks().0[g * tiles..][..tiles]
 }
 
+/// -128 times the sum of a superblock's values of a row.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn start(row: &Row, g: usize, tiles: usize) -> i32 {
+    let mut sum = 0;
+    for correction in corrections(row, g, tiles).as_flattened().as_flattened() {
+        sum += i32::from(*correction);
+    }
+    16 * sum
+}
+
 /// Rows four at a time, then the rest, if any.
 #[inline(always)]
 pub(crate) fn in_quartets(
@@ -34,5 +45,25 @@ pub(crate) fn in_quartets(
     }
     if !quartets.remainder().is_empty() {
         rest(quartets.remainder(), outs.into_remainder());
+    }
+}
+
+/// Rows in parts of up to MOST, as even as they can be: this many, and the last part perhaps fewer.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn even_size<const MOST: usize>(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(MOST).max(1)).max(1)
+}
+
+/// Rows in even parts.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn in_even_parts<const MOST: usize>(
+    rows: &[Row],
+    out: &mut [[f32; STRIP]],
+    each: impl Fn(&[Row], &mut [[f32; STRIP]]),
+) {
+    let size = even_size::<MOST>(rows.len());
+    for (rows, out) in rows.chunks(size).zip(out.chunks_mut(size)) {
+        each(rows, out);
     }
 }

@@ -102,6 +102,24 @@ fn every_kernel_gives_the_bits_of_plain() {
     }
 }
 
+/// However rows are cut into parts.
+#[test]
+fn any_number_of_rows_gives_the_bits_of_plain() {
+    let mut random = Random(7);
+    for width in BITS {
+        let weights = Weights::random(&mut random, width, 128, 16);
+        let quantized = quantize(&rows(&mut random, 33, 128), 33, weights.layout);
+        let rows = all_rows(&quantized);
+        let expected = multiply(Kernels::plain(), &weights.matrix(), &rows);
+        for kernels in Kernels::all() {
+            for count in 1..=33 {
+                let found = multiply(kernels, &weights.matrix(), &rows[..count]);
+                assert_eq!(bits(&found), bits(&expected[..count * 16]), "{}, {width} bits, {count}", kernels.name());
+            }
+        }
+    }
+}
+
 #[test]
 fn a_large_matrix_gives_the_bits_of_plain() {
     let mut random = Random(3);
