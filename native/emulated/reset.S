@@ -1,4 +1,4 @@
-# The last 64 KB below 4 GB: from reset to 32 bits, then to the kernel at 1 MB.
+# The last 64 KB below 4 GB: from reset to 32 bits, then to the system at 1 MB.
     .code16
     .globl start
 start:
@@ -21,7 +21,7 @@ protected:
     movw %ax, %ds
     movw %ax, %es
     movw %ax, %ss
-    movl $0xfffe0000, %esi # the kernel lies in the 64 KB before these
+    movl $0xfffe0000, %esi # the system lies in the 64 KB before these
     movl $0x100000, %edi
     movl $0x4000, %ecx
     cld

@@ -8,8 +8,8 @@
 //!   q (`Row::corrections`) and ends at most at 32 * 8 * 127, which fits 16 bits. So `vpdpwssd`, which multiplies 16 bits,
 //!   takes it times the block's scale.
 //! - More rows share a panel: a superblock of one strip as 128 + s * level, from 8 to 248. A superblock starts at -128
-//!   times the sum of its q. With 8 bits that is the code with its sign turned, from 0 to 255, and needs no panel. On the
-//!   way a sum is at most 1024 * 255 * 127 and fits 32 bits.
+//!   times the sum of its q. With 8 bits that is the code with its highest bit turned, from 0 to 255, and needs no panel.
+//!   On the way a sum is at most 1024 * 255 * 127 and fits 32 bits.
 
 use std::arch::x86_64::*;
 

@@ -46,7 +46,7 @@ static ALL: &[Kernels] = &[
     Kernels {
         name: "avx512vnni",
         available: crate::avx512vnni::available,
-        on_request: true,
+        on_request: false,
         products: crate::avx512vnni::products,
         quantize: crate::avx512vnni::quantize,
         swiglu: crate::avx512vnni::swiglu,
@@ -57,7 +57,7 @@ static ALL: &[Kernels] = &[
     Kernels {
         name: "avxvnni",
         available: crate::avxvnni::available,
-        on_request: true,
+        on_request: false,
         products: crate::avxvnni::products,
         quantize: crate::avx2::quantize,
         swiglu: crate::avx2::swiglu,

@@ -1,16 +1,16 @@
 // Runs one static Linux program on a bare machine, in ring 0, and answers its system calls. Threads take turns where
 // they wait. What is printed goes to port 0xe9.
 //
-// Memory: this kernel from 1 MB on, pages' tables from 2 MB on, the program and its heap from 4 MB on, mmap from 128 MB
-// to 256 MB, in pages of 4 KB whose protection works. The last 4 MB below 4 GB are a ROM: first the arguments, each
-// ended by 0, the last by two; after 4 KB the program's file.
+// Memory: this system from 1 MB on, pages' tables from 2 MB on, the program and its heap from 4 MB on, mmap from 128 MB
+// to 448 MB, in pages of 4 KB whose protection works; the same again, never protected, from 512 MB on. The last 4 MB
+// below 4 GB are a ROM: first the arguments, each ended by 0, the last by two; after 4 KB the program's file.
 typedef unsigned long u64;
 typedef unsigned u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-enum { PAGE = 4096, MAPS = 128 << 20, MAPS_END = 256 << 20, PAGES = (MAPS_END - MAPS) / PAGE, THREADS = 32 };
-enum { STACK = 8 << 20 };
+enum { PAGE = 4096, MAPS = 128 << 20, MAPS_END = 448 << 20, PAGES = (MAPS_END - MAPS) / PAGE, THREADS = 16 };
+enum { STACK = 8 << 20, ALIAS = 512 << 20 };
 enum { ENOENT = -2, EAGAIN = -11, ENOMEM = -12, ENODEV = -19, EINVAL = -22, ENOTTY = -25, ENOSYS = -38, ETIMEDOUT = -110 };
 
 static const char *const arguments = (char *)0xffc00000, *const file = (char *)0xffc01000;
@@ -180,6 +180,7 @@ static u64 exit(u64 status) {
 // ---- memory
 
 static u64 *const tables = (u64 *)0x210000; // an entry for each page
+static u64 lowest;                          // no page below it is free
 static u8 used[PAGES], dirty[PAGES];        // dirty: written to since it was all zero
 static u64 heap;
 
@@ -195,16 +196,15 @@ static void protect(u64 address, u64 bytes, u64 protection) {
 static u64 map(u64 bytes, u64 protection) {
     const u64 pages = (bytes + PAGE - 1) / PAGE;
     u64 run = 0;
-    for (u64 page = 0; page < PAGES; page++) {
+    while (lowest < PAGES && used[lowest]) lowest++;
+    for (u64 page = lowest; page < PAGES; page++) {
         run = used[page] ? 0 : run + 1;
         if (run < pages) continue;
         const u64 first = page + 1 - pages, address = MAPS + first * PAGE;
         memset(used + first, 1, pages);
-        protect(address, bytes, 3);
         for (u64 i = first; i <= page; i++) {
-            if (dirty[i]) memset((void *)(MAPS + i * PAGE), 0, PAGE);
+            if (dirty[i]) memset((void *)(ALIAS + i * PAGE), 0, PAGE);
             dirty[i] = 0;
-            tables[i] &= ~64ul;
         }
         protect(address, bytes, protection);
         return address;
@@ -213,8 +213,10 @@ static u64 map(u64 bytes, u64 protection) {
 }
 
 static u64 unmap(u64 address, u64 bytes) {
+    const u64 first = (address - MAPS) / PAGE;
     protect(address, bytes, 0);
-    memset(used + (address - MAPS) / PAGE, 0, (bytes + PAGE - 1) / PAGE);
+    memset(used + first, 0, (bytes + PAGE - 1) / PAGE);
+    if (first < lowest) lowest = first;
     return 0;
 }
 
@@ -222,8 +224,7 @@ static u64 mmap(const struct frame *f) {
     const u64 fixed = 0x10, anonymous = 0x20;
     if (!(f->r10 & anonymous)) return ENODEV;
     if (!(f->r10 & fixed)) return map(f->rsi, f->rdx);
-    protect(f->rdi, f->rsi, 3);
-    memset((void *)f->rdi, 0, f->rsi);
+    memset((void *)(f->rdi - MAPS + ALIAS), 0, f->rsi);
     protect(f->rdi, f->rsi, f->rdx);
     return f->rdi;
 }
@@ -328,7 +329,10 @@ void main(void) {
     }
     asm volatile("lidt %0" ::"m"(pointer));
     u64 *const level2 = (u64 *)0x202000;
-    for (int i = 0; i < 64; i++) level2[64 + i] = (u64)(tables + 512 * i) | 3;
+    for (int i = 0; i < (MAPS_END - MAPS) >> 21; i++) {
+        level2[256 + i] = level2[64 + i];
+        level2[64 + i] = (u64)(tables + 512 * i) | 3;
+    }
     protect(MAPS, MAPS_END - MAPS, 0);
     write_msr(0xc0000081, 8ul << 32); // `syscall`: segments, entry, no flags change
     write_msr(0xc0000082, (u64)syscall_entry);
