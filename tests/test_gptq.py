@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize import gptq
 from phimoe_onnx.exporter.quantize.calibrated import loaded, round_calibrated, stored, words
 from phimoe_onnx.exporter.quantize.format import Format
@@ -163,6 +164,11 @@ def test_inputs_that_never_occur_and_no_inputs_at_all() -> None:
     for h in (x.T @ x, torch.zeros(64, 64), x[:1].T @ x[:1]):
         q = Rounder(h, GRIDS[4]).round(weight)[0].dequantize()
         assert (q - weight).abs().max() < 1.5
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ExportError, match="numbers in this model that float32 cannot hold"):
+        Rounder(torch.full((32, 32), torch.inf), GRIDS[4])
 
 
 def test_a_matrix_in_slabs_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Prints what a bundle's rounding costs: bundles against the first one, window by window over a text that none of them
 was made for, as a Markdown table.
 
-python -m benchmarks.quality persuasion.txt build/none build/rtn build/calibrated [--windows 180]
+python -m benchmarks.roundings persuasion.txt build/none build/rtn build/calibrated [--windows 180]
 
 Perplexity's change comes with its paired standard error: each window's loss is held against the first bundle's on the
 same window. KL is the divergence of a token's distribution from the first bundle's, its mean and the 99.9th percentile;
