@@ -121,6 +121,12 @@ def native(session: nox.Session) -> None:
     for command in (("fmt", "--all", "--check"), ("clippy", "--release", "--all-targets", "--", "-D", "warnings")):
         session.run("cargo", command[0], "--manifest-path", "native/Cargo.toml", *command[1:], external=True)
     session.run("cargo", "test", "--release", "--manifest-path", "native/Cargo.toml", external=True)
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        # with AddressSanitizer, an option of the compiler that only this variable opens in a stable release
+        target = ("--target", "x86_64-unknown-linux-gnu", "--target-dir", "native/target/sanitized")
+        arguments = ("test", "--release", "--manifest-path", "native/Cargo.toml", "--lib", "--tests", *target)
+        environment = {"RUSTC_BOOTSTRAP": "1", "RUSTFLAGS": "-Zsanitizer=address"}
+        session.run("cargo", *arguments, external=True, env=environment)
 
 
 @nox.session(venv_backend="none")
