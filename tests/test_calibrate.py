@@ -57,7 +57,7 @@ def walk(
     folder = CalibrationFolder(output)
     folder.begin("a plan")
     calibrate(config, recipe, rows, windows, folder, report)
-    found = folder.rows(rows, recipe)
+    found = folder.rows(rows)
 
     def read(name: str, expert: int | None) -> torch.Tensor:
         parts = found[name]

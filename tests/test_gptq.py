@@ -266,7 +266,7 @@ def test_shrinkage_is_the_best_mixture_on_average() -> None:
 def test_both_layouts_hold_what_was_found(bits: int, k: int) -> None:
     x = inputs(k, 300)
     rounded, *_ = Rounder(x.T @ x, GRIDS[bits]).round(matrix(32, k))
-    again = loaded(stored(rounded, bits), bits, k)
+    again = loaded(stored(rounded, bits), k)
     assert all(torch.equal(getattr(again, part), getattr(rounded, part)) for part in ("levels", "s", "S"))
     (strips,) = round_calibrated(words(rounded), Strips(bits), "", None)
     codes, scales = round_calibrated(words(rounded), Format(bits, 32), "", None)

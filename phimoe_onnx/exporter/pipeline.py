@@ -157,7 +157,7 @@ def export(
     calibration = None if text is None else CalibrationFolder(output)
 
     report("tracing", 0, 0)
-    rounded = rows if calibration is None else calibration.rows(rows, recipe)
+    rounded = rows if calibration is None else calibration.rows(rows)
     graphs = build_graphs(trace(config, rounded, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
     with staged(output, overwrite) as staging:
         if calibration is not None and text is not None:
