@@ -24,6 +24,7 @@ from phimoe_onnx.exporter.calibrate import calibrate
 from phimoe_onnx.exporter.calibration_folder import CalibrationFolder
 from phimoe_onnx.exporter.calibration_text import calibration_text, cut
 from phimoe_onnx.exporter.pipeline import _name_rare_experts
+from phimoe_onnx.exporter.plan import requirements
 from phimoe_onnx.exporter.quantize.calibrated import round_calibrated
 from phimoe_onnx.exporter.quantize.strips import Strips
 from phimoe_onnx.exporter.quantize.two_level import round_two_level
@@ -56,7 +57,7 @@ def walk(
     folder = CalibrationFolder(output)
     folder.begin("a plan")
     calibrate(config, recipe, rows, windows, folder, report)
-    found = folder.rows(rows, recipe)
+    found = folder.rows(rows)
 
     def read(name: str, expert: int | None) -> torch.Tensor:
         parts = found[name]
@@ -243,6 +244,20 @@ def test_the_recipe_knows_the_text(checkpoint: Checkpoint) -> None:
     assert own.name == "default"
     assert own.digest() != calibration_text(SAMPLE, source, config).digest()
     assert own.digest() == calibration_text(None, source, config).digest()
+
+
+def test_the_plan_counts_what_a_calibration_takes(checkpoint: Checkpoint) -> None:
+    config = read_config(checkpoint("plain"))
+    plain, calibrated = (
+        requirements(
+            config, recipe_for(config, CPU, "int4", rounding=None if calibrate else "two-level", calibrate=calibrate)
+        )
+        for calibrate in (False, True)
+    )
+    assert plain.calibration == 0
+    assert calibrated.bundle == plain.bundle
+    assert calibrated.calibration > calibrated.bundle
+    assert calibrated.export_memory > plain.export_memory
 
 
 def test_the_packages_own_text_has_nothing_of_what_is_held_out() -> None:

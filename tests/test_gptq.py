@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize import gptq
 from phimoe_onnx.exporter.quantize.calibrated import loaded, round_calibrated, stored, words
 from phimoe_onnx.exporter.quantize.format import Format
@@ -165,6 +166,11 @@ def test_inputs_that_never_occur_and_no_inputs_at_all() -> None:
         assert (q - weight).abs().max() < 1.5
 
 
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ExportError, match="numbers in this model that float32 cannot hold"):
+        Rounder(torch.full((32, 32), torch.inf), GRIDS[4])
+
+
 def test_a_matrix_in_slabs_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = inputs(64, 300), matrix(50, 64)
     whole, *_ = Rounder(x.T @ x, GRIDS[4]).round(weight)
@@ -260,7 +266,7 @@ def test_shrinkage_is_the_best_mixture_on_average() -> None:
 def test_both_layouts_hold_what_was_found(bits: int, k: int) -> None:
     x = inputs(k, 300)
     rounded, *_ = Rounder(x.T @ x, GRIDS[bits]).round(matrix(32, k))
-    again = loaded(stored(rounded, bits), bits, k)
+    again = loaded(stored(rounded, bits), k)
     assert all(torch.equal(getattr(again, part), getattr(rounded, part)) for part in ("levels", "s", "S"))
     (strips,) = round_calibrated(words(rounded), Strips(bits), "", None)
     codes, scales = round_calibrated(words(rounded), Format(bits, 32), "", None)

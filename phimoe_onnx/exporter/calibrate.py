@@ -162,14 +162,14 @@ class _Walk:
 
     def head(self) -> None:
         """Rounds lm_head, if there is one of its own."""
-        if HEAD in self.recipe.forms and not self.config.tie_word_embeddings and self._bits(HEAD, None):
-            self.told.say(self.config.num_hidden_layers, "lm_head")
-            self._normalise("model.norm")
-            moments = self._moments(self.x_in, self.y_in)
-            weight = self.read(HEAD, None)
-            with self.folder.unit("head") as unit:
-                self._round([(HEAD, weight)], None, moments, unit)
-            self.told.say(self.config.num_hidden_layers, "lm_head", weight.numel())
+        layers = self.config.num_hidden_layers
+        with self.folder.unit("head") as unit:
+            if HEAD in self.recipe.forms and not self.config.tie_word_embeddings and self._bits(HEAD, None):
+                self.told.say(layers, "lm_head")
+                self._normalise("model.norm")
+                weight = self.read(HEAD, None)
+                self._round([(HEAD, weight)], None, self._moments(self.x_in, self.y_in), unit)
+                self.told.say(layers, "lm_head", weight.numel())
 
     def _attention(self, number: int, prefix: str) -> None:
         names = [f"{prefix}{part}_proj.weight" for part in "qkv"]

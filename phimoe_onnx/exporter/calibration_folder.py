@@ -22,8 +22,7 @@ from torch import Tensor
 from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize.calibrated import loaded, words
-from phimoe_onnx.exporter.quantize.format import Plain
-from phimoe_onnx.exporter.recipe import EMBEDDING, LAYER, ROUTER, Recipe
+from phimoe_onnx.exporter.recipe import HEAD, LAYER, ROUTER
 from phimoe_onnx.exporter.staging import beside, in_the_way, is_folder, look, named, write_new
 
 JOURNAL = ".journal"
@@ -127,11 +126,11 @@ class CalibrationFolder:
             for name, states in (("x", x), ("y", y)):
                 states.copy_(file.get_tensor(name))
 
-    def rows(self, rows: dict[str, tuple[Rows, ...]], recipe: Recipe) -> dict[str, tuple[Rows, ...]]:
+    def rows(self, rows: dict[str, tuple[Rows, ...]]) -> dict[str, tuple[Rows, ...]]:
         """A checkpoint's parameters with what is found here in their place, of the same shapes; it may be found after
-        this, but before they are read.
+        this, but before they are read. What the calibration did not round is the checkpoint's.
         """
-        return {name: self._replaced(name, parts, recipe) for name, parts in rows.items()}
+        return {name: self._replaced(name, parts) for name, parts in rows.items()}
 
     def facts(self) -> list[Facts]:
         """Of all experts that are finished, in order."""
@@ -151,38 +150,42 @@ class CalibrationFolder:
         except (OSError, ExportError) as error:
             logger.warning("%s: is what is left of the calibration, and could not be removed (%s)", self.path, error)
 
-    def _replaced(self, name: str, parts: tuple[Rows, ...], recipe: Recipe) -> tuple[Rows, ...]:
+    def _replaced(self, name: str, parts: tuple[Rows, ...]) -> tuple[Rows, ...]:
         layer = LAYER.match(name)
-        if name.endswith(ROUTER) and layer:
-            return (Rows(parts[0].shape, lambda: self._tensor(f"{layer[1]}.router", f"{name}:")),)
-        if name == EMBEDDING or not name.endswith("weight" if layer is None else ("_proj.weight", "_proj")):
+        if name == HEAD:
+            return (self._part("head", name, 0, parts[0]),)
+        if layer is None:
             return parts
-        each = len(parts) // len(recipe.forms[name])
-        return tuple(self._part(name, index, each, part, recipe) for index, part in enumerate(parts))
+        if name.endswith(ROUTER):
+            return (Rows(parts[0].shape, lambda: self._tensors(f"{layer[1]}.router", name)[""]),)
+        if name.endswith("_proj.weight"):
+            return (self._part(f"{layer[1]}.attention", name, 0, parts[0]),)
+        if not name.endswith("_proj"):
+            return parts
+        each = 2 if name.endswith("gate_up_proj") else 1  # gate and up are apart
+        return tuple(
+            self._part(f"{layer[1]}.{index // each}", f"{name}.{index // each}", index % each, part)
+            for index, part in enumerate(parts)
+        )
 
-    def _part(self, name: str, index: int, each: int, part: Rows, recipe: Recipe) -> Rows:
-        """Part `index` of a parameter, of which each expert has some, one under the other."""
-        stack = ".experts." in name
-        expert = index // each if stack else None
-        form = recipe.form(name, expert)
-        if isinstance(form, Plain) or len(part.shape) < 2:
-            return part
-        first = index % each * part.shape[0]
-        layer = LAYER.match(name)
-        file = "head" if layer is None else f"{layer[1]}.{'attention' if expert is None else expert}"
-        whole = name if expert is None else f"{name}.{expert}"
+    def _part(self, file: str, name: str, number: int, part: Rows) -> Rows:
+        """The part of that number of a matrix whose parts have as many rows each."""
+        first = number * part.shape[0]
 
         def read() -> Tensor:
-            kinds = ("codes", "s", "S")
-            tensors = {kind: self._tensor(file, f"{whole}:{kind}")[first : first + part.shape[0]] for kind in kinds}
-            return words(loaded(tensors, form.bits, part.shape[1]))
+            tensors = self._tensors(file, name)
+            if not tensors:
+                return part.read()
+            rows = {kind: tensors[kind][first : first + part.shape[0]] for kind in ("codes", "s", "S")}
+            return words(loaded({**tensors, **rows}, part.shape[1]))
 
         return Rows(part.shape, read)
 
-    def _tensor(self, file: str, name: str) -> Tensor:
+    def _tensors(self, file: str, parameter: str) -> dict[str, Tensor]:
+        """A parameter's tensors by their kind; none where it was not rounded."""
         with self._open(file) as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
+            names = [name for name in opened.keys() if name.startswith(f"{parameter}:")]  # noqa: SIM118, no dict
+            return {name.rpartition(":")[2]: opened.get_tensor(name) for name in names}
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[safe_open]:

@@ -169,18 +169,16 @@ def export(
     sources = [*_shards(stored), *(merged.files if merged else ())]
 
     report("tracing", 0, 0)
+    traced = trace(config, rows if calibration is None else calibration.rows(rows), DTYPES[recipe.dtype], recipe.task)
     if widths is not None:
-        exact = trace(config, rows, DTYPES[recipe.dtype], recipe.task)
 
         def size(recipe: Recipe) -> int:
-            return _bundle_size(exact, source, folder, config, rows, recipe, decoding, merged, corpus)
+            return _bundle_size(traced, source, folder, config, rows, recipe, decoding, merged, corpus)
 
         recipe = chosen_recipe(widths, bits, fit, text, rows, folder, size, report)
-    rounded = rows
-    if corpus is not None and calibration is not None:
+    if corpus is not None:
         recipe = dataclasses.replace(recipe, calibration=corpus.digest())
-        rounded = calibration.rows(rows, recipe)
-    graphs = build_graphs(trace(config, rounded, DTYPES[recipe.dtype], recipe.task), config, rows, recipe)
+    graphs = build_graphs(traced, config, rows, recipe)
     with staged(output, overwrite) as staging:
         if corpus is not None and calibration is not None:
             calibration.begin(_plan(staging, (), recipe, sources))

@@ -53,12 +53,12 @@ def stored(rounded: Rounded, bits: int) -> dict[str, Tensor]:
     levels = torch.tensor(GRIDS[bits].levels, dtype=torch.int16)
     codes = torch.bucketize(rounded.levels.to(torch.int16), levels).to(torch.uint8)
     packed = Format(4, BLOCK).pack(codes) if len(levels) <= 16 else codes
-    return {"codes": packed.contiguous(), "s": rounded.s, "S": rounded.S}
+    return {"codes": packed.contiguous(), "s": rounded.s, "S": rounded.S, "bits": torch.tensor(bits)}
 
 
-def loaded(tensors: dict[str, Tensor], bits: int, k: int) -> Rounded:
+def loaded(tensors: dict[str, Tensor], k: int) -> Rounded:
     """What `stored` was given, of matrices [N, k]."""
-    levels = torch.tensor(GRIDS[bits].levels, dtype=torch.int16)
+    levels = torch.tensor(GRIDS[int(tensors["bits"])].levels, dtype=torch.int16)
     codes = tensors["codes"]
     if len(levels) <= 16:
         codes = Format(4, BLOCK).unpack(codes, k)

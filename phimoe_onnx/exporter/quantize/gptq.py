@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize.strips import BLOCK, LEVELS, TILE, superblock_size
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: what is not known of inputs that hardly occur
@@ -165,11 +166,21 @@ def _corrected(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
 
 
 def _factor(inputs: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of the damped matrix; damped more where float32 asks for it."""
+    """The Cholesky factor of the damped matrix; damped more where float32 asks for it.
+
+    Raises:
+        ExportError: the matrix holds numbers that are not finite.
+    """
+    if not torch.isfinite(inputs).all():
+        raise ExportError(
+            "--calibrate: the text makes numbers in this model that float32 cannot hold; give another text, or leave "
+            "--calibrate out"
+        )
     mean = inputs.diagonal().mean().clamp_min(1e-30)
     while True:
         damped = inputs.clone()
         damped.diagonal().add_(damping * mean)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor
