@@ -41,6 +41,7 @@ static ALL: &[Kernels] = &[
         swiglu: crate::avx512vnni::swiglu,
         router_scores: crate::avx512vnni::router_scores,
         weighted_sum: crate::avx512vnni::weighted_sum,
+        round: crate::avx2::round, // every processor with AVX-512 has AVX2
     },
     #[cfg(target_arch = "x86_64")]
     Kernels {
@@ -52,6 +53,7 @@ static ALL: &[Kernels] = &[
         swiglu: crate::avx512vnni::swiglu,
         router_scores: crate::avx512vnni::router_scores,
         weighted_sum: crate::avx512vnni::weighted_sum,
+        round: crate::avx2::round, // every processor with AVX-512 has AVX2
     },
     #[cfg(target_arch = "x86_64")]
     Kernels {
@@ -63,6 +65,7 @@ static ALL: &[Kernels] = &[
         swiglu: crate::avx2::swiglu,
         router_scores: crate::avx2::router_scores,
         weighted_sum: crate::avx2::weighted_sum,
+        round: crate::avx2::round,
     },
     #[cfg(target_arch = "x86_64")]
     Kernels {
