@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from phimoe_onnx import export
+from phimoe_onnx import convert, export
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.cli.export import main
@@ -33,6 +33,7 @@ from phimoe_onnx.exporter.target import CPU
 from phimoe_onnx.layered import Read, Text, checkpoint_weights, run
 from phimoe_onnx.parity import verify as parity
 from phimoe_onnx.parity.stored import stored_weights
+from phimoe_onnx.parity.thresholds import Thresholds
 from tests.checkpoints import BASE, MODEL, longrope, random_ids, write_checkpoint
 
 Checkpoint = Callable[..., Path]
@@ -237,6 +238,27 @@ def test_a_calibrated_bundle_says_so_and_agrees_with_what_it_stores(
     assert report.bundle_to_stored.mean_difference < 0.2
 
 
+def test_one_kind_becomes_the_other_without_the_checkpoint(bundles: dict[str, Path], tmp_path: Path) -> None:
+    for operators, other in (("native", "stock"), ("stock", "native")):
+        folder = convert(bundles[other], tmp_path / operators, operators=operators)
+        for path in bundles[operators].iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes(), f"{operators} {path.name}"
+
+
+def test_the_widths_of_bits_are_calibrated(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(SAMPLE.read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    source = checkpoint("plain")
+    folder = export(source, tmp_path / "bundle", bits=4.5, operators="native", calibrate=text)
+    manifest = read_manifest(folder)
+    assert manifest.calibration is not None
+    assert {"int2", "int3", "int4", "int8"} >= (widths := {group.dtype for group in manifest.weights}) - {"float32"}
+    assert len(widths) > 2
+    report = parity.verify(folder, source, tokens=150, new_tokens=2, thresholds=Thresholds(kl=2, perplexity_ratio=2))
+    assert report.bundle_to_stored is not None
+    assert report.bundle_to_stored.mean_difference < 0.2
+
+
 def test_the_recipe_knows_the_text(checkpoint: Checkpoint) -> None:
     source = checkpoint("plain")
     config = read_config(source)
@@ -304,6 +326,7 @@ def test_of_a_long_text_windows_are_spread_over_it(monkeypatch: pytest.MonkeyPat
         (["--quantize", "int4", "--rounding", "rtn", "--calibrate"], "but --rounding rtn is asked for"),
         (["--quantize", "int4", "--rounding", "calibrated"], "rounding is 'calibrated', which needs --calibrate"),
         (["--quantize", "int4", "--calibrate", "--block-size", "64"], "--block-size is 64"),
+        (["--quantize", "int4", "--calibrate", "--target", "cuda"], "but with activations in float16"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_sentence(

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         const=True,
         default=False,
         metavar="FILE",
-        help="round int4 and int8 weights for what they are given when the model reads a text: the UTF-8 text in FILE, "
+        help="round integer weights for what they are given when the model reads a text: the UTF-8 text in FILE, "
         "or without FILE one that comes with the package; minutes for small models, hours for large ones, and a killed "
         "export goes on where it was (default: no)",
     )

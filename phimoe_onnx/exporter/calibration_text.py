@@ -56,7 +56,13 @@ class CalibrationText:
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"method": "gptq", "text": self.name, "sha256": self.sha256, "tokens": self.tokens}
+        return {
+            "method": "gptq",
+            "text": self.name,
+            "sha256": self.sha256,
+            "tokens": self.tokens,
+            "windows": self.digest(),
+        }
 
 
 def calibration_text(file: Path | None, folder: Path, config: PhiMoEConfig) -> CalibrationText:

@@ -28,7 +28,7 @@ from phimoe_onnx.exporter.pipeline import build_graphs, described, write_genai, 
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.strips import BLOCK, Strips, expert_bytes, pack_expert, superblock_size
 from phimoe_onnx.exporter.quantize.two_level import laid_out, split
-from phimoe_onnx.exporter.recipe import HEAD, ROUTER, Recipe, is_matrix, recipe_for
+from phimoe_onnx.exporter.recipe import CALIBRATED, HEAD, ROUTER, Recipe, is_matrix, recipe_for
 from phimoe_onnx.exporter.staging import check_output, staged
 from phimoe_onnx.exporter.target import target_named
 from phimoe_onnx.exporter.trace import trace
@@ -134,7 +134,7 @@ def _recipe(
                 raise ExportError(f"{source}: {name} is stored with {which}, {_no_grid(operators)}")
             if is_matrix(whole, known[whole]):
                 store[name] = OPTIONS.get(group.dtype, group.dtype)
-    return recipe_for(
+    recipe = recipe_for(
         config,
         target_named(TARGET),
         task=manifest.task,
@@ -144,6 +144,9 @@ def _recipe(
         operators=operators,
         rounding="two-level",
     )
+    if manifest.calibration is not None:
+        recipe = replace(recipe, rounding=CALIBRATED, calibration=str(manifest.calibration.get("windows")))
+    return recipe
 
 
 def _no_grid(operators: str) -> str:

@@ -113,7 +113,7 @@ def export(
             "native", this project's, which the program that loads the bundle must have.
         rounding: how weights are rounded: "rtn", to nearest, or "two-level", the grid of the native operators, on which
             both kinds of operators compute with the same weights; by default the operators' own.
-        calibrate: True, or a file with a text in UTF-8: int4 and int8 weights are rounded for what they are given when
+        calibrate: True, or a file with a text in UTF-8: integer weights are rounded for what they are given when
             the model reads a text, the package's own where none is named. Takes hours for the large models; a killed
             export goes on after its last finished layer.
         adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.

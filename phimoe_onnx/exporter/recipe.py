@@ -217,8 +217,8 @@ def recipe_for(
     rounding = rounding or (CALIBRATED if calibrate else DEFAULT_ROUNDING[chosen])
     _check_options(task, kv_cache, quantize, store, chosen, rounding)
     target.check(config, (quantize, *store.values()), kv_cache, chosen)
-    _check_calibration(calibrate, rounding, (quantize, *store.values()))
     activations = target.activations(dtype)
+    _check_calibration(calibrate, rounding, (quantize, *store.values()), activations)
     blocks = any(form.startswith("int") for form in (quantize, *store.values()))
     size = _block_size(config, block_size, ROUNDINGS[rounding].largest_block) if blocks else 0
     if chosen == "stock" and "int2" in (quantize, *store.values()) and size not in BLOCK_SIZES_2:
@@ -325,7 +325,7 @@ def _check_options(
         raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
 
 
-def _check_calibration(calibrate: bool, rounding: str, forms: tuple[str, ...]) -> None:
+def _check_calibration(calibrate: bool, rounding: str, forms: tuple[str, ...], activations: str) -> None:
     if not calibrate and rounding == CALIBRATED:
         raise ExportError(f"rounding is {CALIBRATED!r}, which needs --calibrate")
     if calibrate and rounding != CALIBRATED:
@@ -335,7 +335,12 @@ def _check_calibration(calibrate: bool, rounding: str, forms: tuple[str, ...]) -
         )
     if calibrate and not any(form.startswith("int") for form in forms):
         raise ExportError(
-            "--calibrate is for weights that are rounded to int4 or int8, and none are asked for; use --quantize int4"
+            "--calibrate is for weights that are rounded to integers, and none are asked for; use --quantize int4"
+        )
+    if calibrate and activations != "float32":
+        raise ExportError(
+            f"--calibrate finds scales that float32 holds, but with activations in {activations} they are stored so, and "
+            f"rounded; use --target cpu or portable, or leave --calibrate out"
         )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.gptq import GRIDS, Rounded
-from phimoe_onnx.exporter.quantize.rtn import DTYPES
-from phimoe_onnx.exporter.quantize.strips import BLOCK, Strips, superblock_size
-from phimoe_onnx.exporter.quantize.two_level import round_two_level
+from phimoe_onnx.exporter.quantize.strips import BLOCK, TILE, Strips, superblock_size
+from phimoe_onnx.exporter.quantize.two_level import laid_out, round_two_level, split
 
 
 def round_calibrated(rows: Tensor, form: Format | Strips, parameter: str, expert: int | None) -> tuple[Tensor, ...]:
@@ -32,12 +32,17 @@ def round_calibrated(rows: Tensor, form: Format | Strips, parameter: str, expert
     levels = (rows << 24 >> 24).to(torch.int8)
     s = (rows[:, ::BLOCK] >> 8 & 255).to(torch.uint8)
     S = (rows[:, :: superblock_size(k)] >> 16).to(torch.int16).view(torch.bfloat16)
-    if isinstance(form, Strips):
-        return (form.pack(levels, s, S),)
-    codes = form.pack((levels.to(torch.int16) + (1 << form.bits - 1)).to(torch.uint8))
-    scales = S.float().repeat_interleave(superblock_size(k) // BLOCK, dim=1)[:, : s.shape[1]] * s
-    scales = scales.repeat_interleave(BLOCK // form.block_size, dim=1)[:, : k // form.block_size]
-    return codes, scales.to(DTYPES[form.scale_dtype])
+    if isinstance(form, Strips) and form.bits < 8:
+        S, s = _canonical(s, S, k)
+    return laid_out(form, levels, s, S)
+
+
+def _canonical(s: Tensor, S: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of all S [N, superblocks] and s [N, blocks] with these products those that `split` finds in them again."""
+    n, blocks = s.shape
+    grid = pad(s, (0, -blocks % (TILE // BLOCK))).view(n, -1, superblock_size(k) // BLOCK)
+    S, s = split(grid * S.float().unsqueeze(-1))
+    return S, s.view(n, -1)[:, :blocks]
 
 
 def words(rounded: Rounded) -> Tensor:

@@ -69,15 +69,17 @@ def laid_out(form: Format | Strips, levels: Tensor, s: Tensor, S: Tensor) -> tup
 def split(scales: Tensor) -> tuple[Tensor, Tensor]:
     """The two levels of the float32 scales [..., blocks] of superblocks: S, bfloat16 [...], and s, uint8 [..., blocks].
 
-    Of all S and s whose products are the scales it is those with the largest s. Where there are none S is NaN.
+    Of all S and s whose products are the scales it is those with the largest s; S has the scales' sign. Where there are
+    none S is NaN.
     """
-    top = scales.amax(dim=-1)
+    high, low = scales.amax(dim=-1), scales.amin(dim=-1)
+    top = torch.where(high > -low, high, low)
     S = torch.where(top == 0, 0.0, torch.nan)
     s = torch.zeros_like(scales)
     for largest in range(1, LARGEST_SCALE + 1):
         outer = (top / largest).bfloat16().float()
         inner = (scales / outer.unsqueeze(-1)).round()
-        fits = (inner * outer.unsqueeze(-1) == scales).all(dim=-1)
+        fits = ((inner * outer.unsqueeze(-1) == scales) & (inner >= 0)).all(dim=-1)
         S, s = torch.where(fits, outer, S), torch.where(fits.unsqueeze(-1), inner, s)
     return S.bfloat16(), s.to(torch.uint8)
 
