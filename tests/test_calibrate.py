@@ -321,7 +321,7 @@ def test_of_a_long_text_windows_are_spread_over_it(monkeypatch: pytest.MonkeyPat
         (["--quantize", "int4", "--calibrate", "."], "is no file; expected a text in UTF-8"),
         (["--quantize", "int4", "--calibrate", "latin.txt"], "latin.txt: is not UTF-8 (byte 2 is 0xe9)"),
         (["--quantize", "int4", "--calibrate", "short.txt"], "tokens, at least 256 are needed"),
-        (["--calibrate"], "--calibrate is for weights that are rounded to int4 or int8, and none are asked for"),
+        (["--calibrate"], "--calibrate is for weights that are rounded to integers, and none are asked for"),
         (["--quantize", "fp16", "--calibrate"], "none are asked for; use --quantize int4"),
         (["--quantize", "int4", "--rounding", "rtn", "--calibrate"], "but --rounding rtn is asked for"),
         (["--quantize", "int4", "--rounding", "calibrated"], "rounding is 'calibrated', which needs --calibrate"),

@@ -339,8 +339,8 @@ def _check_calibration(calibrate: bool, rounding: str, forms: tuple[str, ...], a
         )
     if calibrate and activations != "float32":
         raise ExportError(
-            f"--calibrate finds scales that float32 holds, but with activations in {activations} they are stored so, and "
-            f"rounded; use --target cpu or portable, or leave --calibrate out"
+            f"--calibrate finds scales that float32 holds, but with activations in {activations} they would be rounded "
+            f"to that; use --target cpu or portable, or leave --calibrate out"
         )
 
 
