@@ -231,8 +231,9 @@ def onnxruntime_rounds(config: Callable[[Any, Any], Any]) -> Round:
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         logging.disable(logging.INFO)
+        # is_symmetric is for GPTQ and k_quant alone: their zero points take an even number of blocks a row only
         made = quantizer.MatMulNBitsQuantizer(
-            model, block_size=BLOCK, is_symmetric=False, accuracy_level=0, algo_config=config(quantizer, Reader())
+            model, block_size=BLOCK, is_symmetric=True, accuracy_level=0, algo_config=config(quantizer, Reader())
         )
         with redirect_stdout(io.StringIO()):
             made.process()
