@@ -62,6 +62,10 @@ OURS: dict[str, dict[str, Any]] = {
     "int4 calibrated, native": {"quantize": "int4", "calibrate": True, "operators": "native"},
     "int3 native": {"quantize": "int3", "operators": "native"},
     "int2 native": {"quantize": "int2", "operators": "native"},
+    "int3 calibrated, native": {"quantize": "int3", "calibrate": True, "operators": "native"},
+    "int2 calibrated, native": {"quantize": "int2", "calibrate": True, "operators": "native"},
+    "mixed 4.2 bits calibrated, native": {"bits": 4.2, "calibrate": True, "operators": "native"},
+    "mixed 3.5 bits calibrated, native": {"bits": 3.5, "calibrate": True, "operators": "native"},
 }
 
 # The shape by which kinds of weights are counted a second time: Phi-3.5-MoE's.
