@@ -60,13 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_bits,
         metavar="NUMBER",
         help="in place of --quantize: so many bits a weight on average, all parameters and their scales counted; each "
-        "kind of matrix of each layer gets the width that serves the whole best, which is measured first",
+        "kind of matrix of each layer gets the width that serves the whole best, which is measured first "
+        "(default: none)",
     )
     add(
         "--fit",
         type=_size_of,
         metavar="SIZE",
-        help="in place of --quantize: the same, so that the bundle's files are at most so large together, such as 14GB",
+        help="in place of --quantize: the same, so that the bundle's files are at most so large together, such as 14GB "
+        "(default: none)",
     )
     add(
         "--text", metavar="FILE", help="UTF-8 text that --bits and --fit measure on (default: a passage of the package)"
