@@ -123,7 +123,7 @@ def test_the_cache_may_be_int8(tmp_path: Path) -> None:
     )
     assert read_manifest(native).decoding.cache.dtype == "int8"
     assert not any(node.op_type == "GroupQueryAttention" for node in ir.load(native / "model.onnx").graph)
-    report = verify(native, MODEL, tokens=768, new_tokens=16)
+    report = verify(native, MODEL, tokens=3072, new_tokens=16)  # of fewer, single tokens that change experts decide
     assert report.failures == []
     prompt = "She had been forced into prudence in her youth, she learned romance as she grew older. " * 20
     model = PhiMoE.load(native, threads=2)

@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from phimoe_onnx import GenerationError, PhiMoE, export, parity
+from phimoe_onnx import GenerationError, PhiMoE, export, operators, parity
 from phimoe_onnx.runtime.engine import Engine
 from phimoe_onnx.runtime.generate import generate
-from phimoe_onnx.runtime.ort import operators
 from phimoe_onnx.runtime.ort.per_token import is_per_token
 from phimoe_onnx.runtime.row import Generation, Piece
 from phimoe_onnx.runtime.slots.host import SharedCache

@@ -329,7 +329,7 @@ def test_methods_of_another_task_are_refused(bundle: Make, capsys: pytest.Captur
 def test_a_manifest_without_its_classes(tmp_path: Path, bundle: Make, damage: dict[str, object]) -> None:
     manifest = json.loads((bundle("plain", "cpu", "none", CLASSIFY) / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | damage))
-    with pytest.raises(BundleError, match=r"is damaged|is a bundle for summarization, expected one for"):
+    with pytest.raises(BundleError, match=r"is damaged|is of a bundle for summarization, expected one for"):
         PhiMoE.load(tmp_path)
 
 

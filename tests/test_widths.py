@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phimoe_onnx import export, verify
+from phimoe_onnx import export, operators, verify
 from phimoe_onnx.bench.traffic import step_bytes
 from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers, shapes
@@ -30,7 +30,6 @@ from phimoe_onnx.layered import checkpoint_weights
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.reference import fill, logits
-from phimoe_onnx.runtime.ort import operators
 from tests.checkpoints import BASE, MODEL
 
 Checkpoint = Callable[..., Path]

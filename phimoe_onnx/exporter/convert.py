@@ -30,12 +30,11 @@ from phimoe_onnx.exporter.quantize.strips import BLOCK, Strips, expert_bytes, pa
 from phimoe_onnx.exporter.quantize.two_level import laid_out, split
 from phimoe_onnx.exporter.recipe import CALIBRATED, HEAD, ROUTER, Recipe, is_matrix, recipe_for
 from phimoe_onnx.exporter.staging import check_output, staged
-from phimoe_onnx.exporter.target import target_named
+from phimoe_onnx.exporter.target import CPU
 from phimoe_onnx.exporter.trace import trace
 from phimoe_onnx.exporter.weights import DTYPES, Job, Piece, Weight, interleaved, layer_of
 from phimoe_onnx.progress import Progress, counter
 
-TARGET = "cpu"  # the only one with two kinds of operators
 OPTIONS = {"float32": "none", "float16": "fp16"}  # of --store, for what is stored without blocks
 KV_CACHE = {"float32": "none", "int8": "int8", "uint8": "int4"}  # by the cache's dtype
 MAKES_ANEW = re.compile(r".*\.(onnx|data)|genai_config\.json")  # of the other operators
@@ -115,8 +114,8 @@ def _recipe(
     Raises:
         ExportError: it cannot be; it says why.
     """
-    if manifest.target != TARGET:
-        raise ExportError(f"{source}: is for --target {manifest.target}; only bundles for {TARGET} can be converted")
+    if manifest.target != CPU.name:  # the only one with two kinds of operators
+        raise ExportError(f"{source}: is for --target {manifest.target}; only bundles for {CPU.name} can be converted")
     native = any(bundle.NATIVE_OPERATORS in graph.requires for graph in manifest.graphs)
     if operators == ("native" if native else "stock"):
         other = "stock" if native else "native"
@@ -136,7 +135,7 @@ def _recipe(
                 store[name] = OPTIONS.get(group.dtype, group.dtype)
     recipe = recipe_for(
         config,
-        target_named(TARGET),
+        CPU,
         task=manifest.task,
         block_size=block_size,
         kv_cache=KV_CACHE.get(manifest.decoding.cache.dtype, "none"),
