@@ -42,7 +42,7 @@ export class PhiMoE extends Model {
       let model: PhiMoE;
       let chosen: Device;
       worker.addEventListener("message", ({ data }: MessageEvent<FromWebWorker>) => {
-        if ("progress" in data) progress?.(data.progress);
+        if ("fetched" in data) progress?.(data.fetched);
         else if ("device" in data) chosen = data.device;
         else if ("failed" in data) {
           worker.terminate();

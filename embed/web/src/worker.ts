@@ -18,7 +18,7 @@ export interface Load {
 }
 
 /** What comes back. */
-export type FromWebWorker = FromWorker | { progress: Progress } | { device: Device };
+export type FromWebWorker = FromWorker | { fetched: Progress } | { device: Device };
 
 const post = (message: FromWebWorker) => postMessage(message);
 let engine: Engine;
@@ -40,11 +40,11 @@ async function load({ bundle, threads, device: wanted }: Load): Promise<void> {
   const graph = chooseGraph(manifest, ort.env.versions.web!, false, withoutNative);
   const first = ["tokenizer.json", graph.file];
   const before = first.reduce((sum, name) => sum + manifest.files[name].size, 0);
-  const files = await fetchFiles(bundle, manifest, first, (progress) => post({ progress }));
+  const files = await fetchFiles(bundle, manifest, first, (fetched) => post({ fetched }));
   const bytes = files.get(graph.file)!;
   const names = checkGraph(graph, bytes, manifest, `${bundle}manifest.json`); // only the graph says where its weights are
   const weights = await fetchFiles(bundle, manifest, names, ({ loaded, total }) =>
-    post({ progress: { loaded: before + loaded, total: before + total } }),
+    post({ fetched: { loaded: before + loaded, total: before + total } }),
   );
   const text = new TextDecoder().decode(files.get("tokenizer.json"));
   const tokenizer = new Tokenizer(text, `${bundle}tokenizer.json`, manifest.decoding);
