@@ -16,7 +16,9 @@ use std::sync::{Mutex, OnceLock};
 
 use phimoe_kernels::Kernels;
 
-use ort_sys::{OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain, OrtErrorCode, OrtSessionOptions, OrtStatusPtr};
+use ort_sys::{
+    OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain, OrtErrorCode, OrtLoggingLevel, OrtSessionOptions, OrtStatusPtr,
+};
 
 const DOMAIN: &CStr = c"phimoe.native";
 
@@ -70,7 +72,6 @@ fn domain(api: &'static OrtApi) -> Result<*mut OrtCustomOpDomain, OrtStatusPtr> 
     if let Some((_, known)) = domains.iter().find(|(owner, _)| *owner == key) {
         return Ok(*known as *mut OrtCustomOpDomain);
     }
-    let made = |status: OrtStatusPtr| if status.0.is_null() { Ok(()) } else { Err(status) };
     let mut domain = null_mut();
     // SAFETY: the name and the operators are static, and ONNX Runtime keeps the addresses of the latter alone.
     unsafe {
@@ -79,6 +80,43 @@ fn domain(api: &'static OrtApi) -> Result<*mut OrtCustomOpDomain, OrtStatusPtr> 
             made((api.CustomOpDomain_Add)(domain, operator))?;
         }
     }
+    enter(api, domain)?;
     domains.push((key, domain as usize));
     Ok(domain)
+}
+
+/// What ONNX Runtime's functions return, as a result.
+fn made(status: OrtStatusPtr) -> Result<(), OrtStatusPtr> {
+    if status.0.is_null() { Ok(()) } else { Err(status) }
+}
+
+/// A model that returns its input, one float32: ir_version 7, graph "g" with the input and output "x", opset 13.
+const IDENTITY: &[u8] = b"\x08\x07:\x1d\x12\x01g\
+    Z\x0b\n\x01x\x12\x06\n\x04\x08\x01\x12\x00\
+    b\x0b\n\x01x\x12\x06\n\x04\x08\x01\x12\x00\
+    B\x04\n\x00\x10\r";
+
+/// Makes a first session with the domain, and lets it go.
+///
+/// A session writes the domain's name into a table of the process if it is not there, and ONNX Runtime does not lock the
+/// two steps: of two first sessions at once, one fails with "the domain is already exist". After this one it is there.
+fn enter(api: &OrtApi, domain: *mut OrtCustomOpDomain) -> Result<(), OrtStatusPtr> {
+    let (mut environment, mut options, mut session) = (null_mut(), null_mut(), null_mut());
+    // SAFETY: what is made here is let go here (a null pointer is nothing to let go), and the model is static. The
+    // environment is the process's own, which counts who has it.
+    unsafe {
+        let made = (|| {
+            let level = OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING;
+            made((api.CreateEnv)(level, DOMAIN.as_ptr(), &mut environment))?;
+            made((api.CreateSessionOptions)(&mut options))?;
+            made((api.SetIntraOpNumThreads)(options, 1))?;
+            made((api.AddCustomOpDomain)(options, domain))?;
+            let (model, length) = (IDENTITY.as_ptr().cast(), IDENTITY.len());
+            made((api.CreateSessionFromArray)(environment, model, length, options, &mut session))
+        })();
+        (api.ReleaseSession)(session);
+        (api.ReleaseSessionOptions)(options);
+        (api.ReleaseEnv)(environment);
+        made
+    }
 }
