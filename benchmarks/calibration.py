@@ -1,10 +1,10 @@
 """Measures what a calibration takes for one layer of a published shape, with random weights, and computes the whole.
 
-python -m benchmarks.calibration [--inner 960] [--layers 32] [--tokens 3072] [--folder FOLDER]
+python -m benchmarks.calibration [--shape Phi-mini-MoE] [--tokens 3072] [--folder FOLDER]
 
 The checkpoint has one layer with two experts, so that each of them gets as many tokens as the text has; with sixteen
 that is the share of eight times as many. Processor seconds count, of all threads, which another program on the machine
-changes little.
+changes little. Memory is computed for as many tokens as a calibration has at the most, and set beside what --plan says.
 """
 
 from __future__ import annotations
@@ -16,53 +16,59 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.shapes import SHAPES
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
-from phimoe_onnx.config import read_config
+from phimoe_onnx.config import PhiMoEConfig, parse_config, read_config
 from phimoe_onnx.exporter.calibrate import calibrate
 from phimoe_onnx.exporter.calibration_folder import CalibrationFolder
-from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.plan import CALIBRATION_TOKENS, requirements
+from phimoe_onnx.exporter.recipe import Recipe, recipe_for
 from phimoe_onnx.exporter.target import CPU
 from phimoe_onnx.memory import peak_memory
+from phimoe_onnx.scratch import LIMIT
 from tests.checkpoints import random_ids, write_checkpoint
 
 WINDOW = 1024
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def main() -> None:
     """Writes the checkpoint, runs the walk and prints its parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--inner", type=int, default=960, metavar="N", help="intermediate_size (default: 960, Phi-mini-MoE's)")
-    add("--layers", type=int, default=32, metavar="N", help="of the whole model (default: 32)")
-    add("--tokens", type=int, default=3072, metavar="N", help="of the text (default: 3072)")
+    add("--shape", choices=SHAPES, default="Phi-mini-MoE", help="default: Phi-mini-MoE")
+    add("--tokens", type=int, default=3072, metavar="N", help=f"of the text, in windows of {WINDOW} (default: 3072)")
     add("--folder", type=Path, metavar="DIR", help="where the checkpoint is written (default: a temporary one)")
     arguments = parser.parse_args()
+    windows = [random_ids(WINDOW, seed) for seed in range(arguments.tokens // WINDOW)]
+    if not windows:
+        parser.error(f"--tokens is {arguments.tokens}, expected at least {WINDOW}")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        seconds = measure(Path(folder), arguments.inner, arguments.tokens)
+        seconds = measure(Path(folder), arguments.shape, windows)
+    config, tokens = parse_config(SHAPES[arguments.shape]), len(windows) * WINDOW
+    layers, attention = config.num_hidden_layers, seconds["attention"]
     expert = (seconds["expert 1 of 2"] + seconds["expert 2 of 2"]) / 2
-    attention = seconds["attention"]
-    whole = arguments.layers * (8 * attention + 16 * expert) / 3600
-    print(f"hidden size 4096, inner {arguments.inner}, {arguments.tokens} tokens, {torch.get_num_threads()} threads")
+    whole = layers * (8 * attention + config.num_local_experts * expert) / 3600
+    print(f"{arguments.shape}, {tokens} tokens, {torch.get_num_threads()} threads")
     print(f"attention and pooled moments {attention:.1f} s, an expert {expert:.1f} s of the processors")
-    print(f"{arguments.layers} layers of 16 experts, {8 * arguments.tokens} tokens: at most {whole:.1f} hours of them")
-    print(f"peak memory {(peak_memory() or 0) / 2**30:.2f} GiB")
+    print(f"{layers} layers of {config.num_local_experts} experts, {8 * tokens} tokens: at most {whole:.1f} hours")
+    peak = peak_memory() or 0
+    most = peak - states(config, tokens) + min(states(config, CALIBRATION_TOKENS), LIMIT)
+    plan = requirements(config, recipe(config)).export_memory
+    print(f"peak memory {gib(peak)}; with {CALIBRATION_TOKENS} tokens {gib(most)}; --plan, head included, {gib(plan)}")
 
 
-def measure(folder: Path, inner: int, tokens: int) -> dict[str, float]:
+def measure(folder: Path, shape: str, windows: list[list[int]]) -> dict[str, float]:
     """Processor seconds of each step of the layer."""
     source = write_checkpoint(
         folder / "checkpoint",
         dtype=torch.bfloat16,
-        hidden_size=4096,
-        intermediate_size=inner,
         num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=8,
         num_local_experts=2,
         max_position_embeddings=WINDOW,
+        **{name: SHAPES[shape][name] for name in WIDTHS},
     )
     config = read_config(source)
-    recipe = recipe_for(config, CPU, "int4", operators="native", calibrate=True)
     output = CalibrationFolder(folder / "bundle")
     output.begin("a benchmark")
     seconds: dict[str, float] = {}
@@ -72,15 +78,26 @@ def measure(folder: Path, inner: int, tokens: int) -> dict[str, float]:
         nonlocal now, start
         if now:
             seconds[now] = seconds.get(now, 0.0) + time.process_time() - start
-        now, start = (
-            (phase.removeprefix("calibrating: ").removeprefix("layer 1 of 1, ").split(", error")[0]),
-            time.process_time(),
-        )
+        now = phase.removeprefix("calibrating: ").removeprefix("layer 1 of 1, ").split(", error")[0]
+        start = time.process_time()
 
-    windows = [random_ids(WINDOW, seed) for seed in range(tokens // WINDOW)]
-    rows = parameters(config, read_headers(source))
-    calibrate(config, recipe, rows, windows, output, report)
+    calibrate(config, recipe(config), parameters(config, read_headers(source)), windows, output, report)
     return seconds
+
+
+def recipe(config: PhiMoEConfig) -> Recipe:
+    """What is measured: int4 of native operators."""
+    return recipe_for(config, CPU, "int4", operators="native", calibrate=True)
+
+
+def states(config: PhiMoEConfig, tokens: int) -> int:
+    """Bytes of both streams' hidden states."""
+    return 4 * tokens * (4 * config.hidden_size + 2 * config.num_attention_heads * config.head_dim)
+
+
+def gib(size: int) -> str:
+    """A size for a person."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ same way and stays float32. A weight is read when its turn comes and forgotten a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from phimoe_onnx.scratch import Scratch
 
 SAMPLE = 4096  # tokens of the whole text that an expert's second projection is shown beside its own
 PHASE = "calibrating"
+Added = tuple[Tensor, Tensor, Tensor | None]  # as `Sums.add` takes it
 
 
 @torch.inference_mode()
@@ -168,7 +169,7 @@ class _Walk:
                 self.told.say(layers, "lm_head")
                 self._normalise("model.norm")
                 weight = self.read(HEAD, None)
-                self._round([(HEAD, weight)], None, self._moments(self.x_in, self.y_in), unit)
+                self._round([(HEAD, weight)], None, self._pooled(self.x_in, self.y_in), unit)
                 self.told.say(layers, "lm_head", weight.numel())
 
     def _attention(self, number: int, prefix: str) -> None:
@@ -176,12 +177,12 @@ class _Walk:
         old = [self.read(name, None) for name in names]
         biases = [self._bias(f"{prefix}{part}_proj.bias") for part in "qkvo"]
         with self.folder.unit(f"{number}.attention") as unit:
-            new = self._round(list(zip(names, old, strict=True)), None, self._moments(self.x_in, self.y_in), unit)
+            new = self._round(list(zip(names, old, strict=True)), None, self._pooled(self.x_in, self.y_in), unit)
             self._attend(self.x_in, self.x_heads, new, biases)
             self._attend(self.y_in, self.y_heads, old, biases)
             name = f"{prefix}o_proj.weight"
             out = self.read(name, None)
-            (rounded,) = self._round([(name, out)], None, self._moments(self.x_heads, self.y_heads), unit)
+            (rounded,) = self._round([(name, out)], None, self._pooled(self.x_heads, self.y_heads), unit)
         for span in _chunks(self.tokens):
             self.x[span] += F.linear(self.x_heads[span], rounded, biases[3])
             self.y[span] += F.linear(self.y_heads[span], out, biases[3])
@@ -207,7 +208,7 @@ class _Walk:
             start += len(window)
 
     def _experts(self, number: int, prefix: str) -> None:
-        pooled = self._moments(self.x_in, self.y_in)
+        pooled = self._pooled(self.x_in, self.y_in)
         router = self.read(f"{prefix}gate.weight", None)
         refitted = corrected(router, pooled, DAMPING)
         with self.folder.unit(f"{number}.router") as unit:
@@ -227,20 +228,24 @@ class _Walk:
         """Rounds an expert and adds to both streams what it gives the tokens that chose it there."""
         (tokens, weights), (theirs, their_weights) = (_chosen(*route, expert) for route in routes)
         gate_up, down = (self.read(f"{prefix}{stack}_proj", expert) for stack in ("gate_up", "down"))
-        sums = Sums(self.config.hidden_size)
-        for span in _chunks(len(tokens)):
-            sums.add(self.x_in[tokens[span]], self.y_in[tokens[span]], weights[span].square())
+        share = len(tokens) / self.tokens
         with self.folder.unit(f"{number}.{expert}") as unit:
-            moments, rho = sums.moments(len(tokens) / self.tokens).shrunk(pooled)
+            inputs = (
+                (self.x_in[tokens[span]], self.y_in[tokens[span]], weights[span].square())
+                for span in _chunks(len(tokens))
+            )
+            moments, rho = _moments(self.config.hidden_size, inputs, share).shrunk(pooled)
             (new_gate_up,) = self._round([(f"{prefix}gate_up_proj", gate_up)], expert, moments, unit)
+
+            def inner(chosen: Tensor, weights: Tensor | None = None) -> Iterator[Added]:
+                for span in _chunks(len(chosen)):
+                    both = _inner(self.x_in[chosen[span]], new_gate_up), _inner(self.y_in[chosen[span]], gate_up)
+                    yield *both, None if weights is None else weights[span].square()
+
             sample = torch.arange(0, self.tokens, max(1, self.tokens // SAMPLE))
-            sums, others = Sums(self.config.intermediate_size), Sums(self.config.intermediate_size)
-            for span in _chunks(len(tokens)):
-                inner = _inner(self.x_in[tokens[span]], new_gate_up), _inner(self.y_in[tokens[span]], gate_up)
-                sums.add(*inner, weights[span].square())
-            for span in _chunks(len(sample)):
-                others.add(_inner(self.x_in[sample[span]], new_gate_up), _inner(self.y_in[sample[span]], gate_up))
-            moments, _ = sums.moments(len(tokens) / self.tokens).shrunk(others.moments())
+            own = _moments(self.config.intermediate_size, inner(tokens, weights), share)
+            moments, _ = own.shrunk(_moments(self.config.intermediate_size, inner(sample)))
+            del own
             (new_down,) = self._round([(f"{prefix}down_proj", down)], expert, moments, unit)
             unit.facts = Facts(number, expert, len(tokens), rho)
         for span in _chunks(len(tokens)):
@@ -284,11 +289,15 @@ class _Walk:
             self.x_in[span] = norm(self.x[span])
             self.y_in[span] = norm(self.y[span])
 
-    def _moments(self, x: Tensor, y: Tensor) -> Moments:
-        sums = Sums(x.shape[1])
-        for span in _chunks(self.tokens):
-            sums.add(x[span], y[span])
-        return sums.moments()
+    def _pooled(self, x: Tensor, y: Tensor) -> Moments:
+        return _moments(x.shape[1], ((x[span], y[span], None) for span in _chunks(self.tokens)))
+
+
+def _moments(k: int, added: Iterable[Added], share: float = 0.0) -> Moments:
+    sums = Sums(k)
+    for x, y, weight in added:
+        sums.add(x, y, weight)
+    return sums.moments(share)
 
 
 def _chosen(weights: Tensor, chosen: Tensor, expert: int) -> tuple[Tensor, Tensor]:

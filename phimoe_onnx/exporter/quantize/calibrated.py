@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from phimoe_onnx.exporter.quantize.format import Format
-from phimoe_onnx.exporter.quantize.gptq import GRIDS, Rounded
+from phimoe_onnx.exporter.quantize.gptq import GRIDS, ROWS, Rounded
 from phimoe_onnx.exporter.quantize.strips import BLOCK, TILE, Strips, superblock_size
 from phimoe_onnx.exporter.quantize.two_level import laid_out, round_two_level, split
 
@@ -56,7 +56,8 @@ def words(rounded: Rounded) -> Tensor:
 def stored(rounded: Rounded, bits: int) -> dict[str, Tensor]:
     """A matrix as tensors for a file: two codes a byte where a code is one of 16 levels or fewer."""
     levels = torch.tensor(GRIDS[bits].levels, dtype=torch.int16)
-    codes = torch.bucketize(rounded.levels.to(torch.int16), levels).to(torch.uint8)
+    slabs = rounded.levels.split(ROWS)  # their places are int64
+    codes = torch.cat([torch.bucketize(slab.to(torch.int16), levels).to(torch.uint8) for slab in slabs])
     packed = Format(4, BLOCK).pack(codes) if len(levels) <= 16 else codes
     return {"codes": packed.contiguous(), "s": rounded.s, "S": rounded.S, "bits": torch.tensor(bits)}
 

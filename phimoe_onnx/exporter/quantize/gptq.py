@@ -71,8 +71,12 @@ class Rounded:
 
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
-        k = self.levels.shape[1]
-        return self.levels.float() * _by_input(self.s.float(), self.S.float(), k)
+        n, k = self.levels.shape
+        weight = torch.empty(n, k)
+        for start in range(0, n, ROWS):  # what lies between a slab's parts and its weights is as large as these
+            span = slice(start, start + ROWS)
+            weight[span] = self.levels[span] * _by_input(self.s[span].float(), self.S[span].float(), k)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Moments:
         """
         rho = 1.0
         if self.tokens > 1.5:
-            own, distance = float(self.inputs.square().sum()), float((self.inputs - pooled.inputs).square().sum())
+            own, distance = float(self.inputs.square().sum()), float((self.inputs - pooled.inputs).square_().sum())
             variance = max(0.0, self.fourth - own / self.tokens) / (1 - 1 / self.tokens)
             rho = min(1.0, variance * (1 - self.share) / distance) if distance > 0 else 0.0
         if rho == 1.0:
@@ -146,10 +150,10 @@ class Sums:
         return self._weight
 
     def moments(self, share: float = 0.0) -> Moments:
-        """What was added, as means; `share` is that of `Moments`."""
+        """What was added, as means, which take the sums' place: this ends them. `share` is that of `Moments`."""
         weight = self._weight or 1.0
         tokens = self._weight**2 / self._square if self._square else 0.0
-        return Moments(self._inputs / weight, self._drift / weight, tokens, self._fourth / weight**2, share)
+        return Moments(self._inputs.div_(weight), self._drift.div_(weight), tokens, self._fourth / weight**2, share)
 
 
 def corrected(weight: Tensor, moments: Moments, damping: float = TARGET_DAMPING) -> Tensor:
@@ -165,23 +169,24 @@ def _corrected(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
     return weight + torch.cholesky_solve((weight @ drift).T, factor).T
 
 
-def _factor(inputs: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of the damped matrix; damped more where float32 asks for it.
+def _factor(inputs: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """The Cholesky factor of the damped matrix, of its rows and columns in that order; damped more where float32 asks
+    for it.
 
     Raises:
         ExportError: the matrix holds numbers that are not finite.
     """
-    if not torch.isfinite(inputs).all():
+    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(inputs)):
         raise ExportError(
             "--calibrate: the text makes numbers in this model that float32 cannot hold; give another text, or leave "
             "--calibrate out"
         )
-    mean = inputs.diagonal().mean().clamp_min(1e-30)
+    # transposed, which is how LAPACK wants it, so that the factor takes the matrix's place
+    factor, failed = torch.empty(inputs.shape).T, torch.empty((), dtype=torch.int32)
     while True:
-        damped = inputs.clone()
-        damped.diagonal().add_(damping * mean)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor.copy_(inputs if order is None else inputs[order[:, None], order])
+        factor.diagonal().add_(damping * factor.diagonal().mean().clamp_min(1e-30))
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
             return factor
         damping *= 10
@@ -205,10 +210,9 @@ class Rounder:
         # Inputs that say most come first: their errors are made good by all the others (act-order). The scales are
         # found before, each input keeps its own block's (static groups), so codes stay in their places.
         self._order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
-        flipped = self._order.flip(0)
-        upper = _factor(inputs[flipped][:, flipped], damping).flip(0, 1)  # H = R R^T, R upper triangular
-        self._ratios = (upper / upper.diagonal()).contiguous()
-        self._damped = inputs.clone()
+        upper = _factor(inputs, damping, self._order.flip(0)).flip(0, 1)  # H = R R^T, R upper triangular
+        self._ratios = upper.contiguous().div_(upper.diagonal().clone())
+        self._damped = inputs
         self._damped.diagonal().add_(damping)
 
     def round(self, weight: Tensor) -> tuple[Rounded, float, float]:
@@ -226,14 +230,17 @@ class Rounder:
         weight = torch.ldexp(weight, -power[:, None])
         s, S = fit_scales(weight, self._damped.diagonal(), self.grid)
         columns = weight.T.contiguous()
-        work = _Work(columns, self._sweep(columns, _by_input(s, S, len(columns)).T), s.T.contiguous(), S.T.contiguous())
+        del weight
+        s, S = s.T.contiguous(), S.T.contiguous()
+        work = _Work(columns, self._sweep(columns, _by_input(s, S, len(columns), dim=0)), s, S)
         work.refit(self._damped)
         for _ in range(SWEEPS):
             work.descend(self._damped, self.grid)
             work.refit(self._damped)
-        gradient = self._damped @ work.residual()
-        error = float((work.residual() * gradient).sum(0).double() @ torch.exp2(2 * power.double()))
-        square = float((columns * (self._damped @ columns)).sum(0).double() @ torch.exp2(2 * power.double()))
+        error, square = (
+            float((self._damped @ off).mul_(off).sum(0).double() @ torch.exp2(2 * power.double()))
+            for off in (work.residual(), columns)
+        )
         S = torch.ldexp(work.S.T, power[:, None]).bfloat16()
         rounded = Rounded(work.levels.T.to(torch.int8).contiguous(), work.s.T.to(torch.uint8).contiguous(), S)
         return rounded, error, square
@@ -247,19 +254,15 @@ class Rounder:
         of QuIP's (arXiv 2307.13304, theorem 6), which needs no inverse.
         """
         order, ratios = self._order, self._ratios
-        weights, units = columns[order], units[order]
-        inverse = _inverse(units)
-        errors, levels = torch.empty_like(weights), torch.empty_like(weights)
-        for start in range(0, len(weights), COLUMNS):
-            span = slice(start, min(start + COLUMNS, len(weights)))
-            wanted = weights[span] + ratios[:start, span].T @ errors[:start]
-            for j in range(span.start, span.stop):
-                near = torch.addmv(wanted[j - start], errors[start:j].T, ratios[start:j, j])
-                levels[j] = self.grid.nearest(near * inverse[j])
-                torch.addcmul(weights[j], levels[j], units[j], value=-1, out=errors[j])
-        found = torch.empty_like(levels)
-        found[order] = levels
-        return found
+        left, levels = columns[order], torch.empty_like(columns)  # weights, and once they are rounded their errors
+        for start in range(0, len(left), COLUMNS):
+            span = slice(start, min(start + COLUMNS, len(left)))
+            wanted = left[span] + ratios[:start, span].T @ left[:start]
+            for j, place in zip(range(span.start, span.stop), order[span].tolist(), strict=True):
+                near = torch.addmv(wanted[j - start], left[start:j].T, ratios[start:j, j])
+                levels[place] = self.grid.nearest(near * _inverse(units[place]))
+                left[j].addcmul_(levels[place], units[place], value=-1)
+        return levels
 
 
 @dataclass
@@ -275,13 +278,14 @@ class _Work:
 
     def residual(self) -> Tensor:
         """W - Q."""
-        return self.weights - self.levels * _by_input(self.s.T, self.S.T, len(self.weights)).T
+        rounded = _by_input(self.s, self.S, len(self.weights), dim=0).mul_(self.levels)
+        return torch.sub(self.weights, rounded, out=rounded)
 
     def refit(self, inputs: Tensor) -> None:
         """All S of a row at once, by least squares under H, rounded to bfloat16."""
         k, size = len(self.weights), superblock_size(len(self.weights))
         spans = [slice(start, min(start + size, k)) for start in range(0, k, size)]
-        scaled = self.levels * self.s.repeat_interleave(BLOCK, dim=0)[:k]
+        scaled = self.s.repeat_interleave(BLOCK, dim=0)[:k].mul_(self.levels)
         gradient = inputs @ self.residual()
         slope = torch.stack([(scaled[span] * gradient[span]).sum(0) for span in spans], dim=-1)
         curvature = torch.empty(scaled.shape[1], len(spans), len(spans))
@@ -402,10 +406,10 @@ def _sums(weighted: Tensor, importance: Tensor, levels: Tensor) -> tuple[Tensor,
     return torch.linalg.vecdot(weighted, levels), torch.linalg.vecdot(levels * importance, levels)
 
 
-def _by_input(s: Tensor, S: Tensor, k: int) -> Tensor:
-    """S * s of each input, [N, K]."""
-    outer = S.repeat_interleave(superblock_size(k) // BLOCK, dim=1)[:, : s.shape[1]]
-    return (outer * s).repeat_interleave(BLOCK, dim=1)[:, :k]
+def _by_input(s: Tensor, S: Tensor, k: int, dim: int = 1) -> Tensor:
+    """S * s of each input: [N, K] of s [N, blocks] and S [N, superblocks]; with dim 0 all three transposed."""
+    outer = S.repeat_interleave(superblock_size(k) // BLOCK, dim=dim).narrow(dim, 0, s.shape[dim])
+    return (outer * s).repeat_interleave(BLOCK, dim=dim).narrow(dim, 0, k)
 
 
 def _inverse(x: Tensor) -> Tensor:
