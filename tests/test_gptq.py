@@ -166,6 +166,23 @@ def test_inputs_that_never_occur_and_no_inputs_at_all() -> None:
         assert (q - weight).abs().max() < 1.5
 
 
+def test_what_is_given_stays_as_it_is() -> None:
+    """All experts of a layer are given the same pooled moments."""
+    x, weight = inputs(64, 300), matrix(8, 64)
+    given = [x.T @ x / len(x), torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) / 100, weight]
+    kept = [tensor.clone() for tensor in given]
+    Rounder(given[0], GRIDS[4], given[1]).round(weight)
+    assert all(torch.equal(one, other) for one, other in zip(given, kept, strict=True))
+
+
+def test_a_factor_is_damped_until_there_is_one() -> None:
+    indefinite = torch.tensor([[1.0, 4.0, 0.0], [4.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    factor = gptq._factor(indefinite, 0.01, torch.tensor([2, 0, 1]))
+    damped = torch.tensor([[11.0, 0.0, 0.0], [0.0, 11.0, 4.0], [0.0, 4.0, 11.0]])
+    torch.testing.assert_close(factor @ factor.T, damped)
+    assert torch.equal(factor, factor.tril())
+
+
 def test_inputs_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ExportError, match="numbers in this model that float32 cannot hold"):
         Rounder(torch.full((32, 32), torch.inf), GRIDS[4])

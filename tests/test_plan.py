@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.shapes import SHAPES
 from phimoe_onnx import export
 from phimoe_onnx.cli.export import main
-from phimoe_onnx.config import read_config
+from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.exporter.kinds import stored_sizes
-from phimoe_onnx.exporter.plan import count_parameters, requirements
+from phimoe_onnx.exporter.plan import CALIBRATION_ROWS, count_parameters, requirements
+from phimoe_onnx.exporter.quantize.gptq import ROWS
 from phimoe_onnx.exporter.recipe import recipe_for
 from phimoe_onnx.exporter.target import TARGETS
 from tests.checkpoints import MODEL
@@ -178,6 +180,13 @@ def test_an_export_says_in_a_line_what_it_lacks(tmp_path: Path, package: str) ->
     message = f"error: export needs the package {package}; pip install 'phimoe-onnx[export]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_of_the_largest_shape_takes_less_than_6_gib() -> None:
+    config = parse_config(SHAPES["Phi-3.5-MoE"])
+    recipe = recipe_for(config, TARGETS["cpu"], "int4", operators="native", calibrate=True)
+    assert requirements(config, recipe).export_memory < 6 << 30
+    assert CALIBRATION_ROWS == ROWS
 
 
 @pytest.mark.parametrize("option", [[], ["--plan"]])

@@ -25,6 +25,7 @@ RUNTIME = 90 << 20  # resident before the first weight: Python, numpy, ONNX Runt
 GRAPH_PER_LAYER = {"fused": 10_700, "branches": 0, "native": 7_000}
 GRAPH_PER_EXPERT = {"fused": 0, "branches": 6_560, "native": 0}
 CALIBRATION_TOKENS = 65_536
+CALIBRATION_ROWS = 4096  # of a matrix at once
 CACHE_BYTES = {"int8": 1.0, "int4": 0.5}  # of a channel
 
 
@@ -92,10 +93,11 @@ def _calibration(config: PhiMoEConfig) -> tuple[int, int]:
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     states = 4 * CALIBRATION_TOKENS * (4 * hidden + 2 * heads)
     in_memory = min(states, LIMIT)
-    widest = max(hidden, inner, heads)
-    matrices = 4 * max(3 * 2 * inner * hidden, 2 * config.vocab_size * hidden)
-    work = 4 * (12 * widest**2 + 14 * 4096 * widest)  # moments and their factors; a slab of rows in its forms
-    return in_memory + matrices + work, states - in_memory + 4 * 4 * CALIBRATION_TOKENS * hidden
+    widest, matrix, vocabulary = max(hidden, inner, heads), inner * hidden, config.vocab_size * hidden
+    # an expert and its first matrix rounded, moments with factors and pooled moments, a slab of rows in its forms
+    expert = 5 * matrix + 5 * widest**2 + 2 * hidden**2 + 6 * CALIBRATION_ROWS * widest
+    head = 2 * vocabulary + vocabulary // 2 + 5 * hidden**2 + 3 * CALIBRATION_ROWS * hidden  # and its codes, twice
+    return in_memory + 4 * max(expert, head), states - in_memory + 4 * 4 * CALIBRATION_TOKENS * hidden
 
 
 def _weights(config: PhiMoEConfig, recipe: Recipe) -> tuple[int, int]:
