@@ -17,6 +17,7 @@ from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import read_config
 from phimoe_onnx.exporter.gains import OUTLIER, READERS, _scales, even_gains
 from phimoe_onnx.layered import checkpoint_weights
+from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.reference import fill, load_reference, logits
 from tests.checkpoints import MODEL, random_ids
@@ -56,9 +57,11 @@ def test_the_function_stays_to_the_last_bit(uneven: Path) -> None:
     config, ids = read_config(uneven), random_ids(40)
     rows = parameters(config, read_headers(uneven))
     even = even_gains(config, rows)
-    model = load_reference(uneven)
+    model, small_model = load_reference(uneven), load_reference(MODEL)
+    assert isinstance(model, PhiMoEForCausalLM)
+    assert isinstance(small_model, PhiMoEForCausalLM)
     expected = logits(model, ids)
-    assert np.array_equal(expected, logits(load_reference(MODEL), ids))
+    assert np.array_equal(expected, logits(small_model, ids))
     fill(model, checkpoint_weights(config, even))
     assert np.array_equal(logits(model, ids), expected)
     small = parameters(config, read_headers(MODEL))
@@ -88,8 +91,10 @@ def test_a_bundle_is_the_one_of_even_gains(uneven: Path, tmp_path: Path) -> None
     ids, found = random_ids(40), []
     for name, checkpoint in (("even", MODEL), ("uneven", uneven)):
         bundle = export(checkpoint, tmp_path / name, quantize="int4", operators="native")
-        found.append(logits(stored_model(load_reference(checkpoint), bundle, read_manifest(bundle)), ids))
-    assert np.array_equal(*found)
+        model = stored_model(load_reference(checkpoint), bundle, read_manifest(bundle))
+        assert isinstance(model, PhiMoEForCausalLM)
+        found.append(logits(model, ids))
+    assert np.array_equal(found[0], found[1])
     for file in ("model.data", "model.scales.data"):
         assert (tmp_path / "even" / file).read_bytes() == (tmp_path / "uneven" / file).read_bytes()
 
