@@ -39,6 +39,7 @@ def inside(bundle: Path, ids: list[int], cache: CacheShape) -> tuple[list[Number
     for node in layers:
         model.graph.output.append(helper.make_tensor_value_info(node.input[0], TensorProto.FLOAT, None))
     options = ort.SessionOptions()
+    options.log_severity_level = 3
     options.register_custom_ops_library(str(operators.library()))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

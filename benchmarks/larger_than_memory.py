@@ -248,19 +248,18 @@ def main() -> None:
     size = sum(path.stat().st_size for path in files)
     manifest = read_manifest(bundle)
     needed = step_bytes(bundle, manifest, 1, 0)
-    table, found, disk = [], {}, 0.0
+    print(f"{size / 1e9:.1f} GB of weights, {needed / 1e9:.2f} a step, under a limit of {arguments.limit:g} GB\n")
+    columns = ("", "what", "tokens/s", "read, MB a token", "in memory", "of the disk")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    found: dict[str, Any] = {}
     for name, ahead in {"asked ahead": True, "page faults alone": False}.items():
         let_go(files)
         before = bandwidth(files)
         found = run(bundle, int(arguments.limit * 1e9), ahead, arguments)
         let_go(files)
         after = bandwidth(files)
-        disk = (before + after) / 2
         print(f"{name}: the disk reads {before / 1e9:.2f} GB/s before and {after / 1e9:.2f} after", file=sys.stderr)
-        table += rows(name, found, needed, disk, arguments.tokens)
-    print(f"{size / 1e9:.1f} GB of weights, {needed / 1e9:.2f} a step, under a limit of {arguments.limit:g} GB\n")
-    columns = ("", "what", "tokens/s", "read, MB a token", "in memory", "of the disk")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", *table, sep="\n")
+        print(*rows(name, found, needed, (before + after) / 2, arguments.tokens), sep="\n", flush=True)
     routing = found["routing"]
     print(
         f"\nExperts of a layer, of 16: {routing['prompt']:.1f} for the prompt, {routing['steps']:.1f} in all "
