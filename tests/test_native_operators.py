@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from phimoe_onnx import operators
+from phimoe_onnx.runtime.ort.mapped import released
 from tests.native_format import Matrix, expert_bytes, mixture, random_matrix
 
 ort = pytest.importorskip("onnxruntime")
@@ -301,6 +303,51 @@ def test_a_token_alone_is_the_same_token_among_many(threads: int) -> None:
         np.testing.assert_array_equal(running.run(None, {"x": x[r]})[0], together[r])
     [none] = running.run(None, {"x": x[:0]})
     assert none.shape == (0, 192)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("count", [1, 40])  # tokens: few experts, and all of them, whose pages are let go afterwards
+def test_experts_whose_pages_were_dropped_give_the_same(tmp_path: Path, count: int) -> None:
+    rng = np.random.default_rng(11)
+    router, experts = layer(rng, 8, 320, 960)
+    x = rows(rng, count, 320)
+    [expected] = session(mixture_model(router, experts), 2).run(None, {"x": x})
+    proto = mixture_model(router, experts)
+    weight = proto.graph.initializer[1]
+    path = tmp_path / "model.scales.data"  # the name of files whose pages `released` drops
+    path.write_bytes(bytes(64) + weight.raw_data)  # aligned as a bundle's; the last expert ends inside a page
+    assert path.stat().st_size % mmap.PAGESIZE
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())  # only what is on the disk can be dropped
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": path.name, "offset": "64", "length": str(path.stat().st_size - 64)}.items():
+        weight.external_data.add(key=key, value=value)
+    onnx.save(proto, str(tmp_path / "model.onnx"))
+    running = session(tmp_path / "model.onnx", 2)
+    resident = []
+    for _ in range(3):
+        with released(tmp_path):
+            pass
+        resident.append(_resident(path))
+        np.testing.assert_array_equal(running.run(None, {"x": x})[0], expected)
+        resident.append(_resident(path))
+    size = path.stat().st_size
+    assert all(nbytes >= size // 8 for nbytes in resident[1::2])
+    if not _on_tmpfs(tmp_path):  # whose files have no other place than memory
+        assert not any(resident[::2])
+
+
+def _resident(path: Path) -> int:
+    """Bytes of this process's mapping of `path` that are in memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.endswith(str(path)))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Rss:"))
+
+
+def _on_tmpfs(folder: Path) -> bool:
+    command = ["stat", "-fc", "%T", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "tmpfs"
 
 
 def test_all_tokens_may_choose_the_same_experts() -> None:

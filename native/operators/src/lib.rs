@@ -3,6 +3,7 @@
 //! What they compute and how weights lie: ../FORMAT.md. The numbers come from the crate of kernels, which knows nothing
 //! of ONNX Runtime; here are shapes, threads and errors.
 
+mod ahead;
 mod attention;
 mod moe;
 mod ort;

@@ -5,6 +5,7 @@ use std::ffi::CStr;
 
 use phimoe_kernels::{Expert, Kernels, Layout, Matrix, Output, Row, STRIP, sparse_mixer};
 
+use crate::ahead;
 use crate::ensure;
 use crate::ort::{Context, Error, Info, Operator, Port, Result};
 use crate::schedule::{cut, quantize, share};
@@ -26,7 +27,8 @@ pub struct SparseMixerMoe {
 /// What one expert has to do: the rows `first` to `first + tokens.len()` of all choices, sorted by expert.
 struct Bucket<'a> {
     expert: Expert<'a>,
-    /// The bytes of the expert's down.
+    /// The bytes of the expert's gate and up, and of its down.
+    gate_up: &'a [u8],
     down: &'a [u8],
     first: usize,
     tokens: Vec<usize>,
@@ -77,11 +79,17 @@ impl Operator for SparseMixerMoe {
         let rows: Vec<Row> = routed.iter().flat_map(|(rows, _)| rows.iter()).collect();
         let routes: Vec<[(usize, f32); 2]> = routed.iter().flat_map(|(_, routes)| routes).copied().collect();
         let (buckets, places) = self.buckets(&routes, experts.data)?;
+        let (gate_up, down): (Vec<&[u8]>, Vec<&[u8]>) = buckets.iter().map(|b| (b.gate_up, b.down)).unzip();
+        let asked = ahead::ask(&gate_up, &down);
         let activated = self.gate_up(context, &buckets, &rows)?;
         let (kernels, size) = (self.kernels, self.down.superblock_size());
         let activated = quantize(context, kernels, &activated, self.gate.out_features(), size, |_| Ok(()))?;
         let activated: Vec<Row> = activated.iter().flat_map(|(rows, ())| rows.iter()).collect();
-        self.down(context, &buckets, &activated, &routes, &places, y)
+        self.down(context, &buckets, &activated, &routes, &places, y)?;
+        if 2 * buckets.len() > self.experts {
+            ahead::let_go(&asked);
+        }
+        Ok(())
     }
 }
 
@@ -132,8 +140,9 @@ impl SparseMixerMoe {
                 places[*token][*slot] = place;
             }
             let tokens: Vec<usize> = choices[index].iter().map(|(token, _)| *token).collect();
-            let (expert, down) = (Expert::new(self.gate, self.down, bytes)?, &bytes[bytes.len() - self.down.bytes()..]);
-            buckets.push(Bucket { expert, down, first, tokens });
+            let (gate_up, down) = bytes.split_at(bytes.len() - self.down.bytes());
+            let expert = Expert::new(self.gate, self.down, bytes)?;
+            buckets.push(Bucket { expert, gate_up, down, first, tokens });
             first += choices[index].len();
         }
         Ok((buckets, places))

@@ -69,7 +69,7 @@ pub fn quantize<T: Send + Sync>(
 
 /// How many threads a region can use: the processors of this process. Where a session has fewer threads, the workers
 /// that are too many run when nothing is left to do.
-fn workers() -> usize {
+pub fn workers() -> usize {
     static WORKERS: OnceLock<usize> = OnceLock::new();
     *WORKERS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }

@@ -1,0 +1,271 @@
+"""A bundle larger than the memory: Phi-3.5-MoE's full shape in int4, 22 GB, by a process that may have 12 GB.
+
+    python benchmarks/larger_than_memory.py --folder FOLDER                        # 22 GB of disk
+    python benchmarks/larger_than_memory.py --folder FOLDER --layers 3 --limit 1   # a small try
+
+Weights are random, and come from the tensors' names: no checkpoint lies on the disk. Of each width some rows are
+rounded, and a matrix is a choice of them by its name. The bundle is made in FOLDER if it is not there.
+
+Then a process of its own, in a control group whose memory counts the pages of files as well, reads prompts and goes on,
+once as it is and once with PHIMOE_READ_AHEAD=0. Before each, the bundle's pages are let go, so that the first prompt
+finds nothing in memory. The disk's bandwidth is measured before and after, on the same files.
+
+"Read" is what the process has had read from the disk. "In memory" is the share of the weights that a step needs
+which were not read. "Of the disk" is read bytes over the time of all, computing included, over the disk's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from shapes import write_checkpoint
+
+from phimoe_onnx import PhiMoE, export
+from phimoe_onnx.bench.traffic import step_bytes
+from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.checkpoint import data
+from phimoe_onnx.checkpoint.tensors import read_headers
+from phimoe_onnx.exporter.quantize import levels
+from phimoe_onnx.exporter.quantize.levels import round_to_levels
+from phimoe_onnx.exporter.quantize.strips import STRIP, Strips
+
+GROUPS = Path("/sys/fs/cgroup")
+ROWS = 4096  # that are rounded, of which all matrices are made
+BLOCK = 1 << 20  # bytes of one read
+SAMPLE = 1 << 30  # bytes that the disk's bandwidth is measured on
+
+
+def normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Normal numbers by a tensor's name, bfloat16."""
+    random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return (torch.randn(shape, generator=random) * 0.02).to(torch.bfloat16)
+
+
+@cache
+def strips(form: Strips, k: int) -> torch.Tensor:
+    """`ROWS` rows of k numbers in strips, uint8 [strips, strip_bytes]."""
+    (rounded,) = round_to_levels(normal(f"{k} columns", (ROWS, k)), form, "rows", None)
+    return rounded
+
+
+def rounded(rows: torch.Tensor, form: Any, parameter: str, expert: int | None) -> tuple[torch.Tensor, ...]:
+    """In the place of `round_to_levels`: strips that the matrix's name draws, each of which has been rounded once."""
+    if not isinstance(form, Strips):
+        return round_to_levels(rows, form, parameter, expert)
+    known = strips(form, rows.shape[1])
+    random = torch.Generator().manual_seed(zlib.crc32(f"{parameter} {expert}".encode()))
+    return (known[torch.randint(len(known), (-(-len(rows) // STRIP),), generator=random)],)
+
+
+def make(bundle: Path, layers: int) -> None:
+    """Exports `layers` of the shape; the checkpoint's files are holes that nobody reads."""
+    shown = time.perf_counter()
+
+    def report(phase: str, done: int, total: int) -> None:
+        nonlocal shown
+        if time.perf_counter() > shown + 10:
+            shown = time.perf_counter()
+            print(f"{phase}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as name:
+        checkpoint = Path(name) / "checkpoint"
+        write_checkpoint(checkpoint, "Phi-3.5-MoE", layers, random_layers=0)
+        shapes = {name: where.shape for name, where in read_headers(checkpoint).items()}
+
+        def read(file: Path, tensor: str, index: object) -> torch.Tensor:
+            if tensor.endswith("norm.weight"):
+                return torch.ones(shapes[tensor])
+            if len(shapes[tensor]) == 1 or tensor.endswith(("gate.weight", "embed_tokens.weight")):
+                return normal(tensor, shapes[tensor])
+            return torch.zeros(1).expand(shapes[tensor])  # `rounded` knows better
+
+        with (
+            patch.object(data, "read_tensor", read),
+            patch.object(data, "is_finite", lambda tensor: True),
+            patch.object(levels, "round_to_levels", rounded),
+        ):
+            export(checkpoint, bundle, quantize="int4", operators="native", progress=report)
+
+
+def let_go(files: list[Path]) -> None:
+    """Drops the files' pages from the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bandwidth(files: list[Path]) -> float:
+    """Bytes a second of reading the largest file's beginning in its order, past the page cache."""
+    largest = max(files, key=lambda path: path.stat().st_size)
+    count = min(SAMPLE, largest.stat().st_size) // (4 * BLOCK)
+    with mmap.mmap(-1, 4 * BLOCK) as buffer, open_direct(largest) as file:
+        begun = time.perf_counter()
+        for number in range(count):
+            os.preadv(file, [buffer], number * 4 * BLOCK)
+        return count * 4 * BLOCK / (time.perf_counter() - begun)
+
+
+@contextlib.contextmanager
+def open_direct(path: Path) -> Iterator[int]:
+    """A file descriptor whose reads go past the page cache."""
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def limited(nbytes: int) -> Iterator[Callable[[], None]]:
+    """A control group with that much memory, inside this process's own where it can be; what is given makes the calling
+    process one of the group.
+    """
+    entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    first = next((path for _, controllers, path in entries if "memory" in controllers.split(",")), None)
+    if first is not None:
+        parent, limit = GROUPS / "memory" / first.lstrip("/"), "memory.limit_in_bytes"
+    else:  # version 2: a group with processes has no groups with limits inside, so it stands beside this one
+        own = GROUPS / next(path for _, controllers, path in entries if not controllers).lstrip("/")
+        parent, limit = GROUPS if own == GROUPS else own.parent, "memory.max"
+    group = parent / f"phimoe-{os.getpid()}"
+    try:
+        group.mkdir()
+        try:
+            (group / limit).write_text(str(nbytes))
+            yield lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+        finally:
+            group.rmdir()
+    except OSError as error:
+        sys.exit(f"no limit can be set here: {error}; run as root, or where {parent} may be written")
+
+
+def read_bytes() -> int:
+    """Bytes that this process has had read from a disk so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def serve(bundle: str, tokens: int, steps: int, turns: int) -> None:
+    """The limited process: prints a list of turns, each with the seconds and bytes of its prompt and of its steps."""
+    model = PhiMoE.load(bundle)
+    model.eos = frozenset()
+    found, texts = [], []
+    for turn in range(turns):
+        prompt = [3 + (7 + turn) * place * place % 2000 for place in range(tokens)]
+        marks = [(time.perf_counter(), read_bytes())]
+        ids = []
+        options = {"temperature": 1.0, "seed": turn, "speculate": False}
+        for piece in model.generate(prompt, max_new_tokens=steps + 1, stream=True, **options):  # type: ignore[call-overload]
+            ids.append(piece.token_id)
+            marks.append((time.perf_counter(), read_bytes()))
+            print(f"turn {turn + 1}: {len(ids)} of {steps + 1} tokens", file=sys.stderr, end="\r", flush=True)
+        seconds, nbytes = ([b - a for a, b in pairwise(one)] for one in zip(*marks, strict=True))
+        found.append({"seconds": seconds, "bytes": nbytes, "ids": ids})
+        texts.append(prompt + ids)
+    print(file=sys.stderr)
+    experts = model.routing(texts[0]).experts  # [layers, tokens, 2]
+    of_prompt = [len(set(layer[:tokens].flat)) for layer in experts]
+    of_steps = [len(set(layer[tokens:].flat)) for layer in experts]
+    again = [len({*layer[t]} & {*layer[t - 1]}) / 2 for layer in experts for t in range(tokens, len(layer))]
+    routing = {
+        "prompt": statistics.mean(of_prompt),
+        "steps": statistics.mean(of_steps),
+        "again": statistics.mean(again),
+    }
+    print(json.dumps({"turns": found, "routing": routing}))
+
+
+def run(bundle: Path, limit: int, ahead: bool, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the limited process found."""
+    here = str(Path(__file__).parent)
+    values = f"{str(bundle)!r}, {arguments.tokens}, {arguments.steps}, {arguments.turns}"
+    code = f"import sys; sys.path.insert(0, {here!r}); import larger_than_memory as it; it.serve({values})"
+    environment = os.environ | ({} if ahead else {"PHIMOE_READ_AHEAD": "0"})
+    with limited(limit) as enter:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, preexec_fn=enter, stdout=subprocess.PIPE, check=False
+        )
+    if done.returncode:
+        sys.exit(f"the limited process ended with {done.returncode}; see above")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def rows(name: str, found: dict[str, Any], needed: int, disk: float, tokens: int) -> Iterator[str]:
+    """The table's, two for each turn."""
+    for number, turn in enumerate(found["turns"], 1):
+        (first, *seconds), (read, *nbytes) = turn["seconds"], turn["bytes"]
+        share = read / first / disk
+        cells = (name, f"prompt {number}", f"{tokens / first:.1f}", f"{read / tokens / 1e6:,.0f}", "", f"{share:.0%}")
+        yield f"| {' | '.join(cells)} |"
+        taken, each = statistics.median(seconds), statistics.mean(nbytes)
+        share = sum(nbytes) / sum(seconds) / disk
+        cells = (
+            name, f"steps {number}", f"{len(seconds) / sum(seconds):.2f} (median {1 / taken:.2f})",
+            f"{each / 1e6:,.0f}", f"{1 - each / needed:.0%}", f"{share:.0%}",
+        )  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Makes the bundle and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the bundle is made and kept")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--limit", type=float, default=12, help="GB (10^9 bytes) of memory (default: 12)")
+    parser.add_argument("--tokens", type=int, default=64, help="of a prompt")
+    parser.add_argument("--steps", type=int, default=24, help="after each prompt")
+    parser.add_argument("--turns", type=int, default=2, help="prompts, each a text of its own")
+    parser.add_argument("--make", action="store_true", help="make the bundle, and no more")
+    arguments = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error("limits of memory are set by Linux's control groups")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    bundle = arguments.folder / f"phi-3.5-{arguments.layers}-layers"
+    if not bundle.exists():
+        make(bundle, arguments.layers)
+    if arguments.make:
+        return
+    files = sorted(bundle.glob("*.data"))
+    size = sum(path.stat().st_size for path in files)
+    manifest = read_manifest(bundle)
+    needed = step_bytes(bundle, manifest, 1, 0)
+    print(f"{size / 1e9:.1f} GB of weights, {needed / 1e9:.2f} a step, under a limit of {arguments.limit:g} GB\n")
+    columns = ("", "what", "tokens/s", "read, MB a token", "in memory", "of the disk")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    found: dict[str, Any] = {}
+    for name, ahead in {"asked ahead": True, "page faults alone": False}.items():
+        let_go(files)
+        before = bandwidth(files)
+        found = run(bundle, int(arguments.limit * 1e9), ahead, arguments)
+        let_go(files)
+        after = bandwidth(files)
+        print(f"{name}: the disk reads {before / 1e9:.2f} GB/s before and {after / 1e9:.2f} after", file=sys.stderr)
+        print(*rows(name, found, needed, (before + after) / 2, arguments.tokens), sep="\n", flush=True)
+    routing = found["routing"]
+    print(
+        f"\nExperts of a layer, of 16: {routing['prompt']:.1f} for the prompt, {routing['steps']:.1f} in all "
+        f"{arguments.steps} steps; {routing['again']:.0%} of a step's were the step's before, too."
+    )
+
+
+if __name__ == "__main__":
+    main()
