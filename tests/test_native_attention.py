@@ -176,11 +176,11 @@ def halved(feed: Feed, *without: str) -> dict[str, Any]:
 def test_a_float16_cache(past: list[int], tokens: int, room: int, without: tuple[str, ...], window: int) -> None:
     given = halved(Feed(np.random.default_rng(10), past, tokens, room), *without)
     floats = given | {name: given[name].astype(np.float32) for name in ("past_key", "past_value")}
-    stock = session("com.microsoft", without, local_window_size=window).run(None, floats)
+    stock = session("com.microsoft", without, cache=HALF, local_window_size=window).run(None, given)
     exact = session("phimoe.native", without, local_window_size=window).run(None, floats)
     for threads in (1, 2):
         found = session("phimoe.native", without, threads, cache=HALF, local_window_size=window).run(None, given)
-        np.testing.assert_allclose(found[0], stock[0], rtol=0, atol=4e-3)  # the new keys and values are rounded
+        np.testing.assert_allclose(found[0], stock[0], rtol=0, atol=2e-3)  # whose sums are less exact
         for ours, theirs in zip(found[1:], exact[1:], strict=True):
             for b, length in enumerate(past):  # of those numbers, each the nearest float16
                 written = theirs[b, :, : length + tokens].astype(np.float16)
