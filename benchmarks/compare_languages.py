@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,13 @@ EMBED = Path(__file__).parent.parent / "embed"
 JAVA = EMBED / "java"
 CSHARP = EMBED / "csharp" / "examples" / "Generate"
 NODE = EMBED / "node"
-COLUMNS = {"load": "load, s", "prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "resident": "resident, MiB"}
+COLUMNS = {
+    "load": "load, s",
+    "prefill": "prefill, tokens/s",
+    "decode": "decode, tokens/s",
+    "resident": "resident, MiB",
+    "anonymous": "of it anonymous, at most, MiB",
+}
 
 
 def run(bundle: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
@@ -46,6 +53,23 @@ def run(bundle: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
         "resident": int(status["VmRSS"].split()[0]) // 1024,
     }
     print(json.dumps(figures))
+
+
+def turn(command: list[str]) -> dict[str, float]:
+    """A language's turn; its process is looked at meanwhile for the memory that it has for itself."""
+    anonymous = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found = re.search(r"RssAnon:\s+(\d+) kB", status)
+            anonymous = max(anonymous, int(found[1]) if found else 0)
+            time.sleep(0.05)
+        *_, last = process.stdout.read().splitlines()
+    if process.returncode:
+        sys.exit(f"{command[0]} ended with {process.returncode}; see above")
+    figures: dict[str, float] = json.loads(last)
+    return figures | {"anonymous": anonymous / 1024}
 
 
 def java_command() -> list[str]:
@@ -107,8 +131,7 @@ def main() -> None:
     figures: dict[str, list[dict[str, float]]] = {language: [] for language in commands}
     for _ in range(arguments.rounds):
         for language, command in commands.items():
-            done = subprocess.run([*command, arguments.bundle, *numbers], capture_output=True, text=True, check=True)
-            figures[language].append(json.loads(done.stdout.splitlines()[-1]))
+            figures[language].append(turn([*command, arguments.bundle, *numbers]))
     print(f"| language | {' | '.join(COLUMNS.values())} |\n|---|{'---|' * len(COLUMNS)}")
     for language, rounds in figures.items():
         assert len({each["new_tokens"] for each in rounds}) == 1

@@ -19,6 +19,7 @@ from phimoe_onnx.runtime.model import PhiMoE
 from phimoe_onnx.runtime.ort import threads
 from phimoe_onnx.runtime.request import make_request
 from phimoe_onnx.runtime.sampling import Choice, Sampling
+from phimoe_onnx.runtime.slots import device
 from phimoe_onnx.runtime.slots.device import DeviceCache
 from phimoe_onnx.text.template import ChatTemplate
 from phimoe_onnx.text.tokenizer import Tokenizer
@@ -110,6 +111,22 @@ def test_a_cache_that_grows_keeps_what_it_holds(sessions: Sessions) -> None:
             tokens.append(decoder.choose({0: GREEDY})[0])
         decoder.prefill(0, [*prompt, *tokens[:3], 7])  # another turn, over the prefix that is held
         found.append([*tokens, decoder.choose({0: GREEDY})[0]])
+    assert found[0] == found[1]
+
+
+def test_a_cache_that_shrinks_lets_go_what_lay_behind(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot has written more tokens than it still counts, as after an answer that was cancelled."""
+    monkeypatch.setattr(device, "round_up", lambda tokens: tokens)
+    [prompt] = prompts(sessions.decoding.vocab_size, 20)
+    found = []
+    for shrinks in (True, False):
+        cache = DeviceCache(sessions.model, sessions.sampling, sessions.decoding, "cpu", 1, 24)
+        cache.run_row(0, prompt, 0, 1, 0)
+        if shrinks:
+            cache.resize(1, 8)
+            assert cache.capacity == 8
+        cache.run_row(0, prompt[4:8], 4, 1, 0)
+        found.append(cache.choose({0: GREEDY}, {0: 8}))
     assert found[0] == found[1]
 
 

@@ -25,7 +25,7 @@ from phimoe_onnx.runtime.generate import generate
 from phimoe_onnx.runtime.ort.per_token import is_per_token
 from phimoe_onnx.runtime.row import Generation, Piece
 from phimoe_onnx.runtime.slots.host import SharedCache
-from phimoe_onnx.runtime.speculation import FAR, LONG, NEAR, SHARE, SHORT, SURE, Account, Lookup, Speculation
+from phimoe_onnx.runtime.speculation import FAR, FIRST, LONG, NEAR, SHARE, SHORT, SURE, Account, Lookup, Speculation
 from tests.checkpoints import MODEL
 from tests.toy_bundle import write_bundle
 
@@ -147,14 +147,14 @@ def test_hundreds_of_texts_are_the_same(small: PhiMoE) -> None:
 def test_what_is_drafted_and_accepted_is_counted(austen: PhiMoE) -> None:
     text = passage(austen, 100)  # longer than the rope boundary, at which drafts end
     result = same(austen, text + text[:20], max_new_tokens=40, logits_processor=dictate(text[20:60]))
-    # after the first token 21 stand elsewhere: 16 more; then 38 do: 32 more, of which 21 fit before the last one
+    # after the first token 21 stand elsewhere: 8 more; then 30 do: 16 more; 47: 32, of which 12 fit before the last one
     assert result.token_ids == text[20:60]
-    assert (result.drafted, result.accepted) == (16 + 21, 16 + 21)
-    script = [*text[20:30], 7, 8, 9, *text[33:60]]  # 9 tokens of the draft are right
+    assert (result.drafted, result.accepted) == (8 + 16 + 12, 8 + 16 + 12)
+    script = [*text[20:35], 7, 8, 9, *text[38:60]]  # 5 tokens of the second draft are right
     result = same(austen, text + text[:20], max_new_tokens=40, logits_processor=dictate(script))
     assert result.token_ids == script
     # the next one begins when eight tokens stand elsewhere again; less than eight are no draft any more
-    assert (result.drafted, result.accepted) == (16 + 16, 9 + 16)
+    assert (result.drafted, result.accepted) == (8 + 16 + 13, 8 + 5 + 13)
     fresh = passage(austen, 50, 1)
     assert same(austen, passage(austen, 50, 2), max_new_tokens=50, logits_processor=dictate(fresh)).drafted == 0
 
@@ -180,7 +180,7 @@ def test_a_text_ends_within_a_draft(austen: PhiMoE) -> None:
     with_end = [*text[:31], end, *text[32:]]
     result = same(austen, with_end + with_end[:20], max_new_tokens=60, logits_processor=dictate(with_end[20:]))
     assert (result.finish_reason, result.token_ids) == ("eos", with_end[20:32])
-    assert (result.drafted, result.accepted) == (16, 11)
+    assert (result.drafted, result.accepted) == (8 + 16, 8 + 2)
     word = austen.tokenizer.decode(text[33:36]).strip()
     result = same(austen, text + text[:20], stop=[word], logits_processor=dictate(text[20:]))
     assert (result.finish_reason, len(result.token_ids) < 20) == ("stop", True)
@@ -238,14 +238,14 @@ def test_a_step_has_no_more_tokens_of_drafts_than_a_chunk(small: PhiMoE, monkeyp
     came: list[Any] = []
     small.engine.submit(requests[:4], came.append)
     small.engine.step()  # the prompts
-    small.engine._decoder.chunk = 40  # type: ignore[union-attr]
+    small.engine._decoder.chunk = 20  # type: ignore[union-attr]
     ran.clear()
     small.engine.step()
-    assert ran == [17, 17]
+    assert ran == [9, 9]
     small.engine.submit(requests[4:], came.append)
     ran.clear()
     small.engine.step()
-    assert ran == [1040]
+    assert ran == [1020]
     while small.engine.step():
         pass
     assert [piece.result.token_ids for piece in came if piece.result] == [(text * 2)[16:56]] * 5
@@ -437,18 +437,21 @@ def test_drafts_are_long_or_none() -> None:
     text = list(range(100))
     account = Account()
     account.token = 1.0
-    for length, width in ((SURE - 1, 0), (SURE, SHORT), (FAR - 1, SHORT), (FAR, LONG), (60, LONG)):
-        assert Speculation(account, text + text[:length]).draft(99) == text[length : length + width]
-    assert Speculation(account, text + text[:40]).draft(NEAR - 1) == []
+    for length, first, later in ((NEAR - 1, 0, 0), (SURE - 1, 0, SHORT), (FAR - 1, FIRST, SHORT), (FAR, FIRST, LONG)):
+        row = Speculation(account, text + text[:length])
+        assert row.draft(99) == text[length : length + first]
+        row._won = 1.0
+        assert row.draft(99) == text[length : length + later]
+    assert Speculation(account, text + text[:40]).draft(FIRST - 1) == []
     row = Speculation(account, [7, *text[:SURE]])
     assert row.draft(99) == []  # it stands nowhere else
     assert Speculation(Account(), text + text[:40]).draft(99) == []  # nothing to compare with is measured yet
     row = Speculation(account, [5, 6] * 10)
-    assert row.draft(99) == [5, 6] * (SHORT // 2)
-    row.passed([5, 6] * 8, 3.0)
+    assert row.draft(99) == [5, 6] * (FIRST // 2)
+    row.passed([5, 6] * (FIRST // 2), 3.0)
     for token in (5, 6, 5, 7, *text[:4]):
         row.add(token)
-    assert (row.drafted, row.accepted) == (16, 3)
+    assert (row.drafted, row.accepted) == (8, 3)
     assert (row._won, account.debt) == (1.0, 0.0)  # it took two steps more, and saved three
     other = Speculation(account, text + text[:40])
     other.passed(other.draft(99), 9.0)

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Iterable
 
 NEAR, SURE, FAR = 8, 16, 32  # tokens that must stand elsewhere, too: after copying, to begin with, for a long draft
-SHORT, LONG = 16, 32  # tokens of a draft
-SHARE = 0.02  # of the time of plain steps, which drafts may lose
+FIRST, SHORT, LONG = 8, 16, 32  # tokens of a draft: of a row that has won nothing yet; after that
+SHARE = 0.015  # of the time of plain steps, which drafts may lose
 WEIGHT = 0.2  # of the latest time in a mean
 
 
@@ -122,10 +122,10 @@ class Speculation:
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that probably follow; none where that is too little, or there are debts."""
         length = self._lookup.length
-        if not self._account.token or length < (NEAR if self._won else SURE) or most < NEAR:
+        if not self._account.token or length < (NEAR if self._won else SURE) or most < FIRST:
             return []
-        if self._account.debt and not self._won:
-            return []
+        if not self._won:
+            return [] if self._account.debt else self._lookup.continuation(FIRST)
         return self._lookup.continuation(min(LONG if length >= FAR else SHORT, most))
 
     def passed(self, draft: list[int], seconds: float) -> None:

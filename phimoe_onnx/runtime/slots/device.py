@@ -155,6 +155,8 @@ class DeviceCache:
         buffers = [OrtValue.ortvalue_from_shape_and_type(shape, element, self._device, 0) for _ in self._past]
         sampler = DeviceSampler(self._sampling, self._device, slots, capacity, self._vocab_size)
         places = {slot: place for place, slot in enumerate(sorted(self._places, key=self._places.__getitem__))}
+        # what lay behind the slot's tokens may go
+        self._used = {slot: min(used, capacity) for slot, used in self._used.items()}
         if places:
             sampler.inherit(self.sampler, {self._places[slot]: place for slot, place in places.items()})
             for before, after in zip(self._buffers, buffers, strict=True):
