@@ -29,6 +29,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.calibrate import calibrate as run_calibration
 from phimoe_onnx.exporter.calibration_folder import CalibrationFolder, Facts, check_calibration
 from phimoe_onnx.exporter.calibration_text import CalibrationText, calibration_text
+from phimoe_onnx.exporter.gains import even_gains
 from phimoe_onnx.exporter.manifest.chat_format import chat_format
 from phimoe_onnx.exporter.manifest.decoding import read_decoding, read_generation
 from phimoe_onnx.exporter.manifest.genai import genai_config
@@ -168,6 +169,8 @@ def export(
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)
     rows = parameters(config, stored, recipe.task, merged)
+    if recipe.evens_gains:
+        rows = even_gains(config, rows)
     sources = [*_shards(stored), *(merged.files if merged else ())]
 
     report("tracing", 0, 0)
@@ -216,6 +219,8 @@ def plan_widths(
     merged = None if adapter is None else read_adapter(Path(adapter))
     fetch_weights(source, folder, token, progress)
     rows = parameters(config, read_headers(folder), "text-generation", merged)
+    if widths.smallest().evens_gains:
+        rows = even_gains(config, rows)
     decoding = read_decoding(config, folder, widths.smallest())
 
     @cache

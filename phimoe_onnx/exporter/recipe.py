@@ -123,6 +123,14 @@ class Recipe:
         return function
 
     @property
+    def evens_gains(self) -> bool:
+        """Whether weights are those of even gains (gains.py): where kernels round a row's numbers by a common scale,
+        and where other operators are to have the same weights.
+        """
+        integers = any(not isinstance(form, Plain) for forms in self.forms.values() for form in forms)
+        return self.target.name == "cpu" and self.rounding != "rtn" and integers
+
+    @property
     def draws_on_device(self) -> bool:
         """Whether the bundle has a graph that draws tokens."""
         return self.task == "text-generation" and self.target.sampling_graph

@@ -17,6 +17,7 @@ from phimoe_onnx import modeling
 from phimoe_onnx.bundle import Manifest, StoredWeights
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import BundleError
+from phimoe_onnx.exporter.gains import READERS
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.recipe import ROUTER
 from phimoe_onnx.layered import Attention, Read
@@ -24,6 +25,8 @@ from phimoe_onnx.modeling import AnyModel, PhiMoEForCausalLM, with_seams
 from phimoe_onnx.parity.strips import from_strips, stripped_name
 from phimoe_onnx.reference import fill
 
+# a calibration refits routers; gains.py moves gains from norms into what reads them
+CHANGED = (ROUTER, *(f"{norm}.{part}" for norm in READERS for part in ("weight", "bias")))
 CACHE_BITS = {"int8": 8, "uint8": 4}  # by the cache's dtype
 Initializers = dict[str, ir.TensorProtocol | None]
 
@@ -52,7 +55,7 @@ def is_rounded(manifest: Manifest) -> bool:
 
 def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEConfig) -> Read:
     """The parameters of the checkpoint that `read` reads, as the bundle's graph stores those that are quantised or
-    rounded, and the routers where a calibration has changed them.
+    rounded, and those that the exporter may have changed with them.
 
     Raises:
         BundleError: the graph lacks a weight that the manifest says is quantised; when that is read.
@@ -66,11 +69,11 @@ def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEC
             return from_strips(name, packed, forms, config)
         if form is not None and form.block_size is not None:
             return _dequantized(name, expert, form, stored, config)
-        if manifest.calibration is not None and name.endswith(ROUTER):
-            router = stored.get(name)
-            if router is not None:
-                return _numbers(router)
-            return _numbers(_known(stored, [f"{name}.transposed"], forms[name])).T.contiguous()
+        if name.endswith(CHANGED):
+            for own in (name, f"{name}.transposed"):
+                if (tensor := stored.get(own)) is not None:
+                    numbers = _numbers(tensor).float()
+                    return numbers if own == name else numbers.T.contiguous()
         rows = read(name, expert)
         return rows.half().float() if form is not None and _is_half(form, manifest) else rows
 
