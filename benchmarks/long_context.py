@@ -2,6 +2,7 @@
 
 python benchmarks/long_context.py --tokens 32768
 python benchmarks/long_context.py --tokens 8192 --kv-cache int8
+python benchmarks/long_context.py --operators native --kv-cache none fp16 int8
 
 The prompt is prefilled in chunks. Every bundle is exported here, and run in a process of its own.
 """
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="Phi-3.5-MoE")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--kv-cache", nargs="+", default=["none", "int8", "int4"])
+    parser.add_argument("--operators", default="stock")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -57,10 +59,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for kv_cache in arguments.kv_cache:
         options = ["--output", str(folder / "bundle"), "--quantize", "int4", "--kv-cache", kv_cache]
+        options += ["--operators", arguments.operators]
         measure([sys.executable, "-c", EXPORT, str(folder / "source"), *options])
         _, _, output = measure([sys.executable, "-c", RUN, str(folder / "bundle"), str(arguments.tokens), str(STEPS)])
         figures = json.loads(output)
-        size = numbers * {"none": 4, "int8": 1, "int4": 0.5}[kv_cache]
+        size = numbers * {"none": 4, "fp16": 2, "int8": 1, "int4": 0.5}[kv_cache]
         print(
             f"| {kv_cache} | {arguments.tokens} | {size / 1e6:.0f} | {figures['prefill']:.0f} | {figures['step']:.1f} "
             f"| {figures['loaded'] / 2**30:.2f} | {figures['peak'] / 2**30:.2f} |",

@@ -117,6 +117,7 @@ def test_fp8(tmp_path: Path, writer: str) -> None:
         ("tiles", {"quantize": "int4", "target": "cuda"}),
         ("tiles", {"quantize": "int4", "store": {"*experts.down_proj.3": "int8", "lm_head.weight": "fp16"}}),
         ("tied", {"quantize": "int4", "kv_cache": "int8"}),
+        ("tied", {"quantize": "int4", "kv_cache": "fp16", "operators": "native"}),
     ],
 )
 def test_the_stored_weights_are_the_whole_models(

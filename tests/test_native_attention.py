@@ -22,13 +22,14 @@ NAMES = ["query", "", "", "past_key", "past_value", "seqlens_k", "total", "cos",
 SCALES = ["", "", "k_scale", "v_scale"]
 PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 OUTPUTS = ["output", "present_key", "present_value"]
+HALF, INT8 = TensorProto.FLOAT16, TensorProto.INT8
 
 
 def session(
     domain: str, without: tuple[str, ...] = (), threads: int = 1, cache: int = TensorProto.FLOAT, **attributes: Any
 ) -> Any:
     """One node, GroupQueryAttention or ours; inputs are fed, but for those in `without`."""
-    names = ["" if name in without else name for name in (NAMES if cache == TensorProto.FLOAT else NAMES + SCALES)]
+    names = ["" if name in without else name for name in (NAMES + SCALES if cache == INT8 else NAMES)]
     while not names[-1]:
         names.pop()
     op_type = "Attention" if domain == "phimoe.native" else "GroupQueryAttention"
@@ -149,11 +150,9 @@ def quantized(feed: Feed, *without: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("past", "tokens", "room"), [([41, 3, 17], 1, 41), ([20], 30, 20), ([0], 33, 0)])
 def test_an_int8_cache(past: list[int], tokens: int, room: int, without: tuple[str, ...], window: int) -> None:
     given = quantized(Feed(np.random.default_rng(8), past, tokens, room), *without)
-    stock = session("com.microsoft", without, cache=TensorProto.INT8, local_window_size=window, **PER_CHANNEL).run(
-        None, given
-    )
+    stock = session("com.microsoft", without, cache=INT8, local_window_size=window, **PER_CHANNEL).run(None, given)
     for threads in (1, 2):
-        running = session("phimoe.native", without, threads, cache=TensorProto.INT8, local_window_size=window)
+        running = session("phimoe.native", without, threads, cache=INT8, local_window_size=window)
         found = running.run(None, given)
         np.testing.assert_allclose(found[0], stock[0], rtol=0, atol=0.02)  # a code may round the other way
         assert np.median(np.abs(found[0] - stock[0])) < 1e-5
@@ -165,10 +164,48 @@ def test_an_int8_cache(past: list[int], tokens: int, room: int, without: tuple[s
                 assert (apart != 0).mean() < 1e-3
 
 
+def halved(feed: Feed, *without: str) -> dict[str, Any]:
+    """The feed with a float16 cache."""
+    past = {name: feed.values[name].astype(np.float16) for name in ("past_key", "past_value")}
+    return feed.without(*without) | past
+
+
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("without", [("position_ids",), ("cos", "sin", "position_ids")])
+@pytest.mark.parametrize(("past", "tokens", "room"), [([41, 3, 17], 1, 41), ([20], 30, 20), ([0], 33, 0)])
+def test_a_float16_cache(past: list[int], tokens: int, room: int, without: tuple[str, ...], window: int) -> None:
+    given = halved(Feed(np.random.default_rng(10), past, tokens, room), *without)
+    floats = given | {name: given[name].astype(np.float32) for name in ("past_key", "past_value")}
+    stock = session("com.microsoft", without, cache=HALF, local_window_size=window).run(None, given)
+    exact = session("phimoe.native", without, local_window_size=window).run(None, floats)
+    for threads in (1, 2):
+        found = session("phimoe.native", without, threads, cache=HALF, local_window_size=window).run(None, given)
+        np.testing.assert_allclose(found[0], stock[0], rtol=0, atol=2e-3)  # whose sums are less exact
+        for ours, theirs in zip(found[1:], exact[1:], strict=True):
+            for b, length in enumerate(past):  # of those numbers, each the nearest float16
+                written = theirs[b, :, : length + tokens].astype(np.float16)
+                np.testing.assert_array_equal(ours[b, :, : length + tokens].view(np.uint16), written.view(np.uint16))
+        if "cos" in without:
+            np.testing.assert_allclose(found[0], attended(given["query"], found[1:], past, window), rtol=0, atol=3e-6)
+
+
+def attended(packed: Any, presents: list[Any], past: list[int], window: int) -> Any:
+    """Softmax attention of the queries, which are not turned, over the cache's numbers: float64 [B, S, H * D]."""
+    queries = packed[:, :, : HEADS * SIZE].reshape(*packed.shape[:2], HEADS, SIZE).astype(np.float64)
+    keys, values = (np.repeat(present.astype(np.float64), HEADS // KV_HEADS, axis=1) for present in presents)
+    out = np.empty_like(queries)
+    for b, t, head in np.ndindex(out.shape[:3]):
+        end = past[b] + t + 1
+        seen = slice(0 if window < 0 else max(end - window, 0), end)
+        weights = np.exp(keys[b, head, seen] @ queries[b, t, head] / np.sqrt(SIZE))
+        out[b, t, head] = weights @ values[b, head, seen] / weights.sum()
+    return out.reshape(*packed.shape[:2], -1)
+
+
 def test_an_int8_cache_of_many_tokens_at_once_is_that_of_one_by_one() -> None:
     past, tokens = [21, 30, 2], 16
     given = quantized(Feed(np.random.default_rng(9), past, tokens, 30))
-    running = session("phimoe.native", cache=TensorProto.INT8, local_window_size=9)
+    running = session("phimoe.native", cache=INT8, local_window_size=9)
     together, *_ = running.run(None, given)
     caches = {name: given[name] for name in ("past_key", "past_value")}
     for t in range(tokens):
@@ -185,8 +222,8 @@ def test_an_int8_cache_of_many_tokens_at_once_is_that_of_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("cache", "changed", "message"),
     [
-        (TensorProto.INT8, {"k_scale": np.ones((1, 2, 1, 8), np.float32)}, "k_scale is [1, 2, 1, 8], expected [1, 2,"),
-        (TensorProto.INT8, {"v_scale": None}, "v_scale is missing, expected for int8 keys"),
+        (INT8, {"k_scale": np.ones((1, 2, 1, 8), np.float32)}, "k_scale is [1, 2, 1, 8], expected [1, 2,"),
+        (INT8, {"v_scale": None}, "v_scale is missing, expected for int8 keys"),
     ],
 )
 def test_wrong_scales_are_errors(cache: int, changed: dict[str, Any], message: str) -> None:
@@ -203,8 +240,9 @@ def bound(running: Any, values: dict[str, Any], keys: Any, cached: Any) -> Any:
         if not name.startswith("past_"):
             binding.bind_cpu_input(name, value)
     for part, buffer in (("key", keys), ("value", cached)):
-        binding.bind_input(f"past_{part}", "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-        binding.bind_output(f"present_{part}", "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        place = ("cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+        binding.bind_input(f"past_{part}", *place)
+        binding.bind_output(f"present_{part}", *place)
     binding.bind_output("output")
     running.run_with_iobinding(binding)
     return binding.get_outputs()[OUTPUTS.index("output") + 2].numpy()
@@ -212,10 +250,13 @@ def bound(running: Any, values: dict[str, Any], keys: Any, cached: Any) -> Any:
 
 @pytest.mark.parametrize("window", [-1, 7])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_many_tokens_at_once_are_the_same_as_one_by_one_to_the_last_bit(window: int, threads: int) -> None:
+@pytest.mark.parametrize("cache", [TensorProto.FLOAT, HALF])
+def test_many_tokens_at_once_are_the_same_as_one_by_one_to_the_last_bit(window: int, threads: int, cache: int) -> None:
     past, tokens, room = [21, 30, 2], 16, 64
     feed = Feed(np.random.default_rng(4), past, tokens, room)
-    running = session("phimoe.native", threads=threads, local_window_size=window)
+    if cache == HALF:
+        feed.values = halved(feed)
+    running = session("phimoe.native", threads=threads, cache=cache, local_window_size=window)
     keys, cached = feed.values["past_key"].copy(), feed.values["past_value"].copy()
     together = bound(running, feed.values, keys, cached)
     assert (keys[:, :, 50:] == feed.values["past_key"][:, :, 50:]).all()  # nothing else is written

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from phimoe_onnx import PhiMoE, export, operators, verify
+from phimoe_onnx import PhiMoE, convert, export, operators, verify
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli.export import main
-from phimoe_onnx.errors import DeviceError
+from phimoe_onnx.errors import DeviceError, ExportError
 from phimoe_onnx.parity.stored import stored_model
 from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.reference import load_reference
@@ -134,6 +134,26 @@ def test_the_cache_may_be_int8(tmp_path: Path) -> None:
     )
     score = model.score(prompt)
     np.testing.assert_allclose(score.perplexity, PhiMoE.load(stock).score(prompt).perplexity, rtol=0.01)
+
+
+@built
+def test_the_cache_may_be_float16(tmp_path: Path) -> None:
+    folder = export(MODEL, tmp_path / "bundle", quantize="int4", kv_cache="fp16", operators="native")
+    manifest = read_manifest(folder)
+    assert (manifest.dtype, manifest.decoding.cache.dtype) == ("float32", "float16")
+    for file in (graph.file for graph in manifest.graphs):
+        graph = ir.load(folder / file).graph
+        values = [*graph.inputs, *graph.outputs]
+        cached = [value.dtype for value in values if value.name.startswith(("past", "present"))]
+        assert cached == [ir.DataType.FLOAT16] * 4 * manifest.decoding.cache.num_hidden_layers
+    report = verify(folder, MODEL, tokens=768, new_tokens=16)
+    assert report.failures == []
+    model = PhiMoE.load(folder, threads=2)
+    prompts = ["She had been forced into prudence in her youth,", "The sea", "It was the best of times. " * 40]
+    alone = [model.generate(prompt, max_new_tokens=12).token_ids for prompt in prompts]  # the last beyond the window
+    assert [each.token_ids for each in model.generate(prompts, max_new_tokens=12)] == alone
+    with pytest.raises(ExportError, match=r"--target cpu has no --kv-cache fp16"):
+        convert(folder, tmp_path / "stock", operators="stock")
 
 
 @built

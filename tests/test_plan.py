@@ -128,6 +128,7 @@ def test_plan_counts_what_the_options_change(capsys: pytest.CaptureFixture[str])
 
     plain, cache, head = row(), row("--kv-cache", "int4"), row("--store", "lm_head.weight=int8")
     assert (plain[6:8], cache[6:8]) == (["2.05", "MB"], ["256.00", "kB"])
+    assert row("--kv-cache", "fp16", "--operators", "native")[6:8] == ["1.02", "MB"]
     assert float(head[0]) - float(plain[0]) == pytest.approx(2048 * 192 / 2 / 1e6, abs=0.011)
 
 

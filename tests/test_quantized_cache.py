@@ -86,11 +86,21 @@ def test_scales_follow_from_the_weights(checkpoint: Checkpoint) -> None:
     assert torch.equal(keys[..., :half], keys[..., half:])  # rope turns the two into each other
 
 
-def test_portable_graphs_have_none(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    with pytest.raises(ExportError, match=r"portable has no --kv-cache int8"):
-        export(checkpoint("plain"), tmp_path / "bundle", target="portable", kv_cache="int8")
-    with pytest.raises(ExportError, match=r"kv_cache is 'int2', expected one of none, int8, int4"):
-        export(checkpoint("plain"), tmp_path / "bundle", kv_cache="int2")
+@pytest.mark.parametrize(
+    ("target", "kv_cache", "message"),
+    [
+        ("portable", "int8", "--target portable has no --kv-cache int8: the standard operators keep"),
+        ("portable", "fp16", "--target portable has no --kv-cache fp16: the standard operators keep"),
+        ("cpu", "fp16", "--target cpu has no --kv-cache fp16: ONNX Runtime's attention .*; use --operators native"),
+        ("cuda", "fp16", "--target cuda has no --kv-cache fp16: its cache has the dtype of the activations, float16"),
+        ("cpu", "int2", "kv_cache is 'int2', expected one of none, fp16, int8, int4"),
+    ],
+)
+def test_what_a_target_does_not_keep_is_refused(
+    tmp_path: Path, checkpoint: Checkpoint, target: str, kv_cache: str, message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(checkpoint("plain"), tmp_path / "bundle", target=target, kv_cache=kv_cache)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,12 +18,11 @@ from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_ma
 from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.recipe import BLOCK_SIZES, DEFAULT_ROUNDING, QUANTIZE, ROUNDINGS
+from phimoe_onnx.exporter.recipe import BLOCK_SIZES, DEFAULT_ROUNDING, KV_CACHE, QUANTIZE, ROUNDINGS
 from phimoe_onnx.exporter.sizes import parse_size
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.memory import peak_memory
 
-KV_CACHE = tuple(dict.fromkeys(form for target in TARGETS.values() for form in target.kv_cache))
 FOR_BUNDLES = {"source", "output", "operators", "block_size", "overwrite"}  # options that make sense for them
 NATIVE_ANEW = "--operators native writes one, from the checkpoint,"
 DTYPES = tuple(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
@@ -113,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="how many weights share a scale (default: the largest up to 64 that fits)",
     )
     add(
-        "--kv-cache", choices=KV_CACHE, default="none", help="how keys and values are kept (default: none, as computed)"
+        "--kv-cache",
+        choices=KV_CACHE,
+        default="none",
+        help="how keys and values are kept, fp16 by native operators alone (default: none, as computed)",
     )
     add("--dtype", choices=DTYPES, help="of activations (default: float32, on CUDA float16)")
     add(

@@ -36,7 +36,7 @@ from phimoe_onnx.exporter.weights import DTYPES, Job, Piece, Weight, interleaved
 from phimoe_onnx.progress import Progress, counter
 
 OPTIONS = {"float32": "none", "float16": "fp16"}  # of --store, for what is stored without blocks
-KV_CACHE = {"float32": "none", "int8": "int8", "uint8": "int4"}  # by the cache's dtype
+KV_CACHE = {"float32": "none", "float16": "fp16", "int8": "int8", "uint8": "int4"}  # by the cache's dtype
 MAKES_ANEW = re.compile(r".*\.(onnx|data)|genai_config\.json")  # of the other operators
 ROUNDED = re.compile(r"(.+)\.(codes|scales|strips)(\.\d+)?")  # the name of a rounded weight; its expert behind it
 

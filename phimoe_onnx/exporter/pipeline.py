@@ -42,6 +42,7 @@ from phimoe_onnx.exporter.passes.experts_fused import FuseExperts
 from phimoe_onnx.exporter.passes.experts_native import NativeExperts
 from phimoe_onnx.exporter.passes.experts_stored import StoreExperts
 from phimoe_onnx.exporter.passes.half import StoreHalf
+from phimoe_onnx.exporter.passes.half_cache import HalveCache
 from phimoe_onnx.exporter.passes.logits import AddOptionalInputs, RequireInputs
 from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
@@ -105,7 +106,8 @@ def export(
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
         block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the
             shape.
-        kv_cache: "none" (the dtype of the activations), "int8" or "int4": how keys and values are cached.
+        kv_cache: "none" (the dtype of the activations), "fp16" (with native operators), "int8" or "int4": how keys and
+            values are cached.
         dtype: of the activations, on CUDA "float16" (the default) or "bfloat16"; the other targets have "float32" only.
         store: forms of `quantize` for single matrices, on top of it: {"lm_head.weight": "int8"}. A key is a name or a
             pattern (fnmatch) over modeling.py's parameter names, for one expert of a stack with its number behind:
@@ -299,7 +301,7 @@ def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ..
     """The traced graph in the target's operators over stored weights, but for the experts."""
     target, layers, cached = recipe.target, config.num_hidden_layers, recipe.task == "text-generation"
     if target.attention == "GroupQueryAttention":
-        native = recipe.operators == "native" and cached and recipe.kv_cache != "int4"  # float32 and int8 are known
+        native = recipe.operators == "native" and cached and recipe.kv_cache != "int4"  # the others are known
         FuseAttention(config, target.rotates(config), native)(model)
     elif cached:
         ReshapeCache(config)(model)
@@ -310,7 +312,9 @@ def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ..
         AddOptionalInputs()(model)
     StoreProjections(recipe)(model)
     QuantizeEmbedding(recipe)(model)
-    if recipe.kv_cache != "none":
+    if recipe.kv_cache == "fp16":
+        HalveCache(layers)(model)
+    elif recipe.kv_cache != "none":
         QuantizeCache(config, rows, int(recipe.kv_cache[3:]))(model)
     return model
 

@@ -26,7 +26,7 @@ GRAPH_PER_LAYER = {"fused": 10_700, "branches": 0, "native": 7_000}
 GRAPH_PER_EXPERT = {"fused": 0, "branches": 6_560, "native": 0}
 CALIBRATION_TOKENS = 65_536
 CALIBRATION_ROWS = 4096  # of a matrix at once
-CACHE_BYTES = {"int8": 1.0, "int4": 0.5}  # of a channel
+CACHE_BYTES = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}  # of a channel
 
 
 @dataclass(frozen=True)

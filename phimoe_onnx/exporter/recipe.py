@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUANTIZE = ("none", "fp16", "int8", "int4", "int3", "int2")
+KV_CACHE = ("none", "fp16", "int8", "int4")
 MIXED = "mixed"  # what stands for one of them where each width is chosen by itself (widths.py)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 LARGEST_DEFAULT_BLOCK = 64
@@ -88,7 +89,7 @@ class Recipe:
         task: one of bundle.TASKS.
         quantize: the option that `forms` follow where `store` says nothing else, or MIXED.
         dtype: of activations.
-        kv_cache: "none", "int8" or "int4".
+        kv_cache: one of KV_CACHE.
         operators: whose operators compute with rounded weights, ONNX Runtime's ("stock") or this project's ("native").
         rounding: one of ROUNDINGS.
         forms: modeling.py's name of each parameter -> its form; of a stack of experts each expert's.
@@ -318,8 +319,8 @@ def _check_options(
     for pattern, form in store.items():
         if form not in QUANTIZE:
             raise ExportError(f"--store {pattern}={form}: expected one of the forms {', '.join(QUANTIZE)}")
-    if kv_cache not in ("none", "int8", "int4"):
-        raise ExportError(f"kv_cache is {kv_cache!r}, expected one of none, int8, int4")
+    if kv_cache not in KV_CACHE:
+        raise ExportError(f"kv_cache is {kv_cache!r}, expected one of {', '.join(KV_CACHE)}")
     if rounding not in ROUNDINGS:
         raise ExportError(f"rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
     if operators not in ROUNDINGS[rounding].operators:

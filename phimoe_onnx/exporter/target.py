@@ -56,6 +56,7 @@ class Target:
         native_forms: what native operators compute with beside them.
         no_form: why others are not there.
         kv_cache: in which keys and values may be: "none" (as activations), "int8", "int4".
+        native_kv_cache: what native operators keep beside them.
         no_kv_cache: why others are not there.
         prefill_chunk: how many tokens of a prompt run at once: enough to fill the matrix products; bounds their memory.
         plain_inputs: whether there is a graph without optional inputs, for the languages whose ONNX Runtime takes no
@@ -80,6 +81,7 @@ class Target:
     blocks: Literal["MatMulNBits", "DequantizeLinear"] = "MatMulNBits"
     operators: tuple[Operators, ...] = ("stock",)
     native_forms: tuple[str, ...] = ()
+    native_kv_cache: tuple[str, ...] = ()
     no_plain_moe: str | None = None
     tile: int = 1
     no_form: str = ""
@@ -130,7 +132,7 @@ class Target:
     ) -> None:
         """Raises ExportError, with the reason, for a shape, a form of weights or a form of cache that is not taken."""
         known = self.forms_for(operators)
-        if kv_cache not in self.kv_cache:
+        if kv_cache not in ((*self.kv_cache, *self.native_kv_cache) if operators == "native" else self.kv_cache):
             raise ExportError(f"--target {self.name} has no --kv-cache {kv_cache}: {self.no_kv_cache}")
         for form in forms:
             if form not in known:
@@ -184,6 +186,8 @@ CPU = Target(
     native_forms=("int3",),
     no_form="ONNX Runtime's operators read 2, 4 and 8 bits, --operators native 3 as well",
     kv_cache=("none", "int8", "int4"),
+    native_kv_cache=("fp16",),
+    no_kv_cache="ONNX Runtime's attention computes less exactly over it; use --operators native, or int8",
     prefill_chunk=512,
     plain_inputs=True,
     genai=(),
@@ -201,6 +205,7 @@ CUDA = Target(
     forms=("none", "fp16", "int8", "int4"),
     no_form="ONNX Runtime's QMoE reads 4 and 8 bits there",
     kv_cache=("none", "int8", "int4"),
+    no_kv_cache="its cache has the dtype of the activations, float16 by default; use none",
     prefill_chunk=4096,
     genai=({"cuda": {"enable_cuda_graph": "0", "use_tf32": "0"}},),
     sampling_graph=True,

@@ -50,7 +50,7 @@ def stored_as(manifest: Manifest) -> dict[str, StoredWeights]:
 def is_rounded(manifest: Manifest) -> bool:
     """Whether what a bundle stores, weights or cache, is rounded more than its activations are."""
     coarse = any(group.block_size or _is_half(group, manifest) for group in manifest.weights)
-    return coarse or manifest.decoding.cache.dtype in CACHE_BITS
+    return coarse or manifest.decoding.cache.dtype in CACHE_BITS or _caches_half(manifest)
 
 
 def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEConfig) -> Read:
@@ -88,16 +88,18 @@ def stored_attention(bundle: Path, manifest: Manifest) -> Callable[[int], Attent
     """
     cache = manifest.decoding.cache
     bits = CACHE_BITS.get(cache.dtype)
+    if _caches_half(manifest):
+        return lambda layer: partial(_rounding_attention, _halved, _halved)
     if bits is None:
         return lambda layer: modeling.attention
     stored = _initializers(bundle, manifest)
-    scales = []
+    rounding = []
     for layer, part in itertools.product(range(cache.num_hidden_layers), "kv"):
         name = f"model.layers.{layer}.self_attn.{part}_cache.scale"
         if (tensor := stored.get(name)) is None:
             raise BundleError(f"the graph has no {name}, but the manifest says {cache.dtype}; export the bundle again")
-        scales.append(_numbers(tensor))
-    return lambda layer: partial(_rounding_attention, scales[2 * layer], scales[2 * layer + 1], bits)
+        rounding.append(partial(_rounded, _numbers(tensor), bits))
+    return lambda layer: partial(_rounding_attention, rounding[2 * layer], rounding[2 * layer + 1])
 
 
 def stored_model(reference: AnyModel, bundle: Path, manifest: Manifest) -> AnyModel:
@@ -132,6 +134,10 @@ def _initializers(bundle: Path, manifest: Manifest) -> Initializers:
 
 def _is_half(form: StoredWeights, manifest: Manifest) -> bool:
     return form.dtype == "float16" and manifest.dtype == "float32"
+
+
+def _caches_half(manifest: Manifest) -> bool:
+    return manifest.decoding.cache.dtype == "float16" and manifest.dtype == "float32"
 
 
 def _dequantized(
@@ -190,9 +196,8 @@ def _numbers(tensor: ir.TensorProtocol, index: int | None = None) -> Tensor:
 
 
 def _rounding_attention(
-    key_scale: Tensor,
-    value_scale: Tensor,
-    bits: int,
+    round_key: Callable[[Tensor], Tensor],
+    round_value: Callable[[Tensor], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -202,16 +207,20 @@ def _rounding_attention(
     past_value: Tensor,
     visible: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`modeling.attention` over keys and values of `bits`, with a scale [1, K, 1, D] each."""
+    """`modeling.attention` over keys and values [B, K, S, D] that are rounded by these."""
     head_dim = past_key.shape[-1]
     query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
-    query, key = modeling.rotate(query, cos, sin), _rounded(modeling.rotate(key, cos, sin), key_scale, bits)
-    query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, _rounded(value, value_scale, bits)))
+    query, key = modeling.rotate(query, cos, sin), round_key(modeling.rotate(key, cos, sin))
+    query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, round_value(value)))
     still = torch.ones_like(cos), torch.zeros_like(sin)  # they are rotated
     return modeling.attention(query, key, value, *still, past_key, past_value, visible)
 
 
-def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """x [B, K, S, D] as codes of `bits` times the channels' scales."""
+def _halved(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+def _rounded(scale: Tensor, bits: int, x: Tensor) -> Tensor:
+    """x [B, K, S, D] as codes of `bits` times the channels' scales [1, K, 1, D]."""
     largest = 2 ** (bits - 1)
     return (x / scale).round().clamp(-largest, largest - 1) * scale

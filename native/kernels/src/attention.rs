@@ -1,4 +1,5 @@
-//! Attention of some queries over the keys and values of one head, in float32; these may be stored as int8.
+//! Attention of some queries over the keys and values of one head, in float32; these may be stored as float16 or
+//! int8.
 //!
 //! For a query over its span of keys, in this order:
 //!
@@ -12,7 +13,7 @@
 
 use std::ops::Range;
 
-use crate::{Error, Kernels, exp};
+use crate::{Error, Half, Kernels, exp};
 
 /// Head sizes are multiples of this: two vectors of `Lanes`.
 const WIDTH: usize = 16;
@@ -23,7 +24,7 @@ const KEYS: usize = 3;
 /// Keys or values that stay in the first cache while all queries pass.
 const TILE: usize = 24;
 
-/// What the queries of one head look at: keys and values [T, D], float32 or int8.
+/// What the queries of one head look at: keys and values [T, D], float32, float16 or int8.
 #[derive(Clone, Copy)]
 pub struct Head<'a, E = f32> {
     size: usize,
@@ -66,9 +67,28 @@ impl Kernels {
         }
     }
 
+    /// `x` as float16, to nearest and to even, as `Half::from_f32` says.
+    ///
+    /// # Panics
+    /// Unless the lengths agree.
+    pub fn to_half(&self, x: &[f32], out: &mut [Half]) {
+        assert!(x.len() == out.len(), "{} floats into {}", x.len(), out.len());
+        #[cfg(target_arch = "x86_64")]
+        if self.name() != "plain" && crate::avx2::available() {
+            // SAFETY: the processor has what the function is compiled for.
+            unsafe { to_half_avx2(x, out) };
+            return;
+        }
+        #[cfg(target_arch = "aarch64")]
+        if self.name() != "plain" {
+            return to_half::<Quads>(x, out);
+        }
+        to_half::<[f32; 8]>(x, out);
+    }
+
     /// `out` [R, D]: each of the queries [R, D] attends to its span of the head's keys, which is not empty.
     ///
-    /// int8 is taken as it stands: where channels have scales, those of the keys belong into the queries, and those of
+    /// float16 becomes float32 as it is read. int8 is taken as it stands: where channels have scales, those of the keys belong into the queries, and those of
     /// the values into `out`.
     ///
     /// `scratch` is memory that the caller may keep for the next call: R times as many floats as the spans reach over.
@@ -96,13 +116,24 @@ impl Kernels {
             unsafe { attend_avx2(head, queries, spans, scratch, out) };
             return Ok(());
         }
+        #[cfg(target_arch = "aarch64")]
+        if self.name() != "plain" {
+            attend::<Quads, E>(head, queries, spans, scratch, out);
+            return Ok(());
+        }
         attend::<[f32; 8], E>(head, queries, spans, scratch, out);
         Ok(())
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn to_half_avx2(x: &[f32], out: &mut [Half]) {
+    to_half::<std::arch::x86_64::__m256>(x, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn attend_avx2<E: Cached>(
     head: &Head<E>,
     queries: &[f32],
@@ -126,6 +157,13 @@ impl Cached for f32 {
     }
 }
 
+impl Cached for Half {
+    #[inline(always)]
+    fn lanes<L: Lanes>(from: &[Half; 8]) -> L {
+        L::from_half(from)
+    }
+}
+
 impl Cached for i8 {
     #[inline(always)]
     fn lanes<L: Lanes>(from: &[i8; 8]) -> L {
@@ -138,7 +176,9 @@ pub trait Lanes: Copy {
     fn splat(value: f32) -> Self;
     fn load(from: &[f32; 8]) -> Self;
     fn widen(from: &[i8; 8]) -> Self;
+    fn from_half(from: &[Half; 8]) -> Self;
     fn store(self, to: &mut [f32; 8]);
+    fn to_half(self, to: &mut [Half; 8]);
     /// self * b + c.
     fn mul_add(self, b: Self, c: Self) -> Self;
 }
@@ -160,8 +200,18 @@ impl Lanes for [f32; 8] {
     }
 
     #[inline(always)]
+    fn from_half(from: &[Half; 8]) -> Self {
+        from.map(Half::to_f32)
+    }
+
+    #[inline(always)]
     fn store(self, to: &mut [f32; 8]) {
         *to = self;
+    }
+
+    #[inline(always)]
+    fn to_half(self, to: &mut [Half; 8]) {
+        *to = self.map(Half::from_f32);
     }
 
     #[inline(always)]
@@ -170,7 +220,8 @@ impl Lanes for [f32; 8] {
     }
 }
 
-// SAFETY of all of these: inlined into `attend_avx2`, which runs where there is AVX2; the addresses are of eight floats.
+// SAFETY of all of these: inlined into functions that run where there are AVX2, FMA and F16C; the addresses are of eight
+// numbers.
 #[cfg(target_arch = "x86_64")]
 impl Lanes for std::arch::x86_64::__m256 {
     #[inline(always)]
@@ -195,15 +246,107 @@ impl Lanes for std::arch::x86_64::__m256 {
     }
 
     #[inline(always)]
+    fn from_half(from: &[Half; 8]) -> Self {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm256_cvtph_ps(std::arch::x86_64::_mm_loadu_si128(from.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
     fn store(self, to: &mut [f32; 8]) {
         // SAFETY: as above.
         unsafe { std::arch::x86_64::_mm256_storeu_ps(to.as_mut_ptr(), self) }
     }
 
     #[inline(always)]
+    fn to_half(self, to: &mut [Half; 8]) {
+        use std::arch::x86_64::{_MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph};
+        // SAFETY: as above.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self)) }
+    }
+
+    #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
         // SAFETY: as above.
         unsafe { std::arch::x86_64::_mm256_fmadd_ps(self, b, c) }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[derive(Clone, Copy)]
+struct Quads([std::arch::aarch64::float32x4_t; 2]);
+
+// SAFETY of all of these: every processor of this architecture has NEON; the addresses are of eight numbers.
+#[cfg(target_arch = "aarch64")]
+impl Lanes for Quads {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: as above.
+        unsafe { Self([std::arch::aarch64::vdupq_n_f32(value); 2]) }
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; 8]) -> Self {
+        use std::arch::aarch64::vld1q_f32;
+        // SAFETY: as above.
+        unsafe { Self([vld1q_f32(from.as_ptr()), vld1q_f32(from[4..].as_ptr())]) }
+    }
+
+    #[inline(always)]
+    fn widen(from: &[i8; 8]) -> Self {
+        use std::arch::aarch64::*;
+        // SAFETY: as above.
+        unsafe {
+            let words = vmovl_s8(vld1_s8(from.as_ptr()));
+            Self([vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))])
+        }
+    }
+
+    #[inline(always)]
+    fn from_half(from: &[Half; 8]) -> Self {
+        use std::arch::aarch64::*;
+        // SAFETY: as above.
+        unsafe {
+            let halves = vreinterpretq_f16_u16(vld1q_u16(from.as_ptr().cast()));
+            Self([vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)])
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; 8]) {
+        use std::arch::aarch64::vst1q_f32;
+        // SAFETY: as above.
+        unsafe {
+            vst1q_f32(to.as_mut_ptr(), self.0[0]);
+            vst1q_f32(to[4..].as_mut_ptr(), self.0[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn to_half(self, to: &mut [Half; 8]) {
+        use std::arch::aarch64::*;
+        // SAFETY: as above.
+        unsafe {
+            let halves = vcvt_high_f16_f32(vcvt_f16_f32(self.0[0]), self.0[1]);
+            vst1q_u16(to.as_mut_ptr().cast(), vreinterpretq_u16_f16(halves));
+        }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        use std::arch::aarch64::vfmaq_f32;
+        // SAFETY: as above.
+        unsafe { Self([vfmaq_f32(c.0[0], self.0[0], b.0[0]), vfmaq_f32(c.0[1], self.0[1], b.0[1])]) }
+    }
+}
+
+#[inline(always)]
+fn to_half<L: Lanes>(x: &[f32], out: &mut [Half]) {
+    let ((eights, rest), (out_eights, out_rest)) = (x.as_chunks::<8>(), out.as_chunks_mut::<8>());
+    for (eight, out) in eights.iter().zip(out_eights) {
+        L::load(eight).to_half(out);
+    }
+    for (x, out) in rest.iter().zip(out_rest) {
+        *out = Half::from_f32(*x);
     }
 }
 
@@ -444,8 +587,10 @@ fn add<L: Lanes, E: Cached, const Q: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::Head;
-    use crate::Kernels;
+    use std::fmt::Debug;
+
+    use super::{Cached, Head};
+    use crate::{Half, Kernels};
 
     /// Numbers from -1 to 1, the same each time.
     fn numbers(count: usize, seed: u32) -> Vec<f32> {
@@ -491,24 +636,43 @@ mod tests {
         }
     }
 
-    #[test]
-    fn bytes_are_taken_as_the_floats_that_they_stand_for() {
+    /// The same as over the floats that keys and values stand for, by all kernels.
+    fn taken_as<E: Cached + Debug>(cached: impl Fn(f32) -> E, float: impl Fn(E) -> f32, scale: f32) {
         for (size, length, rows) in [(16, 1, 1), (64, 100, 7), (128, 75, 32)] {
-            let bytes = |seed| numbers(length * size, seed).iter().map(|x| (128.0 * x) as i8).collect::<Vec<_>>();
-            let (keys, values) = (bytes(1), bytes(2));
-            let floats = |bytes: &[i8]| bytes.iter().map(|byte| f32::from(*byte)).collect::<Vec<_>>();
+            let stored = |seed| numbers(length * size, seed).into_iter().map(&cached).collect::<Vec<_>>();
+            let (keys, values) = (stored(1), stored(2));
+            let floats = |stored: &[E]| stored.iter().map(|number| float(*number)).collect::<Vec<_>>();
             let (key_floats, value_floats) = (floats(&keys), floats(&values));
             let queries = numbers(rows * size, 3);
             let spans: Vec<_> = (0..rows).map(|r| (r * 5 % length).min(length / 2)..length).collect();
             let mut expected = vec![f32::NAN; rows * size];
-            let head = Head::new(size, 0.01, &key_floats, &value_floats).unwrap();
+            let head = Head::new(size, scale, &key_floats, &value_floats).unwrap();
             Kernels::plain().attend(&head, &queries, &spans, &mut Vec::new(), &mut expected).unwrap();
-            let head = Head::new(size, 0.01, &keys, &values).unwrap();
+            let head = Head::new(size, scale, &keys, &values).unwrap();
             for kernels in Kernels::all() {
                 let mut out = vec![f32::NAN; rows * size];
                 kernels.attend(&head, &queries, &spans, &mut Vec::new(), &mut out).unwrap();
                 assert_eq!(out, expected, "{} {size}", kernels.name());
+                for (r, span) in spans.iter().enumerate() {
+                    let (query, mut alone) = (&queries[r * size..][..size], vec![f32::NAN; size]);
+                    let span = std::slice::from_ref(span);
+                    kernels.attend(&head, query, span, &mut Vec::new(), &mut alone).unwrap();
+                    assert_eq!(alone, out[r * size..][..size], "{} {size} {r}", kernels.name());
+                }
             }
+        }
+    }
+
+    #[test]
+    fn bytes_are_taken_as_the_floats_that_they_stand_for() {
+        taken_as(|x| (128.0 * x) as i8, f32::from, 0.01);
+    }
+
+    #[test]
+    fn float16_is_taken_as_the_floats_that_it_stands_for() {
+        for factor in [1.0, 1e-5, 1e3] {
+            // 1e-5: below the smallest normal one, too
+            taken_as(|x| Half::from_f32(factor * x), Half::to_f32, 0.3 / factor);
         }
     }
 

@@ -20,7 +20,7 @@ use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 const PANEL_ROWS: usize = 9;
 
 pub(crate) fn available() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 /// The products of a strip with rows: out [rows][16].

@@ -33,6 +33,7 @@ mod exp;
 mod format;
 #[cfg(all(test, unix))]
 mod guarded;
+mod half;
 mod kernels;
 mod mixer;
 #[cfg(target_arch = "aarch64")]
@@ -49,6 +50,7 @@ pub use attention::{Cached, Head, check_size};
 pub use error::Error;
 pub use exp::exp;
 pub use format::{Expert, Layout, Matrix, STRIP, Strip, default_superblock_size};
+pub use half::Half;
 pub use kernels::Kernels;
 pub use mixer::sparse_mixer;
 pub use output::{Output, Part};

@@ -4,6 +4,7 @@
 
 use crate::Error;
 use crate::format::{BLOCK, LARGEST_SUPERBLOCK, Layout, STRIP, TILE};
+use crate::half::Half;
 
 const LOWEST: f32 = -8.0;
 const HIGHEST: f32 = 7.0;
@@ -93,7 +94,7 @@ pub(crate) fn strip(weights: &Weights, layout: Layout, index: usize, out: &mut R
     for g in 0..layout.superblocks() {
         match weights {
             Weights::F32(weights) => load(weights, layout, index, g, |x| x, panel),
-            Weights::F16(weights) => load(weights, layout, index, g, from_half, panel),
+            Weights::F16(weights) => load(weights, layout, index, g, |x| Half(x).to_f32(), panel),
             Weights::Bf16(weights) => load(weights, layout, index, g, |x| f32::from_bits(u32::from(x) << 16), panel),
         }
         let Some(exponents) = normalize(panel) else { return false };
@@ -152,13 +153,6 @@ fn load<T: Copy>(
             }
         }
     }
-}
-
-#[inline(always)]
-fn from_half(half: u16) -> f32 {
-    let magnitude = f32::from_bits(u32::from(half & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    let magnitude = if magnitude < 65536.0 { magnitude } else { f32::INFINITY };
-    f32::from_bits(magnitude.to_bits() | u32::from(half & 0x8000) << 16)
 }
 
 /// Multiplies each output by a power of two that brings its largest magnitude into 1 to 4, for squares to be float32;

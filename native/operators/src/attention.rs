@@ -1,6 +1,6 @@
 //! `Attention`: what `com.microsoft.GroupQueryAttention` computes in float32, with the same inputs and outputs, and
 //! more: several new tokens over a past for any number of rows, each with its own positions. Keys and values lie in the
-//! cache as float32, or as int8 with a scale for each channel.
+//! cache as float32, as float16, or as int8 with a scale for each channel.
 //!
 //! Dimensions: B rows, S new tokens, H heads, K heads of keys and values, D the size of a head, P and T the lengths of
 //! the past and present buffers. A row's keys are those before it that the window holds; no others are read.
@@ -9,7 +9,7 @@ use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use phimoe_kernels::{Cached, Head, Kernels, check_size};
+use phimoe_kernels::{Cached, Half, Head, Kernels, check_size};
 
 use crate::ensure;
 use crate::ort::{Context, Element, Error, Info, Operator, Place, Port, Result, Tensor};
@@ -45,15 +45,24 @@ pub trait Store: Element + Cached {
     const SCALED: bool;
 
     /// `x` [D] as it is cached; `scales` are those of the channels.
-    fn store(x: &[f32], scales: &[f32], to: &mut [Self]);
+    fn store(kernels: &Kernels, x: &[f32], scales: &[f32], to: &mut [Self]);
 }
 
 impl Store for f32 {
     const ZERO: Self = 0.0;
     const SCALED: bool = false;
 
-    fn store(x: &[f32], _: &[f32], to: &mut [Self]) {
+    fn store(_: &Kernels, x: &[f32], _: &[f32], to: &mut [Self]) {
         to.copy_from_slice(x);
+    }
+}
+
+impl Store for Half {
+    const ZERO: Self = Self(0);
+    const SCALED: bool = false;
+
+    fn store(kernels: &Kernels, x: &[f32], _: &[f32], to: &mut [Self]) {
+        kernels.to_half(x, to);
     }
 }
 
@@ -61,7 +70,7 @@ impl Store for i8 {
     const ZERO: Self = 0;
     const SCALED: bool = true;
 
-    fn store(x: &[f32], scales: &[f32], to: &mut [Self]) {
+    fn store(_: &Kernels, x: &[f32], scales: &[f32], to: &mut [Self]) {
         for ((x, scale), to) in x.iter().zip(scales).zip(to) {
             *to = (x / scale).round_ties_even() as i8; // which saturates
         }
@@ -290,8 +299,9 @@ impl<E: Store> Attention<E> {
                     let (key, value) = unsafe { (keys.part_mut(at..at + size), values.part_mut(at..at + size)) };
                     let [key_scales, value_scales] = pass.scales(head);
                     self.turn(pass, row, self.heads + head, turned);
-                    E::store(turned, key_scales, key);
-                    E::store(self.head(pass, row, self.heads + self.kv_heads + head), value_scales, value);
+                    E::store(self.kernels, turned, key_scales, key);
+                    let new = self.head(pass, row, self.heads + self.kv_heads + head);
+                    E::store(self.kernels, new, value_scales, value);
                 }
             }
             Ok(())

@@ -15,7 +15,7 @@ use std::ffi::{CStr, CString, c_char};
 use std::ptr::null_mut;
 use std::sync::{Mutex, OnceLock};
 
-use phimoe_kernels::Kernels;
+use phimoe_kernels::{Half, Kernels};
 
 use ort_sys::{
     OrtApi, OrtApiBase, OrtCustomOp, OrtCustomOpDomain, OrtErrorCode, OrtLoggingLevel, OrtSessionOptions, OrtStatusPtr,
@@ -23,10 +23,11 @@ use ort_sys::{
 
 const DOMAIN: &CStr = c"phimoe.native";
 
-static OPERATORS: [OrtCustomOp; 4] = [
+static OPERATORS: [OrtCustomOp; 5] = [
     ort::custom_op::<projection::Projection>(),
     ort::custom_op::<moe::SparseMixerMoe>(),
     ort::custom_op::<attention::Attention<f32>>(),
+    ort::custom_op::<attention::Attention<Half>>(),
     ort::custom_op::<attention::Attention<i8>>(),
 ];
 

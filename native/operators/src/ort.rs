@@ -68,6 +68,10 @@ pub unsafe trait Element: Copy + Send + Sync + 'static {
 unsafe impl Element for f32 {
     const TYPE: ElementType = ElementType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
+// SAFETY: as above; a `Half` is its sixteen bits.
+unsafe impl Element for phimoe_kernels::Half {
+    const TYPE: ElementType = ElementType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+}
 // SAFETY: as above.
 unsafe impl Element for i8 {
     const TYPE: ElementType = ElementType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;

@@ -22,7 +22,7 @@ def read_decoding(config: PhiMoEConfig, folder: Path, recipe: Recipe) -> Decodin
         ConfigError: generation_config.json or tokenizer.json is damaged.
     """
     rope = config.longrope
-    dtypes: dict[str, CacheDtype] = {"none": recipe.dtype, "int8": "int8", "int4": "uint8"}
+    dtypes: dict[str, CacheDtype] = {"none": recipe.dtype, "fp16": "float16", "int8": "int8", "int4": "uint8"}
     cache = CacheShape(
         num_hidden_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,
