@@ -172,9 +172,9 @@ def causal_attention(
 
 
 def trainable_model(config: PhiMoEConfig, seed: int) -> modeling.PhiMoEForCausalLM:
-    """A freshly initialised model; puts the two replacements above into `modeling` for the whole process."""
-    modeling.SparseMoE, modeling.attention = TrainableMoE, causal_attention  # type: ignore[misc, assignment]
-    model = modeling.PhiMoEForCausalLM(config)
+    """A freshly initialised model; puts TrainableMoE into `modeling` for the whole process."""
+    modeling.SparseMoE = TrainableMoE  # type: ignore[misc]
+    model = modeling.PhiMoEForCausalLM(config, modeling.Seams(attention=causal_attention))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -300,7 +300,7 @@ def save_weights(model: modeling.PhiMoEForCausalLM, folder: Path) -> None:
     )
 
 
-def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
+def load_model(folder: Path, seams: modeling.Seams) -> modeling.PhiMoEForCausalLM:
     """The saved checkpoint in `modeling`'s own model, in fp32."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("model-*.safetensors")):
@@ -313,7 +313,7 @@ def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
             for w in ("w1", "w2", "w3")
         )
         tensors |= {f"{prefix}.gate_up_proj": torch.cat((w1, w3), dim=1), f"{prefix}.down_proj": w2}
-    model = modeling.PhiMoEForCausalLM(config)
+    model = modeling.PhiMoEForCausalLM(config, seams)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -372,22 +372,19 @@ def generate(
 @torch.no_grad()
 def evaluate(corpus: Path, folder: Path) -> None:
     """Prints what the model card reports of the saved checkpoint."""
-    model = load_model(folder)
+    choices: list[Tensor] = []
+
+    def recorded(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+        weights, chosen = modeling.sparse_mixer(scores, jitter)
+        choices.append(chosen)
+        return weights, chosen
+
+    model = load_model(folder, modeling.Seams(sparse_mixer=recorded))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = held_out_text(corpus)
     ids = torch.tensor(tokenizer.encode(text).ids)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print(f"held-out text: {len(text.encode()):,} bytes, {len(ids):,} tokens")
-
-    choices: list[Tensor] = []
-    sparse_mixer = modeling.sparse_mixer
-
-    def recorded(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-        weights, chosen = sparse_mixer(scores, jitter)
-        choices.append(chosen)
-        return weights, chosen
-
-    modeling.sparse_mixer = recorded
     for length in (length for _, length in BATCHES):
         windows = ids[: len(ids) // length * length].view(-1, length)
         loss = torch.stack([next_token_loss(model, window[None]) for window in windows]).mean()
@@ -395,7 +392,6 @@ def evaluate(corpus: Path, folder: Path) -> None:
         print(
             f"windows of {length} tokens: {len(windows)}, perplexity {loss.exp():.2f} a token, {bits:.3f} bits a byte"
         )
-    modeling.sparse_mixer = sparse_mixer
     layers = model.config.num_hidden_layers
     for layer in range(layers):
         share = torch.cat([chosen.flatten() for chosen in choices[layer::layers]]).bincount(
