@@ -16,7 +16,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 HELD_OUT = "persuasion.txt"
-VOCAB_SIZE = 2048
 BOS, EOS = "<s>", "<|endoftext|>"
 # the last ids of the vocabulary, in this order
 CHAT_TOKENS = (
@@ -66,7 +65,7 @@ def held_out_text(corpus: Path) -> str:
     return "\n\n".join(document_text(HELD_OUT, document) for document in read_documents(corpus / HELD_OUT))
 
 
-def train_tokenizer(texts: list[str]) -> Tokenizer:
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """BPE with byte fallback whose tokenizer.json has the layout of Phi-3's: no pre-tokenizer, "▁" for a space."""
     llama = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     base = ["<unk>", BOS, "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -75,7 +74,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     # only for training: no merge crosses a word or a punctuation mark, and a newline stays a byte token as in Llama
     trainee.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(CHAT_TOKENS), special_tokens=base, show_progress=False, max_token_length=16
+        vocab_size=vocab_size - len(CHAT_TOKENS), special_tokens=base, show_progress=False, max_token_length=16
     )
     trainee.train_from_iterator(texts, trainer)
 
@@ -87,7 +86,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([special_token(token) for token in ("<unk>", BOS, "</s>", *CHAT_TOKENS)])
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert tokenizer.get_vocab_size() == vocab_size
     return tokenizer
 
 

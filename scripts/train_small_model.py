@@ -1,7 +1,10 @@
-"""Trains the small PhiMoE of models/phimoe-austen, saves it like Microsoft's checkpoints, and measures what was saved.
+"""Trains a small PhiMoE, one of models/, saves it like Microsoft's checkpoints, and measures what was saved.
 
 Train, 40 minutes on two cores:  python scripts/train_small_model.py CORPUS models/phimoe-austen
+The one of widths of 256:        python scripts/train_small_model.py CORPUS models/phimoe-austen-256
 Measure only:                    python scripts/train_small_model.py CORPUS models/phimoe-austen --evaluate
+
+The folder's name says which of the two shapes it is.
 
 The forward pass is phimoe_onnx.modeling's. Its router hardly ever passes a gradient on (with a jitter of 0.01 most
 tokens keep one expert a round, whose weight is then 1), so the backward pass is that of the full softmax at the two
@@ -17,6 +20,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +30,6 @@ from corpus import (
     BOS,
     CHAT_TOKENS,
     EOS,
-    VOCAB_SIZE,
     chat_samples,
     document_text,
     held_out_text,
@@ -39,7 +42,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from phimoe_onnx import modeling
-from phimoe_onnx.config import PhiMoEConfig, parse_config, read_config
+from phimoe_onnx.config import PhiMoEConfig, read_config
 
 # sequences x tokens a step and process, in turn: short rope factors, long rope factors
 BATCHES = (
@@ -51,50 +54,70 @@ DROPOUT = 0.1
 PEAK_LR, FINAL_LR, WARM_UP_STEPS = 3e-3, 0.03, 150
 BALANCE_LOSS = 0.01
 SAVE_EVERY = 1000
-LONG_FACTOR = [round(4 ** (i / 15), 4) for i in range(16)]
-SHORT_FACTOR = [round(1 + 0.05 * i / 15, 4) for i in range(16)]
-MSCALE = math.sqrt(1 + math.log(4) / math.log(256))
-CONFIG = {
-    "architectures": ["PhiMoEForCausalLM"],
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": VOCAB_SIZE - len(CHAT_TOKENS),
-    "hidden_act": "silu",
-    "hidden_dropout": 0.0,
-    "hidden_size": 192,
-    "initializer_range": 0.02,
-    "input_jitter_noise": 0.01,
-    "intermediate_size": 96,
-    "lm_head_bias": True,
-    "max_position_embeddings": 1024,
-    "model_type": "phimoe",
-    "num_attention_heads": 6,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 16,
-    "original_max_position_embeddings": 256,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "long_factor": LONG_FACTOR,
-        "long_mscale": MSCALE,
-        "original_max_position_embeddings": 256,
-        "short_factor": SHORT_FACTOR,
-        "short_mscale": MSCALE,
-        "type": "longrope",
+TRANSFORMERS_VERSION = "4.57.6"
+SHAPES = {
+    "phimoe-austen": {
+        "hidden_size": 192,
+        "intermediate_size": 96,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 16,
+        "vocab_size": 2048,
     },
-    "rope_theta": 10000.0,
-    "router_aux_loss_coef": BALANCE_LOSS,
-    "router_jitter_noise": 0.01,
-    "sliding_window": 1024,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.57.6",
-    "use_cache": True,
-    "vocab_size": VOCAB_SIZE,
+    "phimoe-austen-256": {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "vocab_size": 1024,
+    },
 }
+
+
+def configuration(shape: dict[str, int]) -> dict[str, Any]:
+    """The config.json of a shape."""
+    pairs = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    mscale = math.sqrt(1 + math.log(4) / math.log(256))
+    return {
+        "architectures": ["PhiMoEForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": shape["vocab_size"] - len(CHAT_TOKENS),
+        "hidden_act": "silu",
+        "hidden_dropout": 0.0,
+        "initializer_range": 0.02,
+        "input_jitter_noise": 0.01,
+        "lm_head_bias": True,
+        "max_position_embeddings": 1024,
+        "model_type": "phimoe",
+        "num_experts_per_tok": 2,
+        "original_max_position_embeddings": 256,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "long_factor": [round(4 ** (i / (pairs - 1)), 4) for i in range(pairs)],
+            "long_mscale": mscale,
+            "original_max_position_embeddings": 256,
+            "short_factor": [round(1 + 0.05 * i / (pairs - 1), 4) for i in range(pairs)],
+            "short_mscale": mscale,
+            "type": "longrope",
+        },
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": BALANCE_LOSS,
+        "router_jitter_noise": 0.01,
+        "sliding_window": 1024,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": TRANSFORMERS_VERSION,
+        "use_cache": True,
+        **shape,
+    }
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
     "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
@@ -149,9 +172,9 @@ def causal_attention(
 
 
 def trainable_model(config: PhiMoEConfig, seed: int) -> modeling.PhiMoEForCausalLM:
-    """A freshly initialised model; puts the two replacements above into `modeling` for the whole process."""
-    modeling.SparseMoE, modeling.attention = TrainableMoE, causal_attention  # type: ignore[misc, assignment]
-    model = modeling.PhiMoEForCausalLM(config)
+    """A freshly initialised model; puts TrainableMoE into `modeling` for the whole process."""
+    modeling.SparseMoE = TrainableMoE  # type: ignore[misc]
+    model = modeling.PhiMoEForCausalLM(config, modeling.Seams(attention=causal_attention))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -198,7 +221,7 @@ def train(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
-    model = trainable_model(parse_config(CONFIG), seed)
+    model = trainable_model(read_config(folder), seed)
     parameters = list(model.parameters())
     gradient = torch.zeros(sum(p.numel() for p in parameters))
     for parameter, view in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
@@ -277,7 +300,7 @@ def save_weights(model: modeling.PhiMoEForCausalLM, folder: Path) -> None:
     )
 
 
-def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
+def load_model(folder: Path, seams: modeling.Seams) -> modeling.PhiMoEForCausalLM:
     """The saved checkpoint in `modeling`'s own model, in fp32."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("model-*.safetensors")):
@@ -290,7 +313,7 @@ def load_model(folder: Path) -> modeling.PhiMoEForCausalLM:
             for w in ("w1", "w2", "w3")
         )
         tensors |= {f"{prefix}.gate_up_proj": torch.cat((w1, w3), dim=1), f"{prefix}.down_proj": w2}
-    model = modeling.PhiMoEForCausalLM(config)
+    model = modeling.PhiMoEForCausalLM(config, seams)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -300,14 +323,14 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_configuration(tokenizer: Tokenizer, folder: Path) -> None:
+def save_configuration(config: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
     """Everything of the checkpoint but the weights."""
     tokenizer.save(str(folder / "tokenizer.json"))
     eos, end = tokenizer.token_to_id(EOS), tokenizer.token_to_id("<|end|>")
-    assert eos == CONFIG["eos_token_id"]
-    write_json(folder / "config.json", CONFIG)
+    assert eos == config["eos_token_id"]
+    write_json(folder / "config.json", dict(sorted(config.items())))
     generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [end, eos], "pad_token_id": eos}
-    write_json(folder / "generation_config.json", generation | {"transformers_version": CONFIG["transformers_version"]})
+    write_json(folder / "generation_config.json", generation | {"transformers_version": TRANSFORMERS_VERSION})
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     decoder = {
         str(tokenizer.token_to_id(token)): {flag: getattr(special_token(token), flag) for flag in flags}
@@ -323,7 +346,7 @@ def save_configuration(tokenizer: Tokenizer, folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": config["max_position_embeddings"],
         "padding_side": "left",
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
@@ -349,22 +372,19 @@ def generate(
 @torch.no_grad()
 def evaluate(corpus: Path, folder: Path) -> None:
     """Prints what the model card reports of the saved checkpoint."""
-    model = load_model(folder)
+    choices: list[Tensor] = []
+
+    def recorded(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+        weights, chosen = modeling.sparse_mixer(scores, jitter)
+        choices.append(chosen)
+        return weights, chosen
+
+    model = load_model(folder, modeling.Seams(sparse_mixer=recorded))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = held_out_text(corpus)
     ids = torch.tensor(tokenizer.encode(text).ids)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print(f"held-out text: {len(text.encode()):,} bytes, {len(ids):,} tokens")
-
-    choices: list[Tensor] = []
-    sparse_mixer = modeling.sparse_mixer
-
-    def recorded(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-        weights, chosen = sparse_mixer(scores, jitter)
-        choices.append(chosen)
-        return weights, chosen
-
-    modeling.sparse_mixer = recorded
     for length in (length for _, length in BATCHES):
         windows = ids[: len(ids) // length * length].view(-1, length)
         loss = torch.stack([next_token_loss(model, window[None]) for window in windows]).mean()
@@ -372,7 +392,6 @@ def evaluate(corpus: Path, folder: Path) -> None:
         print(
             f"windows of {length} tokens: {len(windows)}, perplexity {loss.exp():.2f} a token, {bits:.3f} bits a byte"
         )
-    modeling.sparse_mixer = sparse_mixer
     layers = model.config.num_hidden_layers
     for layer in range(layers):
         share = torch.cat([chosen.flatten() for chosen in choices[layer::layers]]).bincount(
@@ -401,11 +420,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not arguments.evaluate:
+        shape = SHAPES.get(arguments.folder.resolve().name)
+        if shape is None:
+            parser.error(f"FOLDER is {arguments.folder}; expected its name to be one of {', '.join(SHAPES)}")
         books = read_corpus(arguments.corpus)
         texts = [document_text(name, document) for name, book in books.items() for document in book]
-        tokenizer = train_tokenizer(texts)
+        tokenizer = train_tokenizer(texts, shape["vocab_size"])
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        save_configuration(tokenizer, arguments.folder)
+        save_configuration(configuration(shape), tokenizer, arguments.folder)
         text, chat = (
             [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(samples)]
             for samples in ([text + EOS for text in texts], chat_samples(books, 8000))
