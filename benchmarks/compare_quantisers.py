@@ -126,7 +126,7 @@ def on_disk(folder: Path, layers: int) -> tuple[list[torch.Tensor], dict[str, Ca
     for dtype, form in GGML_TYPES.items() if llama_cpp is not None else ():
         source = write_gguf(folder / f"{form}.gguf", config, tensors, dtype)
         candidates[f"llama.cpp, {form} GGUF to Q4_0 GGUF"] = partial(llama, source, folder / "Q4_0.gguf")
-    stock, native = {"block_size": BLOCK}, {"operators": "native"}
+    stock, native = {"block_size": BLOCK, "rounding": "rtn"}, {"operators": "native"}
     written, bundle = ("writing weights", "hashing"), folder / "bundle"
     candidates |= {
         "ours, bf16 safetensors to int4, block 32": partial(ours, checkpoint, bundle, written, stock),

@@ -53,11 +53,15 @@ Z = 1.96  # standard errors of a bound of 95 %
 # Our candidates: a name, and the options of phimoe_onnx.export. What the exporter refuses is named with its words.
 OURS: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
-    "int4 rtn": {"quantize": "int4"},
-    "int4 two-level": {"quantize": "int4", "rounding": "two-level"},
+    "int4 rtn": {"quantize": "int4", "rounding": "rtn"},
+    "int4 two-level": {"quantize": "int4"},
     "int4 two-level, native": {"quantize": "int4", "operators": "native"},
-    "int4 rtn, head int8": {"quantize": "int4", "store": {"lm_head.weight": "int8"}},
-    "int4 rtn, attention and head int8": {"quantize": "int4", "store": {"*self_attn*": "int8", "lm_head.*": "int8"}},
+    "int4 rtn, head int8": {"quantize": "int4", "rounding": "rtn", "store": {"lm_head.weight": "int8"}},
+    "int4 rtn, attention and head int8": {
+        "quantize": "int4",
+        "rounding": "rtn",
+        "store": {"*self_attn*": "int8", "lm_head.*": "int8"},
+    },
     "int4 calibrated": {"quantize": "int4", "calibrate": True},
     "int4 calibrated, native": {"quantize": "int4", "calibrate": True, "operators": "native"},
     "int3 native": {"quantize": "int3", "operators": "native"},

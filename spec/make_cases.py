@@ -288,7 +288,7 @@ def chats(maker: Maker) -> None:
         ask({"role": "system", "content": ""}, user("No?"), {"role": "assistant", "content": ""}),
     )
     maker.add("a sampled chat", ask(*turns, temperature=0.8, top_p=0.8, min_p=0.1, seed=11, max_new_tokens=9))
-    near = ask(user(" ".join(TEXT.split()[:88])), {"role": "assistant", "content": "Yes."}, max_new_tokens=12)
+    near = ask(user(" ".join(TEXT.split()[:112])), {"role": "assistant", "content": "Yes."}, max_new_tokens=12)
     maker.add(
         "a chat across the boundary",
         ((chat, options) for chat, options in near if 246 < len(maker.model.encode(chat)) < 256),

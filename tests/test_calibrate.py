@@ -271,10 +271,7 @@ def test_the_recipe_knows_the_text(checkpoint: Checkpoint) -> None:
 def test_the_plan_counts_what_a_calibration_takes(checkpoint: Checkpoint) -> None:
     config = read_config(checkpoint("plain"))
     plain, calibrated = (
-        requirements(
-            config, recipe_for(config, CPU, "int4", rounding=None if calibrate else "two-level", calibrate=calibrate)
-        )
-        for calibrate in (False, True)
+        requirements(config, recipe_for(config, CPU, "int4", calibrate=calibrate)) for calibrate in (False, True)
     )
     assert plain.calibration == 0
     assert calibrated.bundle == plain.bundle

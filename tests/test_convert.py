@@ -23,7 +23,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     source = write_checkpoint(folder / "checkpoint", **SHAPES["longrope-window"])
     for operators in ("native", "stock"):
-        options: dict[str, Any] = {"operators": operators, "rounding": "two-level", "kv_cache": "int8", "store": STORE}
+        options: dict[str, Any] = {"operators": operators, "kv_cache": "int8", "store": STORE}
         export(source, folder / operators, quantize="int4", **options)
     return folder
 
@@ -48,10 +48,24 @@ def test_it_is_the_bundle_that_the_checkpoint_gives(bundles: Path, tmp_path: Pat
 
 
 def test_there_and_back_in_blocks_of_16(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
-    options: dict[str, Any] = {"quantize": "int4", "rounding": "two-level", "block_size": 16}
+    options: dict[str, Any] = {"quantize": "int4", "block_size": 16}
     stock = export(checkpoint("tied"), tmp_path / "stock", **options)
     native = convert(stock, tmp_path / "native", operators="native")
     check_same(convert(native, tmp_path / "again", operators="stock", block_size=16), stock)
+
+
+def test_a_default_int4_bundle_becomes_native_and_is_itself_again(
+    tmp_path: Path, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, stock = checkpoint("tiles"), tmp_path / "stock"  # rows that blocks of 64 would divide, too
+    assert main([str(source), "-o", str(stock), "--quantize", "int4"]) == 0
+    native, again = tmp_path / "native", tmp_path / "again"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"; phimoe-export {stock} --operators native makes one of it for this package")
+    assert main([str(stock), "-o", str(native), "--operators", "native"]) == 0
+    check_same(native, export(source, tmp_path / "exported", quantize="int4", operators="native"))
+    assert main([str(native), "-o", str(again), "--operators", "stock"]) == 0
+    check_same(again, stock)
 
 
 def test_a_killed_conversion_goes_on(bundles: Path, tmp_path: Path) -> None:
@@ -74,9 +88,13 @@ def test_a_killed_conversion_goes_on(bundles: Path, tmp_path: Path) -> None:
     check_same(tmp_path / "bundle", bundles / "native")
 
 
-def test_rounding_to_nearest_is_refused(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
-    stock = export(checkpoint("plain"), tmp_path / "stock", quantize="int4", block_size=32)
-    with pytest.raises(ExportError, match=r"rounded to nearest, .* two-level grid .* the checkpoint with --operators"):
+@pytest.mark.parametrize("options", [{"quantize": "int4", "rounding": "rtn"}, {"quantize": "int8"}])
+def test_rounding_to_nearest_is_refused(
+    tmp_path: Path, checkpoint: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    stock = export(checkpoint("plain"), tmp_path / "stock", **options)
+    words = r"rounded to nearest, .* two-level grid .* the checkpoint with --operators native, or with --rounding two-l"
+    with pytest.raises(ExportError, match=words):
         convert(stock, tmp_path / "native", operators="native")
     assert [path.name for path in tmp_path.iterdir() if path.name != "stock"] == []
 
@@ -96,6 +114,7 @@ def changed(source: Path, folder: Path, change: Callable[[dict[str, Any]], objec
         (lambda values: values.update(target="portable"), r"--target portable; only bundles for cpu"),
         (lambda values: [group.update(block_size=64) for group in blocks(values)], r"blocks of 64, .*two-level grid"),
         (lambda values: [group.update(symmetric=False) for group in blocks(values)], r"zero points, .*two-level grid"),
+        (lambda values: [group.update(dtype="int2") for group in blocks(values)], r"is int2, .*levels of its own"),
     ],
 )
 def test_what_is_on_no_grid_is_refused_before_any_work(

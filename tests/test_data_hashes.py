@@ -8,7 +8,8 @@ pytest takes a part of the grid. A combination that the exporter refuses is reco
 The hashes are the same on every machine. The checkpoints' numbers are a bit generator's raw output, not a normal
 distribution's, which vector units round differently. What the exporter does to them is exact, element by element:
 copying, transposing, rounding to a shorter float, and block-wise rounding, whose largest number, division and rounding
-IEEE 754 fixes. The tables of cos and sin are not, so their bytes are left out.
+IEEE 754 fixes, and whose sums have one order (native/FORMAT.md). The tables of cos and sin are not, so their bytes are
+left out.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ def test_native_and_stock_are_one_model(
     """Every number that they stand for is the same."""
     source = checkpoint(shape)
     folders = [
-        export(source, tmp_path / kind, quantize="int4", store=store, operators=kind, rounding="two-level")
-        for kind in ("native", "stock")
+        export(source, tmp_path / kind, quantize="int4", store=store, operators=kind) for kind in ("native", "stock")
     ]
     reference = load_reference(source)
     native, stock = (stored_model(reference, folder, read_manifest(folder)).state_dict() for folder in folders)
@@ -118,8 +117,7 @@ def test_the_graph_without_optional_inputs_computes_the_same(tmp_path: Path, che
 def test_the_cache_may_be_int8(tmp_path: Path) -> None:
     """Read by our own attention: what a stock bundle of the same numbers gives, and the same for one token as many."""
     stock, native = (
-        export(MODEL, tmp_path / kind, quantize="int4", kv_cache="int8", operators=kind, rounding="two-level")
-        for kind in ("stock", "native")
+        export(MODEL, tmp_path / kind, quantize="int4", kv_cache="int8", operators=kind) for kind in ("stock", "native")
     )
     assert read_manifest(native).decoding.cache.dtype == "int8"
     assert not any(node.op_type == "GroupQueryAttention" for node in ir.load(native / "model.onnx").graph)

@@ -110,7 +110,7 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
         ({"quantize": "int2", "target": "cuda"}, ["--target cuda has no int2", "4 and 8 bits"]),
         ({"quantize": "int2", "target": "portable"}, ["--target portable has no int2", "4 and 8 bits"]),
         ({"quantize": "int2", "block_size": 16}, ["int2 in blocks of 16", "32, 64 and 128"]),
-        ({"quantize": "int2", "rounding": "two-level"}, ["rounding is 'two-level'", "int2", "takes 'rtn'"]),
+        ({"quantize": "int2", "calibrate": True}, ["rounding is 'calibrated'", "int2", "takes 'rtn'"]),
         ({"quantize": "int4", "store": {"*embed*": "int2"}}, ["--store: model.embed_tokens.weight is int2, block 32"]),
         ({"store": {"*.gate.weight": "int8"}}, ["--store *.gate.weight=int8", "is always float32", "router"]),
         ({"store": {"*norm*": "int8"}}, ["norm", "is always float32", "only matrices"]),
@@ -152,6 +152,39 @@ def test_what_cannot_be_stored_is_refused_with_the_reason(options: dict[str, Any
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "rounding", "block_sizes"),
+    [
+        ("cpu", {"quantize": "int4"}, "two-level", {4: 32, 8: 32}),
+        ("cpu", {"quantize": "int4", "rounding": "rtn"}, "rtn", {4: 64, 8: 64}),
+        ("cpu", {"store": {"lm_head.weight": "int4"}}, "two-level", {4: 32}),
+        ("cpu", {"quantize": "int8", "store": {"*.down_proj": "int4"}}, "two-level", {4: 32, 8: 32}),
+        ("cpu", {"quantize": "int8"}, "rtn", {8: 64}),
+        ("cpu", {"quantize": "int2"}, "rtn", {2: 64, 8: 64}),
+        ("cpu", {"quantize": "int2", "store": {"lm_head.weight": "int4"}}, "two-level", {2: 64, 4: 32, 8: 32}),
+        ("cpu", {"quantize": "int4", "calibrate": True}, "calibrated", {4: 32, 8: 32}),
+        ("portable", {"quantize": "int4"}, "rtn", {4: 64, 8: 64}),
+        ("cuda", {"quantize": "int4"}, "rtn", {4: 64, 8: 64}),
+    ],
+)
+def test_int4_for_the_cpu_is_on_the_grid_of_the_native_operators(
+    target: str, options: dict[str, Any], rounding: str, block_sizes: dict[int, int]
+) -> None:
+    """And whatever is beside it, but for 2 bits; all else is to nearest."""
+    config = parse_config(BASE | SHAPES["tiles"])
+    recipe = recipe_for(config, TARGETS[target], **options)
+    forms = {form for each in recipe.forms.values() for form in each}
+    assert recipe.rounding == rounding
+    assert {form.bits: form.block_size for form in forms if isinstance(form, Format)} == block_sizes
+
+
+def test_larger_blocks_of_int4_need_the_other_rounding() -> None:
+    config = parse_config(BASE | SHAPES["tiles"])
+    with pytest.raises(ExportError, match=r"--block-size is 64, .* 16 or 32 weights share .* --rounding rtn"):
+        recipe_for(config, CPU, "int4", block_size=64)
+    assert recipe_for(config, CPU, "int4", block_size=64, rounding="rtn").form("lm_head.weight") == Format(4, 64)
 
 
 def test_the_digest_tells_recipes_apart() -> None:
@@ -201,7 +234,7 @@ def test_a_bundle_of_several_widths_goes_through_every_tool(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     attention = next(line for line in printed.splitlines() if "attention" in line)
-    assert {"layers": "int8, block 64; int4, block 64", "kinds": "int8, block 64", "experts": "float32"}[
+    assert {"layers": "int8, block 32; int4, block 32", "kinds": "int8, block 32", "experts": "float32"}[
         mix
     ] in attention
     manifest = read_manifest(output)
@@ -251,7 +284,7 @@ def test_a_bundle_of_several_widths_goes_through_every_tool(
     assert default_thresholds(manifest) == DEFAULTS[4]
 
     # bench
-    bits = {"int4": 4.5, "int8": 8.5, "float16": 16.0, "float32": 32.0}
+    bits = {"int4": 5.0, "int8": 9.0, "float16": 16.0, "float32": 32.0}
     forms = stored_as(manifest)
     expected = sum(
         _weights(name, config) * bits[form.dtype] / 8 * (2 / 16 if "experts" in name else 1)

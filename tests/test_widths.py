@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from phimoe_onnx import export, operators, verify
 from phimoe_onnx.bench.traffic import step_bytes
@@ -21,7 +22,10 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter import pipeline
 from phimoe_onnx.exporter import widths as module
 from phimoe_onnx.exporter.places import KINDS, Place, places
+from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.measure import measure
+from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
+from phimoe_onnx.exporter.quantize.two_level import round_two_level
 from phimoe_onnx.exporter.recipe import Recipe, recipe_for
 from phimoe_onnx.exporter.sizes import average_bits, count_weights, parse_size, shown, stored_bytes
 from phimoe_onnx.exporter.target import TARGETS
@@ -30,7 +34,7 @@ from phimoe_onnx.layered import checkpoint_weights
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.reference import fill, logits
-from tests.checkpoints import BASE, MODEL
+from tests.checkpoints import BASE, MODEL, SHAPES
 
 Checkpoint = Callable[..., Path]
 CPU, CONFIG = TARGETS["cpu"], parse_config(BASE)
@@ -174,6 +178,25 @@ def better_steps(widths: Widths, recipe: Recipe) -> list[int]:
         assert {recipe.forms[name] for name in names} == {recipe.forms[names[0]]}
         steps += [sizes[bits] - sizes[now] for bits in sizes if costs[bits] < costs[now]]
     return steps
+
+
+def test_stock_widths_have_one_rounding() -> None:
+    """What is measured is what is written: 2 bits to nearest, the others on the grid of both kinds of operators."""
+    config = parse_config(BASE | SHAPES["tiles"])
+    widths = Widths(config, CPU, {})
+    assert {recipe.rounding for recipe in widths.recipes.values()} == {"two-level"}
+    forms = {bits: str(recipe.form("lm_head.weight")) for bits, recipe in widths.recipes.items()}
+    assert forms == {2: "int2, block 64", 4: "int4, block 32", 8: "int8, block 32"}
+    round_rows = widths.smallest().round_rows()
+    weight = torch.linspace(-1, 1, 4 * 64).view(4, 64)
+    for bits, function in ((2, round_to_nearest), (4, round_two_level), (8, round_two_level)):
+        form = widths.recipes[bits].form("lm_head.weight")
+        assert isinstance(form, Format)
+        found, expected = (each(weight, form, "", None) for each in (round_rows, function))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    plain = Widths(config, CPU, {"rounding": "rtn"})
+    assert {recipe.rounding for recipe in plain.recipes.values()} == {"rtn"}
+    assert {recipe.rounding for recipe in Widths(config, TARGETS["portable"], {}).recipes.values()} == {"rtn"}
 
 
 @pytest.mark.parametrize("kind", ["native", "stock"])

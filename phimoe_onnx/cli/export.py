@@ -18,11 +18,12 @@ from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_ma
 from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.recipe import BLOCK_SIZES, DEFAULT_ROUNDING, KV_CACHE, QUANTIZE, ROUNDINGS
+from phimoe_onnx.exporter.recipe import BLOCK_SIZES, CALIBRATED, KV_CACHE, QUANTIZE, ROUNDINGS, default_rounding
 from phimoe_onnx.exporter.sizes import parse_size
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.memory import peak_memory
 
+OPERATORS = tuple(dict.fromkeys(each for target in TARGETS.values() for each in target.operators))
 FOR_BUNDLES = {"source", "output", "operators", "block_size", "overwrite"}  # options that make sense for them
 NATIVE_ANEW = "--operators native writes one, from the checkpoint,"
 DTYPES = tuple(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--operators",
         default="stock",
-        choices=DEFAULT_ROUNDING,
+        choices=OPERATORS,
         help="what computes with int4 and int8 weights: ONNX Runtime's operators, which every program has, or native "
         "ones, this project's own (default: stock)",
     )
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rounding",
         choices=ROUNDINGS,
         help="rtn, to nearest, or two-level, on the native operators' grid, which both kinds compute with (default: "
-        "rtn with stock operators, two-level with native ones)",
+        "two-level with native operators and for int4 on the CPU, else rtn)",
     )
     add(
         "--calibrate",
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
-        help="how many weights share a scale (default: the largest up to 64 that fits)",
+        help="how many weights share a scale (default: the largest up to 64 that fits, with two-level up to 32)",
     )
     add(
         "--kv-cache",
@@ -165,7 +166,7 @@ def _export(arguments: argparse.Namespace) -> None:
             progress=phases,
         )
     _report(folder, start, phases.seconds)
-    print(_who_runs_it(folder, arguments.rounding == "two-level"))
+    print(_who_runs_it(folder, CALIBRATED if arguments.calibrate else arguments.rounding))
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -197,7 +198,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             progress=phases,
         )
     _report(folder, start, phases.seconds)
-    print(_who_runs_it(folder, True))
+    print(_who_runs_it(folder, "two-level"))
 
 
 def _report(folder: Path, start: float, seconds: dict[str, float]) -> None:
@@ -238,8 +239,10 @@ def _read(file: str) -> str:
         raise ExportError(f"--text {file}: cannot be read ({error})") from None
 
 
-def _who_runs_it(folder: Path, two_level: bool) -> str:
-    """Which operators a bundle has, who can run it, and how to get the other kind: from it where it is `two_level`."""
+def _who_runs_it(folder: Path, rounding: str | None) -> str:
+    """Which operators a bundle has, who can run it, and how to get the other kind: from it where its rounding, None for
+    the default one, is on the grid of both.
+    """
     manifest = read_manifest(folder)
     if any(graph.requires for graph in manifest.graphs):
         return (
@@ -247,7 +250,10 @@ def _who_runs_it(folder: Path, two_level: bool) -> str:
             f"--operators stock makes one of it for plain ONNX Runtime"
         )
     if manifest.target == "cpu" and any(group.block_size for group in manifest.weights):
-        other = f"phimoe-export {folder} --operators native makes one of it" if two_level else NATIVE_ANEW
+        forms = {group.dtype for group in manifest.weights}
+        rounding = rounding or default_rounding(TARGETS[manifest.target], "stock", forms)
+        converted = rounding != "rtn" and "int2" not in forms
+        other = f"phimoe-export {folder} --operators native makes one of it" if converted else NATIVE_ANEW
         return f"stock operators: any ONNX Runtime runs it; {other} for this package"
     return "standard and ONNX Runtime's operators: any ONNX Runtime runs it"
 

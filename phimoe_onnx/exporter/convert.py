@@ -55,8 +55,8 @@ def convert(
     """Writes the bundle `source` for another kind of operators: the same weights, integer by integer.
 
     Args:
-        source: a bundle for the CPU whose int4 and int8 weights are two-level: of native operators, or of stock ones
-            that `rounding="two-level"` made.
+        source: a bundle for the CPU whose int4 and int8 weights are two-level: of native operators, or of stock ones,
+            as int4 is by default and int8 with `rounding="two-level"`.
         output: the new bundle's folder; by default `<name>-<operators>` in the working directory.
         operators: "stock" or "native", the kind that `source` has not.
         block_size: of stock operators, as for `export`.
@@ -131,6 +131,11 @@ def _recipe(
             if group.block_size is not None and (not group.symmetric or group.block_size > BLOCK):
                 which = f"blocks of {group.block_size}" if group.symmetric else "zero points"
                 raise ExportError(f"{source}: {name} is stored with {which}, {_no_grid(operators)}")
+            if group.dtype == "int2":
+                raise ExportError(
+                    f"{source}: {name} is int2, of which each kind of operators has levels of its own; export the "
+                    f"checkpoint with --operators {operators}"
+                )
             if is_matrix(whole, known[whole]):
                 store[name] = OPTIONS.get(group.dtype, group.dtype)
     recipe = recipe_for(
@@ -151,7 +156,7 @@ def _recipe(
 def _no_grid(operators: str) -> str:
     return (
         f"which is not on the two-level grid that both kinds of operators compute with; export the checkpoint with "
-        f"--operators {operators}"
+        f"--operators {operators}, or with --rounding two-level for a bundle that can be converted"
     )
 
 

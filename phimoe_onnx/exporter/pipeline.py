@@ -104,8 +104,8 @@ def export(
             "int3" or "int2" (experts, attention and lm_head block-wise in that width, embeddings int8, router float32;
             "int3" with native operators alone, "int2" for the CPU).
         target: "cpu", "cuda", or "portable" for standard ONNX operators only.
-        block_size: how many neighbours of a row share a scale; by default the largest number up to 64 that fits the
-            shape.
+        block_size: how many neighbours of a row share a scale; by default the largest number up to 64, on the two-level
+            grid up to 32, that fits the shape.
         kv_cache: "none" (the dtype of the activations), "fp16" (with native operators), "int8" or "int4": how keys and
             values are cached.
         dtype: of the activations, on CUDA "float16" (the default) or "bfloat16"; the other targets have "float32" only.
@@ -115,7 +115,8 @@ def export(
         operators: whose operators compute with int4 and int8 weights: "stock", ONNX Runtime's, which run anywhere, or
             "native", this project's, which the program that loads the bundle must have.
         rounding: how weights are rounded: "rtn", to nearest, or "two-level", the grid of the native operators, on which
-            both kinds of operators compute with the same weights; by default the operators' own.
+            both kinds of operators compute with the same weights (2 bits of stock operators are to nearest there, too);
+            by default two-level with native operators and, for the CPU, wherever int4 is among the forms.
         calibrate: True, or a file with a text in UTF-8: integer weights are rounded for what they are given when
             the model reads a text, the package's own where none is named. Takes hours for the large models; a killed
             export goes on after its last finished layer.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from phimoe_onnx.bundle import NATIVE_OPERATORS, TASKS, StoredWeights
 from phimoe_onnx.checkpoint.tensors import shapes
@@ -50,7 +50,8 @@ class Rounding:
 
     Attributes:
         operators: whose layouts it knows.
-        largest_block: the most weights that share a scale, where the grid sets a limit.
+        largest_block: the most weights that share a scale, where the grid sets a limit; it sets none to 2 bits of ONNX
+            Runtime's operators, which are on no grid.
         stock_bits: the widths that it gives ONNX Runtime's operators.
     """
 
@@ -68,16 +69,14 @@ ROUNDINGS = {
         "phimoe_onnx.exporter.quantize.levels:round_to_levels",
         operators=("native", "stock"),
         largest_block=BLOCK,
-        stock_bits=(4, 8),  # the levels of 2 bits are of the native operators alone
     ),
     CALIBRATED: Rounding(
         "phimoe_onnx.exporter.quantize.calibrated:round_calibrated",
         operators=("native", "stock"),
         largest_block=BLOCK,
-        stock_bits=(4, 8),
+        stock_bits=(4, 8),  # the levels of 2 bits are of the native operators alone
     ),
 }
-DEFAULT_ROUNDING: dict[Operators, str] = {"stock": "rtn", "native": "two-level"}
 
 
 @dataclass(frozen=True)
@@ -222,17 +221,18 @@ def recipe_for(
         ExportError: an option is unknown, or the target or its operators do not take it; it says why.
     """
     store = store or {}
-    chosen = _operators(target, operators, (quantize, *store.values()), block_size)
-    rounding = rounding or (CALIBRATED if calibrate else DEFAULT_ROUNDING[chosen])
+    wanted = (quantize, *store.values())
+    chosen = _operators(target, operators, wanted, block_size)
+    rounding = rounding or (CALIBRATED if calibrate else default_rounding(target, chosen, wanted))
     _check_options(task, kv_cache, quantize, store, chosen, rounding)
-    target.check(config, (quantize, *store.values()), kv_cache, chosen)
+    target.check(config, wanted, kv_cache, chosen)
     activations = target.activations(dtype)
-    _check_calibration(calibrate, rounding, (quantize, *store.values()), activations)
-    blocks = any(form.startswith("int") for form in (quantize, *store.values()))
-    size = _block_size(config, block_size, ROUNDINGS[rounding].largest_block) if blocks else 0
-    if chosen == "stock" and "int2" in (quantize, *store.values()) and size not in BLOCK_SIZES_2:
+    _check_calibration(calibrate, rounding, wanted, activations)
+    blocks = any(form.startswith("int") for form in wanted)
+    sizes = _block_sizes(config, block_size, rounding, wanted) if blocks else {}
+    if chosen == "stock" and "int2" in wanted and sizes[2] not in BLOCK_SIZES_2:
         raise ExportError(
-            f"int2 in blocks of {size}: ONNX Runtime is fast in blocks of 32, 64 and 128 alone; use another "
+            f"int2 in blocks of {sizes[2]}: ONNX Runtime is fast in blocks of 32, 64 and 128 alone; use another "
             f"--block-size, int4, or --operators native"
         )
 
@@ -240,7 +240,8 @@ def recipe_for(
         if name.startswith("int") and chosen == "native" and parameter != EMBEDDING:
             return Strips(int(name[3:]))
         if name.startswith("int"):
-            return Format(int(name[3:]), size, activations, ROUNDINGS[rounding].symmetric)
+            bits = int(name[3:])
+            return Format(bits, sizes[bits], activations, ROUNDINGS[rounding].symmetric)
         return Plain("float16" if name == "fp16" and activations == "float32" else activations)
 
     known = shapes(config, task)
@@ -270,6 +271,16 @@ def recipe_for(
         _check_packed(config, forms)
     experts = _native(config, forms) if chosen == "native" else _experts(config, target, forms)
     return Recipe(target, task, quantize, activations, kv_cache, chosen, rounding, forms, experts)
+
+
+def default_rounding(target: Target, operators: Operators, forms: Collection[str]) -> str:
+    """The rounding of weights in these forms, such as "int4", where none is asked for.
+
+    Where a target has both kinds of operators int4 is on the grid that they share, so that bundles of the two are one
+    model.
+    """
+    shared = "native" in target.operators and "int4" in forms
+    return "two-level" if operators == "native" or shared else "rtn"
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -304,8 +315,8 @@ def _operators(target: Target, operators: str, forms: tuple[str, ...], block_siz
                 raise ExportError(f"--block-size is {block_size}, but --operators native has blocks of {BLOCK}")
         if known == operators:
             return known
-    if operators not in DEFAULT_ROUNDING:
-        raise ExportError(f"--operators is {operators!r}, expected {' or '.join(DEFAULT_ROUNDING)}")
+    if operators not in get_args(Operators):
+        raise ExportError(f"--operators is {operators!r}, expected {' or '.join(get_args(Operators))}")
     raise ExportError(f"--target {target.name} has no --operators {operators}; use {' or '.join(target.operators)}")
 
 
@@ -324,11 +335,11 @@ def _check_options(
     if rounding not in ROUNDINGS:
         raise ExportError(f"rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
     if operators not in ROUNDINGS[rounding].operators:
-        raise ExportError(f"rounding is {rounding!r}, --operators {operators} takes {DEFAULT_ROUNDING[operators]!r}")
+        raise ExportError(f"rounding is {rounding!r}, --operators {operators} takes 'two-level'")
     if operators == "stock" and "int2" in (quantize, *store.values()) and 2 not in ROUNDINGS[rounding].stock_bits:
         raise ExportError(
             f"rounding is {rounding!r}, whose 2 bits the native operators alone read; for int2 --operators stock takes "
-            f"{DEFAULT_ROUNDING[operators]!r}"
+            f"'rtn'"
         )
     if task != "text-generation" and kv_cache != "none":
         raise ExportError(f"--task {task} has no --kv-cache {kv_cache}: it runs whole texts without a cache")
@@ -353,6 +364,16 @@ def _check_calibration(calibrate: bool, rounding: str, forms: tuple[str, ...], a
         )
 
 
+def _block_sizes(config: PhiMoEConfig, block_size: int | None, rounding: str, forms: Collection[str]) -> dict[int, int]:
+    """Of each width that these forms need; embeddings are 8 bits wide with all of them."""
+    limits = {8: ROUNDINGS[rounding].largest_block}
+    for form in forms:
+        if form.startswith("int"):
+            bits = int(form[3:])
+            limits[bits] = max(BLOCK_SIZES) if bits == 2 else ROUNDINGS[rounding].largest_block
+    return {bits: _block_size(config, block_size, largest) for bits, largest in limits.items()}
+
+
 def _block_size(config: PhiMoEConfig, block_size: int | None, largest: int) -> int:
     """The one that is asked for, else the largest number up to 64 that divides the rows of all matrices; a rounding has
     none above `largest`.
@@ -365,6 +386,11 @@ def _block_size(config: PhiMoEConfig, block_size: int | None, largest: int) -> i
     fitting = [size for size in BLOCK_SIZES if size <= largest and not any(width % size for width in widths.values())]
     if block_size is None:
         block_size = max((size for size in fitting if size <= LARGEST_DEFAULT_BLOCK), default=LARGEST_DEFAULT_BLOCK)
+    if block_size > largest and not any(width % block_size for width in widths.values()):
+        raise ExportError(
+            f"--block-size is {block_size}, but on the two-level grid {' or '.join(map(str, fitting))} weights share a "
+            f"scale; use one of these, or --rounding rtn"
+        )
     if block_size not in fitting:
         found = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise ExportError(

@@ -20,7 +20,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.places import Place, places
 from phimoe_onnx.exporter.quantize.allocate import Choice, allocate
 from phimoe_onnx.exporter.quantize.measure import measure, steps
-from phimoe_onnx.exporter.recipe import MIXED, Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import CALIBRATED, MIXED, Recipe, default_rounding, recipe_for
 from phimoe_onnx.exporter.sizes import average_bits, count_weights, shown, stored_bytes, weight_bytes
 from phimoe_onnx.exporter.target import Target
 from phimoe_onnx.exporter.tokenizer import tokenizer_files
@@ -51,15 +51,19 @@ class Widths:
                 f"a model expects; use --quantize and --store"
             )
         self.config, self.target, self.options = config, target, dict(options)
-        if options.get("calibrate"):  # its rounding is not known yet; that of the same grid, which looks at no text, is
-            options = {**options, "calibrate": False, "rounding": "two-level"}
+        if not (options.get("rounding") or options.get("calibrate")):  # int8 alone would have another than int4
+            operators = options.get("operators", "stock")
+            self.options["rounding"] = default_rounding(target, operators, [f"int{bits}" for bits in WIDTHS])
         self.recipes: dict[int, Recipe] = {}
         refused = None
         for bits in WIDTHS:  # those that these options allow
             try:
-                self.recipes[bits] = recipe_for(config, target, f"int{bits}", **options)
+                recipe = recipe_for(config, target, f"int{bits}", **self.options)
             except ExportError as error:
                 refused = error
+                continue
+            # what a calibration rounds is not known yet; that of the same grid, which looks at no text, is
+            self.recipes[bits] = replace(recipe, rounding="two-level") if recipe.rounding == CALIBRATED else recipe
         if refused is not None and not self.recipes:
             raise refused
         self.items = self._items()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from phimoe_onnx.exporter.quantize.format import Format
-from phimoe_onnx.exporter.quantize.rtn import SLAB
+from phimoe_onnx.exporter.quantize.rtn import SLAB, round_to_nearest
 from phimoe_onnx.exporter.quantize.strips import BLOCK, LEVELS, STRIP, TILE, Strips, superblock_size
 from phimoe_onnx.exporter.quantize.two_level import round_two_level
 
@@ -24,7 +24,11 @@ SHARES = {2: (0.62, 0.8), 3: (0.8, 1.0)}  # tried for a block's scale, of the on
 
 
 def round_to_levels(weight: Tensor, form: Format | Strips, parameter: str, expert: int | None) -> tuple[Tensor, ...]:
-    """As `round_two_level`, with strips of 2 and 3 bits as well."""
+    """As `round_two_level`, with strips of 2 and 3 bits as well; 2 bits of ONNX Runtime's operators, which have no such
+    levels, are rounded to nearest.
+    """
+    if isinstance(form, Format) and form.bits == 2:
+        return round_to_nearest(weight, form, parameter, expert)
     if not isinstance(form, Strips) or form.bits not in LEVELS:
         return round_two_level(weight, form, parameter, expert)
     step = max(1, SLAB // weight.shape[-1] // STRIP) * STRIP

@@ -16,7 +16,7 @@ All streams go through a layer together: each weight is read once, and rounded o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.exporter.places import HEAD_KIND, KINDS, Place
 from phimoe_onnx.exporter.quantize.format import Plain
 from phimoe_onnx.exporter.quantize.strips import Strips
-from phimoe_onnx.exporter.recipe import DEFAULT_ROUNDING, EMBEDDING, HEAD, Recipe
+from phimoe_onnx.exporter.recipe import EMBEDDING, HEAD, Recipe
 from phimoe_onnx.layered import Read, State, Text, head, read_layer
 from phimoe_onnx.scratch import Scratch
 
@@ -126,8 +126,7 @@ class _Rounder:
     def __init__(self, read: Read, recipes: Mapping[int, Recipe]) -> None:
         self.read = read
         self.recipes = recipes
-        (operators,) = {recipe.operators for recipe in recipes.values()}
-        self.round_rows = replace(recipes[min(recipes)], rounding=DEFAULT_ROUNDING[operators]).round_rows()
+        self.round_rows = recipes[min(recipes)].round_rows()  # that of them all
 
     def rounded(self, rows: Tensor, name: str, expert: int | None, bits: int | None) -> Tensor:
         """A parameter's rows [N, K] as the recipe of this width stores them, float32."""
