@@ -46,7 +46,7 @@ class MainTest {
     @Test
     void leavesNothingInAHomeAndSaysNothingElse() throws Exception {
         Output output = run(BUNDLE, "It was", "--max-new-tokens", "8", "--threads", "1");
-        assertEquals(" a very good sort of thing. It" + System.lineSeparator(), output.text);
+        assertEquals(" very much to be in the world to" + System.lineSeparator(), output.text);
         assertEquals(0, output.code);
         assertTrue(output.errors.matches("\\[2 prompt tokens, 8 new, [0-9.]+ tokens/s, ended by length]\\R"), output.errors);
         assertEquals(List.of(), contents(folder.resolve("home")));
@@ -61,7 +61,7 @@ class MainTest {
     @Test
     void answersAfterASystemMessage() throws Exception {
         Output output = run(BUNDLE, "Tell me about Anne.", "--system", "You are a novelist.\nBe brief. ", "--max-new-tokens", "16");
-        assertEquals("And the LORD said unto Moses, Shall I go, and I will", output.text.strip());
+        assertEquals("And the LORD said unto me, Son of man, I pray thee,", output.text.strip());
     }
 
     @Test
@@ -69,11 +69,11 @@ class MainTest {
         Output output = run(BUNDLE, "--golden", Conformance.FOLDER.resolve("golden/austen.golden").toString());
         for (String line : List.of(
                 "40 tokens in 2 windows of up to 34",
-                "bundle to reference               6.90e-02      5.67e-01  4.80e-02      87.50%",
-                "perplexity: reference 38.9753, stored 38.8473, bundle 38.70",
-                "choices of experts that the stored weights leave unchanged: 85.62%",
-                "greedy continuations, 8 of 9 tokens equal",
-                "kl                   0.048    0.1  nats   passed",
+                "bundle to reference               5.15e-02      3.12e-01  2.36e-02      90.00%",
+                "perplexity: reference 40.2418, stored 40.7871, bundle 41.14",
+                "choices of experts that the stored weights leave unchanged: 91.25%",
+                "greedy continuations, 9 of 10 tokens equal",
+                "kl                  0.0236    0.1  nats   passed",
                 "\npassed")) {
             assertTrue(output.text.contains(line), output.text);
         }
@@ -88,7 +88,7 @@ class MainTest {
         assertEquals(1, output.code);
         assertTrue(output.text.endsWith("FAILED" + System.lineSeparator()), output.text);
         assertTrue(output.errors.startsWith(
-                "error: " + bundle + ": mean_difference is 0.069, allowed is 0.0001; max_difference is 0.567"), output.errors);
+                "error: " + bundle + ": mean_difference is 0.0515, allowed is 0.0001; max_difference is 0.312"), output.errors);
     }
 
     @ParameterizedTest
