@@ -31,12 +31,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundle(shape, target, quantize, task="text-generation") -> the folder of its bundle; do not change it."""
+    """bundle(shape, target, quantize, task="text-generation", rounding=None) -> the folder of its bundle; do not change
+    it.
+    """
     folder = tmp_path_factory.mktemp("bundles")
     traced: dict[tuple[str, str, ir.DataType], ir.Model] = {}  # tracing takes most of the time of so small an export
 
     @functools.cache
-    def make(shape: str, target: str, quantize: str, task: str) -> Path:
+    def make(shape: str, target: str, quantize: str, task: str, rounding: str | None) -> Path:
         def trace(config: Any, rows: Any, dtype: ir.DataType, task: str) -> ir.Model:
             if (shape, task, dtype) not in traced:
                 traced[shape, task, dtype] = original(config, rows, dtype, task)
@@ -45,10 +47,12 @@ def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         original = pipeline.trace
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "trace", trace)
-            output = folder / task / f"{shape}-{target}-{quantize}"
-            return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize)
+            output = folder / task / f"{shape}-{target}-{quantize}-{rounding}"
+            return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize, rounding=rounding)
 
-    return lambda shape, target, quantize, task="text-generation": make(shape, target, quantize, task)
+    return lambda shape, target, quantize, task="text-generation", rounding=None: make(
+        shape, target, quantize, task, rounding
+    )
 
 
 @pytest.fixture(scope="session")
