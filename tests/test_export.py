@@ -362,9 +362,13 @@ GRAPHS = {
 }
 
 
-def form(quantize: str) -> tuple[str, int | None, str | None]:
-    """dtype, block size and scales' dtype of a matrix of the shape longrope-window."""
-    blocks = (quantize, 64, "float32")
+# of the shape longrope-window; int4 is on the two-level grid, with whatever is stored beside it
+BLOCK_SIZES = {"int8": 64, "int4": 32}
+
+
+def form(quantize: str, bundle: str) -> tuple[str, int | None, str | None]:
+    """dtype, block size and scales' dtype of a matrix in a bundle."""
+    blocks = (quantize, BLOCK_SIZES.get(bundle), "float32")
     return {"none": ("float32", None, None), "fp16": ("float16", None, None)}.get(quantize, blocks)
 
 
@@ -386,7 +390,7 @@ def test_the_manifest(bundle: Bundle, target: str, quantize: str) -> None:
     assert manifest.recipe is not None
     assert manifest.decoding.sampling_graph is None
     layer = {
-        f"model.layers.1.{name}": form(quantize)
+        f"model.layers.1.{name}": form(quantize, quantize)
         for name in (
             "self_attn.q_proj.weight",
             "self_attn.k_proj.weight",
@@ -398,8 +402,8 @@ def test_the_manifest(bundle: Bundle, target: str, quantize: str) -> None:
     }
     stored = {name: (each.dtype, each.block_size, each.scale_dtype) for name, each in stored_as(manifest).items()}
     assert layer.items() <= stored.items()
-    assert stored["lm_head.weight"] == form(quantize)
-    assert stored["model.embed_tokens.weight"] == form("int8" if quantize == "int4" else quantize)
+    assert stored["lm_head.weight"] == form(quantize, quantize)
+    assert stored["model.embed_tokens.weight"] == form("int8" if quantize == "int4" else quantize, quantize)
     others = {name for name in stored if name.endswith(("norm.weight", "gate.weight", "bias"))}
     assert {stored[name] for name in others} == {("float32", None, None)}
     assert stored.keys() == dict(make_model(BASE | SHAPES["longrope-window"]).named_parameters()).keys()
