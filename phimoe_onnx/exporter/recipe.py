@@ -127,7 +127,7 @@ class Recipe:
         and where other operators are to have the same weights.
         """
         integers = any(not isinstance(form, Plain) for forms in self.forms.values() for form in forms)
-        return self.target.name == "cpu" and self.rounding != "rtn" and integers
+        return "native" in self.target.operators and self.rounding != "rtn" and integers
 
     @property
     def draws_on_device(self) -> bool:

@@ -26,7 +26,7 @@ Checkpoint = Callable[[str], Path]
 def recipe(config: PhiMoEConfig, target: str = "cpu", block_size: int | None = 32, **store: str) -> Recipe:
     """A recipe of plain weights but for `store`, whose keys name parameters by their end, a dot as two underscores."""
     patterns = {f"*{name.replace('__', '.')}": form for name, form in store.items()}
-    return recipe_for(config, TARGETS[target], store=patterns, block_size=block_size)
+    return recipe_for(config, TARGETS[target], store=patterns, block_size=block_size, rounding="rtn")
 
 
 def run(
