@@ -65,10 +65,10 @@ def turn(command: list[str]) -> dict[str, float]:
             found = re.search(r"RssAnon:\s+(\d+) kB", status)
             anonymous = max(anonymous, int(found[1]) if found else 0)
             time.sleep(0.05)
-        *_, last = process.stdout.read().splitlines()
-    if process.returncode:
-        sys.exit(f"{command[0]} ended with {process.returncode}; see above")
-    figures: dict[str, float] = json.loads(last)
+        lines = process.stdout.read().splitlines()
+    if process.returncode or not lines:
+        sys.exit(f"{command[0]} ended with {process.returncode} and {len(lines)} lines; see above")
+    figures: dict[str, float] = json.loads(lines[-1])
     return figures | {"anonymous": anonymous / 1024}
 
 

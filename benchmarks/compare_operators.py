@@ -27,7 +27,7 @@ from threads import occupied
 from phimoe_onnx.bench.traffic import read_bandwidth, step_bytes
 from phimoe_onnx.bundle import read_manifest
 
-BUNDLES = {"stock": {"operators": "stock"}, "native": {"operators": "native"}}
+BUNDLES = {"stock": {"operators": "stock", "rounding": "rtn"}, "native": {"operators": "native"}}
 
 
 def serve(bundle: str, context: int, new_tokens: int) -> None:

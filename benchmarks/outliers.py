@@ -6,7 +6,8 @@ Large models have such channels. In FOLDER the small model is written with every
 attention and experts multiplied by FACTOR, and what reads the channel divided by it. Powers of two make that exact: all
 these checkpoints compute the same function. They are exported with ONNX Runtime's operators, which round 32 activations
 by a common scale, and with the native ones, which round 192 (a row of this model; 256 or more of a large one). Both
-hold the same integers as weights. The table is perplexity.py's.
+hold the same integers as weights. The exporter moves such gains into them (phimoe_onnx/exporter/gains.py); with OUTLIER
+there out of reach the table, perplexity.py's, shows what it spares.
 """
 
 from __future__ import annotations
@@ -57,9 +58,8 @@ def main() -> None:
             magnify(checkpoint, factor)
         for quantize, operators in (("none", "stock"), ("int4", "stock"), ("int4", "native"), ("int8", "native")):
             bundle = arguments.folder / f"{quantize}-{operators}-{factor}"
-            rounding = "two-level" if (quantize, operators) == ("int4", "stock") else None
             if not bundle.exists():
-                export(checkpoint, bundle, quantize=quantize, operators=operators, rounding=rounding)
+                export(checkpoint, bundle, quantize=quantize, operators=operators)
             bundles.append(str(bundle))
     command = [sys.executable, str(Path(__file__).with_name("perplexity.py")), str(arguments.text), *bundles]
     sys.exit(subprocess.run([*command, "--tokens", arguments.tokens]).returncode)

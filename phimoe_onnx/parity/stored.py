@@ -74,6 +74,8 @@ def stored_weights(read: Read, bundle: Path, manifest: Manifest, config: PhiMoEC
                 if (tensor := stored.get(own)) is not None:
                     numbers = _numbers(tensor).float()
                     return numbers if own == name else numbers.T.contiguous()
+            if manifest.calibration is not None and name.endswith(ROUTER):  # the checkpoint's is another
+                _known(stored, [name], forms[name])
         rows = read(name, expert)
         return rows.half().float() if form is not None and _is_half(form, manifest) else rows
 

@@ -88,7 +88,8 @@ impl Kernels {
 
     /// `out` [R, D]: each of the queries [R, D] attends to its span of the head's keys, which is not empty.
     ///
-    /// float16 becomes float32 as it is read. int8 is taken as it stands: where channels have scales, those of the keys belong into the queries, and those of
+    /// float16 becomes float32 as it is read. int8 is taken as it stands: where channels have scales, those of the keys
+    /// belong into the queries, and those of
     /// the values into `out`.
     ///
     /// `scratch` is memory that the caller may keep for the next call: R times as many floats as the spans reach over.

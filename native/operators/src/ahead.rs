@@ -37,7 +37,7 @@ pub fn ask(first: &[&[u8]], then: &[&[u8]]) -> Vec<Piece> {
             // where there can be no thread, pages are read when they are touched
             let _ = thread::Builder::new().name("phimoe read ahead".into()).spawn(keep_asking);
         });
-        *queue() = wanted.iter().rev().copied().collect(); // what is left of an older list has been read by now
+        *queue() = wanted.iter().rev().copied().collect(); // what is left of an older list was read by its own pass, or will be by another session's
         ASKED.notify_one();
     }
     wanted

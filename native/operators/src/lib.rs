@@ -107,7 +107,7 @@ fn enter(api: &OrtApi, domain: *mut OrtCustomOpDomain) -> Result<(), OrtStatusPt
     // SAFETY: what is made here is let go here (a null pointer is nothing to let go), and the model is static. The
     // environment is the process's own, which counts who has it.
     unsafe {
-        let made = (|| {
+        let outcome = (|| {
             let level = OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING;
             made((api.CreateEnv)(level, DOMAIN.as_ptr(), &mut environment))?;
             made((api.CreateSessionOptions)(&mut options))?;
@@ -119,6 +119,6 @@ fn enter(api: &OrtApi, domain: *mut OrtCustomOpDomain) -> Result<(), OrtStatusPt
         (api.ReleaseSession)(session);
         (api.ReleaseSessionOptions)(options);
         (api.ReleaseEnv)(environment);
-        made
+        outcome
     }
 }
