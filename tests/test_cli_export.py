@@ -44,6 +44,32 @@ def test_it_says_where_the_bundle_is(
     assert describe_files(output) == describe_files(bundle("plain", "cpu", "int4"))
 
 
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ([], "phimoe-export {output} --operators stock makes one of it for plain ONNX Runtime"),
+        (
+            ["--quantize", "int3"],
+            "plain ONNX Runtime takes no such weights or cache: export the checkpoint with {stock}",
+        ),
+        (
+            ["--kv-cache", "fp16"],
+            "plain ONNX Runtime takes no such weights or cache: export the checkpoint with {stock}",
+        ),
+    ],
+    ids=["int4", "int3", "a cache of float16"],
+)
+def test_it_says_how_to_get_the_other_operators(
+    tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], options: list[str], other: str
+) -> None:
+    output = tmp_path / "bundle"
+    words = [str(checkpoint("plain")), "-o", str(output), "--quantize", "int4", "--operators", "native", *options]
+    assert main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("run it; " + other.format(output=output, stock="--operators stock"))
+    assert main([str(output), "-o", str(tmp_path / "other"), "--operators", "stock"]) == int(bool(options))
+
+
 def _data_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.data"))
 

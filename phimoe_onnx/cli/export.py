@@ -17,6 +17,7 @@ import phimoe_onnx
 from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_manifest
 from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
+from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.recipe import BLOCK_SIZES, CALIBRATED, KV_CACHE, QUANTIZE, ROUNDINGS, default_rounding
 from phimoe_onnx.exporter.sizes import parse_size
@@ -243,12 +244,16 @@ def _who_runs_it(folder: Path, rounding: str | None) -> str:
     """Which operators a bundle has, who can run it, and how to get the other kind: from it where its rounding, None for
     the default one, is on the grid of both.
     """
+    from phimoe_onnx.exporter.convert import converted_recipe  # needs torch, which is there by now
+
     manifest = read_manifest(folder)
     if any(graph.requires for graph in manifest.graphs):
-        return (
-            f"native operators: programs that have the library of phimoe-onnx run it; phimoe-export {folder} "
-            f"--operators stock makes one of it for plain ONNX Runtime"
-        )
+        try:
+            converted_recipe(folder, manifest, read_config(folder), "stock")
+            other = f"phimoe-export {folder} --operators stock makes one of it for plain ONNX Runtime"
+        except ExportError:  # such as int3
+            other = "plain ONNX Runtime takes no such weights or cache: export the checkpoint with --operators stock"
+        return f"native operators: programs that have the library of phimoe-onnx run it; {other}"
     if manifest.target == "cpu" and any(group.block_size for group in manifest.weights):
         forms = {group.dtype for group in manifest.weights}
         rounding = rounding or default_rounding(TARGETS[manifest.target], "stock", forms)

@@ -78,7 +78,7 @@ def convert(
     report("reading", 0, 0)
     with bundle.unchanged(source) as manifest:
         config = read_config(source)
-        recipe = _recipe(source, manifest, config, operators, block_size)
+        recipe = converted_recipe(source, manifest, config, operators, block_size)
         total = sum(file.size for file in manifest.files.values())
         bundle.check_files(source, manifest, hash_everything=True, advance=counter(report, "checking", total))
         stored = StoredBundle(source, manifest, config, recipe)
@@ -106,10 +106,10 @@ def convert(
     return output
 
 
-def _recipe(
-    source: Path, manifest: bundle.Manifest, config: PhiMoEConfig, operators: str, block_size: int | None
+def converted_recipe(
+    source: Path, manifest: bundle.Manifest, config: PhiMoEConfig, operators: str, block_size: int | None = None
 ) -> Recipe:
-    """How the new bundle is stored: as the old one, but for the operators.
+    """How the new bundle is stored: as the bundle `source`, but for the operators; options are those of `convert`.
 
     Raises:
         ExportError: it cannot be; it says why.
