@@ -16,8 +16,8 @@ SIZE = 8 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize(("name", "resident"), [("model.scales.data", 0), ("model.data", SIZE)])
-def test_only_scales_are_let_go_and_come_back_unchanged(tmp_path: Path, name: str, resident: int) -> None:
+@pytest.mark.parametrize(("name", "let_go"), [("model.scales.data", True), ("model.data", False)])
+def test_only_scales_are_let_go_and_come_back_unchanged(tmp_path: Path, name: str, let_go: bool) -> None:
     if (
         subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True, check=True).stdout.strip()
         == "tmpfs"
@@ -29,9 +29,12 @@ def test_only_scales_are_let_go_and_come_back_unchanged(tmp_path: Path, name: st
     with path.open("r+b") as file:
         os.fsync(file.fileno())
         mapped = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_READ)
-    with released(tmp_path):
-        assert mapped[:] == content
-    assert _resident(path) == resident
+    for _ in range(50):  # several times, as the system may pass over pages that it is about to put on its lists
+        with released(tmp_path):
+            assert mapped[:] == content
+        if not _resident(path):
+            break
+    assert _resident(path) == (0 if let_go else SIZE)
     assert mapped[:] == content
 
 
