@@ -20,12 +20,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,20 @@ from rich.progress import track
 
 from benchmarks import quality_page, quality_peers
 from phimoe_onnx import PhiMoE, export, reference
-from phimoe_onnx.bundle import read_manifest
+from phimoe_onnx.checkpoint.tensors import parameters, read_headers, shapes
 from phimoe_onnx.cli._output import check_file, write_file
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.exporter.kinds import kind
+from phimoe_onnx.exporter.quantize.strips import STRIP, Strips
+from phimoe_onnx.exporter.recipe import bits_per_weight
+from phimoe_onnx.exporter.sizes import weight_bytes
+from phimoe_onnx.exporter.target import TARGETS
+from phimoe_onnx.exporter.widths import PASSAGE, Widths
+from phimoe_onnx.layered import checkpoint_weights
 from phimoe_onnx.parity.bits import ROUNDED, mean_bits, stored_bits, together
 from phimoe_onnx.parity.comparison import log_softmax
+from phimoe_onnx.parity.stored import stored_as
 from phimoe_onnx.scratch import Scratch
 
 MODEL = Path("models/phimoe-austen")
@@ -51,25 +60,27 @@ JSON_MARK, HTML_MARK = '{\n  "written_by": "quality"', "<!doctype html>\n<!-- qu
 Z = 1.96  # standard errors of a bound of 95 %
 
 # Our candidates: a name, and the options of phimoe_onnx.export. What the exporter refuses is named with its words.
+# `within` is no option of its: widths are chosen as --bits chooses them, for no more bits than that preset of llama.cpp
+# has, in both weightings.
+NATIVE: dict[str, Any] = {"operators": "native"}
+FINE = {"*self_attn*": "int8", "lm_head.*": "int8"}
 OURS: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
+    "int8, native": {"quantize": "int8", **NATIVE},
     "int4 rtn": {"quantize": "int4", "rounding": "rtn"},
     "int4 two-level": {"quantize": "int4"},
-    "int4 two-level, native": {"quantize": "int4", "operators": "native"},
-    "int4 rtn, head int8": {"quantize": "int4", "rounding": "rtn", "store": {"lm_head.weight": "int8"}},
-    "int4 rtn, attention and head int8": {
-        "quantize": "int4",
-        "rounding": "rtn",
-        "store": {"*self_attn*": "int8", "lm_head.*": "int8"},
+    "int4 rtn, attention and head int8": {"quantize": "int4", "rounding": "rtn", "store": FINE},
+    **{
+        f"{name}{', calibrated' if calibrate else ''}, native": {**options, **NATIVE, "calibrate": calibrate}
+        for name, options in {
+            "int4": {"quantize": "int4"},
+            "int4, attention and head int8": {"quantize": "int4", "store": FINE},
+            "int3": {"quantize": "int3"},
+            "int2": {"quantize": "int2"},
+            **{f"widths for {rival}'s bits": {"within": rival} for rival in ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XS")},
+        }.items()
+        for calibrate in (False, True)
     },
-    "int4 calibrated": {"quantize": "int4", "calibrate": True},
-    "int4 calibrated, native": {"quantize": "int4", "calibrate": True, "operators": "native"},
-    "int3 native": {"quantize": "int3", "operators": "native"},
-    "int2 native": {"quantize": "int2", "operators": "native"},
-    "int3 calibrated, native": {"quantize": "int3", "calibrate": True, "operators": "native"},
-    "int2 calibrated, native": {"quantize": "int2", "calibrate": True, "operators": "native"},
-    "mixed 4.2 bits calibrated, native": {"bits": 4.2, "calibrate": True, "operators": "native"},
-    "mixed 3.5 bits calibrated, native": {"bits": 3.5, "calibrate": True, "operators": "native"},
 }
 
 # The shape by which kinds of weights are counted a second time: Phi-3.5-MoE's.
@@ -80,6 +91,8 @@ PHI35 = {
 
 # The logits [S, V] of a window of tokens.
 Logits = Callable[[list[int]], NDArray[np.float32]]
+# The bits a weight of each matrix, in this model and in one of large rows, and the logits.
+Candidate = tuple[dict[str, float], dict[str, float], Logits]
 
 
 @dataclass
@@ -159,7 +172,9 @@ def run(arguments: argparse.Namespace) -> None:
     results = earlier(arguments.json, settings)
     model = reference.load_reference(checkpoint)
     base = {name: Base.of(each, lambda ids: reference.logits(model, ids)) for name, each in texts.items()}
-    calibration = tokenizer(arguments.calibration)[: arguments.calibration_tokens] if arguments.calibration else []
+    calibration = []
+    if arguments.calibration:
+        calibration = spread(tokenizer(arguments.calibration), arguments.length, arguments.calibration_tokens)
     setting = quality_peers.Setting(checkpoint, config, calibration, arguments.length, arguments.ggml)
     for source, name, prepare in candidates(setting):
         wanted = arguments.only is None or any(words in f"{source} {name}" for words in arguments.only)
@@ -205,47 +220,108 @@ def windows(ids: list[int], length: int, count: int | None) -> list[list[int]]:
     return [found[round((n + 0.5) * len(found) / count - 0.5)] for n in range(count)]
 
 
+def spread(ids: list[int], length: int, tokens: int) -> list[int]:
+    """So many tokens of a text: windows of all its parts in an order by chance, so that the first say of all, too."""
+    parts = windows(ids, length, max(1, tokens // length))
+    random.Random(0).shuffle(parts)
+    return [token for part in parts for token in part]
+
+
 def candidates(
     setting: quality_peers.Setting,
-) -> Iterator[tuple[str, str, Callable[[], tuple[dict[str, float], Logits]]]]:
+) -> Iterator[tuple[str, str, Callable[[], Candidate]]]:
     """A source, a name, and what gives bits a weight of each matrix and the logits of a window."""
     for name, options in OURS.items():
-        yield "phimoe-onnx", name, lambda options=options: ours(setting.checkpoint, options)
+        yield "phimoe-onnx", name, lambda options=options: ours(setting, options)
     for source, name, round_all in quality_peers.peers(setting):
         yield source, name, lambda round_all=round_all: peer(setting, round_all)
 
 
-def ours(checkpoint: Path, options: dict[str, Any]) -> tuple[dict[str, float], Logits]:
+def ours(setting: quality_peers.Setting, options: dict[str, Any]) -> Candidate:
     """A bundle, exported to a temporary folder that lasts as long as the logits are asked for."""
-    folder = tempfile.TemporaryDirectory()
-    try:
-        bundle = export(checkpoint, Path(folder.name) / "bundle", **options)
-    except TypeError as error:  # an option that this release does not have
-        raise PhiMoEError(str(error)) from None
+    options, folder = dict(options), tempfile.TemporaryDirectory()
+    if rival := options.pop("within", None):
+        options |= {"quantize": "int8", "store": chosen(setting, rival)}
+    bundle = export(setting.checkpoint, Path(folder.name) / "bundle", **options)
     model = PhiMoE.load(bundle)
 
     def logits(ids: list[int], kept: Any = folder) -> NDArray[np.float32]:
         return model.logits(ids)
 
-    return stored_bits(read_manifest(bundle), read_config(bundle)), logits
+    config, forms = setting.config, stored_as(model.manifest)
+    large = stored_bits(model.manifest, config)
+    own = {
+        name: strip_bits(config, name, form.dtype) if (form := forms.get(name)) and form.layout == "strips" else bits
+        for name, bits in large.items()
+    }
+    return own, large, logits
 
 
-def peer(setting: quality_peers.Setting, round_all: quality_peers.RoundAll) -> tuple[dict[str, float], Logits]:
+def strip_bits(config: PhiMoEConfig, name: str, dtype: str) -> float:
+    """What a matrix takes in the native operators' strips. Rows count as if they were joined to multiples of 256, like
+    those that llama.cpp rounds.
+    """
+    k = math.lcm(shapes(config, "text-generation")[name][-1], quality_peers.SUPERBLOCK)
+    return 8 * Strips(int(dtype.removeprefix("int"))).strip_bytes(k) / (STRIP * k)
+
+
+def chosen(setting: quality_peers.Setting, rival: str) -> dict[str, str]:
+    """The form of each matrix: the least cost at no more bits than a preset of llama.cpp has, in both weightings."""
+    config, widths = setting.config, measured_widths(setting.checkpoint)
+    limits = both_means(quality_peers.preset_bits(config, rival), config)
+
+    def within(nbytes: int) -> dict[str, str]:
+        forms = widths.within(nbytes).forms
+        return {name: forms[name][0].dtype for item in widths.items for place in item for name in place.parameters()}
+
+    def fits(nbytes: int) -> bool:
+        forms = within(nbytes)
+        own = {name: strip_bits(config, name, dtype) for name, dtype in forms.items()}
+        large = {name: bits_per_weight(Strips(int(dtype[3:]))) for name, dtype in forms.items()}
+        means = both_means(own, config)[0], both_means(large, config)[1]
+        return all(ours <= theirs for ours, theirs in zip(means, limits, strict=True))
+
+    low, high = (weight_bytes(config, recipe) for recipe in (widths.smallest(), widths.largest()))
+    if not fits(low):
+        raise PhiMoEError(f"{rival} has {limits[0]:.2f} and {limits[1]:.2f} bits; int2 throughout has more")
+    while high - low > 1000:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return within(low)
+
+
+@cache
+def measured_widths(checkpoint: Path) -> Widths:
+    """What each width of each place costs, as `--bits` measures it."""
+    config = read_config(checkpoint)
+    widths = Widths(config, TARGETS["cpu"], NATIVE)
+    read = checkpoint_weights(config, parameters(config, read_headers(checkpoint)))
+    widths.measure(read, PASSAGE.read_text(encoding="utf-8"), checkpoint, lambda *_: None)
+    return widths
+
+
+def peer(setting: quality_peers.Setting, round_all: quality_peers.RoundAll) -> Candidate:
     """PyTorch over the weights that a peer rounded."""
     model = reference.load_reference(setting.checkpoint)
     bits = {}
     with torch.no_grad():
-        parameters = dict(model.named_parameters())
-        names = [name for name in parameters if kind(name) in ROUNDED and parameters[name].ndim > 1]
-        for name in track(names, description="rounding", console=Console(stderr=True), transient=True):
-            bits[name] = round_all(name, parameters[name])
-    return bits, lambda ids: reference.logits(model, ids)
+        matrices = {name: each for name, each in model.named_parameters() if kind(name) in ROUNDED and each.ndim > 1}
+        shown = track(matrices.items(), description="rounding", console=Console(stderr=True), transient=True)
+        for name, matrix in shown:
+            bits[name] = round_all(name, matrix)
+    return bits, bits, lambda ids: reference.logits(model, ids)
+
+
+def both_means(bits: dict[str, float], config: PhiMoEConfig) -> tuple[float, float]:
+    """The mean bits a weight, weighted as in this model and as in Phi-3.5-MoE."""
+    by_kind = mean_bits(bits, config)
+    return together(by_kind, config), together(by_kind, phi35(config))
 
 
 def measured(
     source: str,
     name: str,
-    prepare: Callable[[], tuple[dict[str, float], Logits]],
+    prepare: Callable[[], Candidate],
     config: PhiMoEConfig,
     base: dict[str, Base],
 ) -> Result:
@@ -253,9 +329,8 @@ def measured(
     start, result = time.monotonic(), Result(name, source)
     print(f"{source} {name} ...", file=sys.stderr)
     try:
-        bits, logits = prepare()
-        by_kind = mean_bits(bits, config)
-        result.bits, result.bits_phi35 = together(by_kind, config), together(by_kind, phi35(config))
+        own, large, logits = prepare()
+        result.bits, result.bits_phi35 = both_means(own, config)[0], both_means(large, config)[1]
         for text, each in base.items():
             result.texts[text] = each.quality(logits, f"{source} {name}, {text}")
     except (PhiMoEError, ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

@@ -27,6 +27,8 @@ from phimoe_onnx import layered
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import PhiMoEError
+from phimoe_onnx.exporter.kinds import kind
+from phimoe_onnx.parity.bits import ROUNDED, matrices
 from phimoe_onnx.parity.products import Products
 
 BLOCK = 32  # of ONNX Runtime's quantisers and of NNCF's groups
@@ -134,15 +136,33 @@ def each_matrix(setting: Setting, rounds: Round, *, calibrated: bool) -> RoundAl
 # llama.cpp
 
 
+def preset_form(config: PhiMoEConfig, preset: str, name: str) -> str:
+    """The type that a preset has for a parameter."""
+    parts = name.removesuffix(".weight").split(".")
+    n, count = int(parts[2]) if "layers" in parts else 0, config.num_hidden_layers
+    more = n < count // 8 or n >= 7 * count // 8 or (n - count // 8) % 3 == 2
+    types = PRESETS[preset](more)
+    return types.get(parts[-1], types[""])
+
+
+def preset_bits(config: PhiMoEConfig, preset: str) -> dict[str, float]:
+    """The bits a weight of each matrix that is rounded."""
+    import gguf
+
+    found = {}
+    for name in matrices(config):
+        if kind(name) in ROUNDED:
+            form = gguf.GGMLQuantizationType[preset_form(config, preset, name)]
+            size, nbytes = gguf.GGML_QUANT_SIZES[form]
+            found[name] = 8 * nbytes / size
+    return found
+
+
 def by_preset(setting: Setting, preset: str, imatrix: bool) -> RoundAll:
     """Rounds each parameter to the preset's type for it."""
 
     def round_all(name: str, parameter: Tensor) -> float:
-        parts = name.removesuffix(".weight").split(".")
-        n, count = int(parts[2]) if "layers" in parts else 0, setting.config.num_hidden_layers
-        more = n < count // 8 or n >= 7 * count // 8 or (n - count // 8) % 3 == 2
-        types = PRESETS[preset](more)
-        form = types.get(parts[-1], types[""])
+        form = preset_form(setting.config, preset, name)
         return each_matrix(setting, ggml_rounds(library(setting.ggml), form), calibrated=imatrix)(name, parameter)
 
     return round_all

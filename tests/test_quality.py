@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality_page, quality_peers
-from benchmarks.quality import HTML_MARK, Base, Quality, Result, earlier, markdown, paired, phi35, windows
+from benchmarks import quality, quality_page, quality_peers
+from benchmarks.quality import HTML_MARK, Base, Quality, Result, earlier, markdown, paired, phi35, spread, windows
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import PhiMoEError
-from phimoe_onnx.parity.bits import together
+from phimoe_onnx.exporter.places import places
+from phimoe_onnx.exporter.quantize.strips import Strips
+from phimoe_onnx.exporter.target import TARGETS
+from phimoe_onnx.exporter.widths import Widths
+from phimoe_onnx.parity.bits import matrices, together
 from phimoe_onnx.parity.comparison import Comparison
 from tests.checkpoints import MODEL
 from tests.test_page import Reader
@@ -80,6 +84,38 @@ def test_bits_are_weighted_as_in_either_model() -> None:
     others = 32 * 4096 * 128 * (2 * 32 + 2 * 8) + 32064 * 4096
     assert together(kinds, large) == pytest.approx((2 * experts + 8 * others) / (experts + others))
     assert 2 < together(kinds, large) < 2.4 < together(kinds, config)
+
+
+def test_a_calibration_text_is_taken_from_all_its_parts() -> None:
+    ids = list(range(1000))
+    found = spread(ids, 100, 500)
+    assert sorted(found) == [id for start in range(0, 1000, 200) for id in range(start, start + 100)]
+    assert found != sorted(found)
+
+
+def test_strips_count_with_all_that_lies_beside_their_codes() -> None:
+    wide, name = MODEL.with_name("phimoe-austen-256"), "model.layers.0.block_sparse_moe.experts.down_proj"
+    stored = 8 * sum(Strips(4).nbytes(256, 256)) / 256**2
+    assert quality.strip_bits(read_config(wide), name, "int4") == stored == 4.25
+    joined = 8 * sum(Strips(4).nbytes(192, 768)) / (192 * 768)  # eight rows of 96
+    assert quality.strip_bits(read_config(MODEL), name, "int4") == joined
+
+
+@pytest.mark.parametrize("model", ["phimoe-austen", "phimoe-austen-256"])
+def test_chosen_widths_take_no_more_than_a_rival(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = MODEL.with_name(model)
+    config = read_config(folder)
+    widths = Widths(config, TARGETS["cpu"], quality.NATIVE)
+    widths.costs = {place: {bits: 4.0**-bits for bits in widths.recipes} for place in places(config)}
+    monkeypatch.setattr(quality, "measured_widths", lambda checkpoint: widths)
+    monkeypatch.setattr(quality_peers, "preset_bits", lambda config, rival: dict.fromkeys(matrices(config), 3.6))
+    store = quality.chosen(quality_peers.Setting(folder, config, [], 256, None), "any")
+    own = {name: quality.strip_bits(config, name, dtype) for name, dtype in store.items()}
+    assert set(store.values()) >= {"int3", "int4"}
+    assert 3.4 < quality.both_means(own, config)[0] <= 3.6
+    monkeypatch.setattr(quality_peers, "preset_bits", lambda config, rival: dict.fromkeys(matrices(config), 2.0))
+    with pytest.raises(PhiMoEError, match=r"any has 2\.00 and 2\.00 bits"):
+        quality.chosen(quality_peers.Setting(folder, config, [], 256, None), "any")
 
 
 def test_a_peer_rounds_each_expert_of_a_stack_by_its_own_inputs() -> None:
