@@ -45,10 +45,12 @@ def kept(config: PhiMoEConfig, dtype: ir.DataType, task: str) -> ir.Model:
 
 
 def _key(config: PhiMoEConfig, dtype: ir.DataType, task: str) -> str:
-    # no graph shows these; of the labels it shows their number
-    unseen = {"family": "", "task": None, "problem_type": None, "fp8_block": (1, 1)}
-    tokens = {"bos_token_id": None, "pad_token_id": None, "eos_token_id": ()}
-    seen = dataclasses.replace(config, labels=("",) * len(config.labels), **unseen, **tokens)
+    # what no graph shows, or a number that `trace` sets; of the labels it shows how many, of the context the window
+    unseen = {"family": "", "task": None, "problem_type": None, "fp8_block": (1, 1), "rope_theta": 0.0}
+    unseen |= {"bos_token_id": None, "pad_token_id": None, "eos_token_id": (), "max_position_embeddings": 0}
+    rope = config.longrope and dataclasses.replace(config.longrope, short_factor=(), long_factor=())
+    labels = ("",) * len(config.labels)
+    seen = dataclasses.replace(config, longrope=rope, sliding_window=config.window, labels=labels, **unseen)
     digest = hashlib.sha256(repr((seen, dtype, task)).encode())
     for module in (modeling, trace, configs):
         digest.update(Path(str(module.__file__)).read_bytes())
