@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="also the peers: those that benchmarks/set_up_peers.py set up in FOLDER, each in an environment of its "
         "own (docs/peers.md); without FOLDER, onnxruntime-genai and transformers 5, "
-        "over --reference, as far as this environment has them",
+        "over --reference, as far as this environment has them (default: none)",
     )
     add(
         "--rounds",
