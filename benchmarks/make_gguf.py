@@ -27,6 +27,7 @@ def main() -> None:
     if config.longrope is not None:
         sys.exit(f"{checkpoint}: has longrope, whose factors this does not write; give a checkpoint without it")
     whole = target.with_name("bf16.gguf")
+    whole.unlink(missing_ok=True)  # a run that was cut short may have left half of it
     write_gguf(whole, config, read_tensors(checkpoint, config), torch.bfloat16)
     options = llama_cpp.llama_model_quantize_default_params()
     options.nthread, options.ftype = os.cpu_count(), getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{form}")

