@@ -12,7 +12,6 @@ import argparse
 import datetime
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from phimoe_onnx import reference
 from phimoe_onnx._version import __version__
+from phimoe_onnx.bench.compare import processor
 from phimoe_onnx.bundle import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, cache_names
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.parity.verify import SAMPLE
@@ -321,15 +321,6 @@ def conditions(mobius: Path) -> str:
     date = datetime.datetime.now(datetime.UTC).date()
     ours = f"phimoe-onnx {__version__}, {theirs}, ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}"
     return f"{date}, {processor()}; {ours}"
-
-
-def processor() -> str:
-    """Its name."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -28,12 +28,14 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.compare_mobius import differences, processor, table
+from benchmarks.compare_mobius import differences, table
 from benchmarks.process import measure
 from benchmarks.shapes import write_checkpoint as write_shape
 from phimoe_onnx import reference
 from phimoe_onnx._version import __version__
-from phimoe_onnx.bench.candidates import Work
+from phimoe_onnx.bench import peer
+from phimoe_onnx.bench.compare import processor
+from phimoe_onnx.bench.peer import Work
 from phimoe_onnx.bench.traffic import read_bandwidth
 from phimoe_onnx.config import read_config
 from phimoe_onnx.modeling import PhiMoEForCausalLM
@@ -150,7 +152,7 @@ def openvino(checkpoint: Path, output: Path, prompts: dict[str, list[int]], pyth
     for name, hints in HINTS.items():
         answers = output / "answers.npz"
         options = {"export": output, "prompts": with_ids, "new": NEW, "hints": hints, "answers": answers}
-        measure([str(python), str(PEER), "exact", json.dumps(options, default=str)])
+        measure([str(python), str(PEER), json.dumps(options, default=str)])
         found[name] = dict(np.load(answers))
     return found
 
@@ -159,15 +161,14 @@ def time_all(scratch: Path, python: Path, layers: int, rounds: int, threads: int
     """The tables of exports and speeds on random layers of Phi-mini-MoE's shape."""
     checkpoint = scratch / "phi-mini"
     parameters = write_shape(checkpoint, "Phi-mini-MoE", layers, layers)
-    work = Work(1, PROMPT, 32, "cpu", threads)
-    prompt = work.rows(read_config(checkpoint).vocab_size)[0]
+    work = Work(1, PROMPT, 32, "cpu", threads, read_config(checkpoint).vocab_size)
     exports, timings = [], {}
     for name, options in INT4.items():
         output = scratch / f"phi-mini-{name.partition(',')[0]}"
         seconds, peak, _ = measure(export_command(name, checkpoint, output, options, python))
         size = sum(file.stat().st_size for file in output.iterdir())
         exports.append((name, f"{seconds:.0f}", f"{peak / 2**30:.2f}", f"{size / 1e9:.2f}"))
-        timings[name] = speed_command(name, output, work, prompt, python)
+        timings[name] = speed_command(name, output, work, python)
     yield f"Exports of {layers} layers of Phi-mini-MoE's shape, {parameters / 1e9:.2f} B random parameters in bf16:\n"
     yield table(["candidate", "export, s", "peak memory, GiB", "size, GB"], exports)
 
@@ -197,13 +198,13 @@ def export_command(
     return [sys.executable, "-c", code, str(checkpoint), "--output", str(output), *options]
 
 
-def speed_command(name: str, export: Path, work: Work, prompt: list[int], python: Path) -> list[str]:
+def speed_command(name: str, export: Path, work: Work, python: Path) -> list[str]:
     """One candidate on the work, in a process of its own that prints a line of JSON."""
     if name.startswith("OpenVINO"):
-        options = {"export": str(export), "prompt": prompt, "new": work.new_tokens, "threads": work.threads}
-        return [str(python), str(PEER), "speed", json.dumps(options)]
+        options = {"export": str(export), "work": dataclasses.asdict(work)}
+        return [str(python), "-P", peer.__file__, "openvino", json.dumps(options)]
     options = {"bundle": str(export), "work": dataclasses.asdict(work)}
-    return [sys.executable, "-m", "phimoe_onnx.bench.candidates", "ours", json.dumps(options)]
+    return [sys.executable, "-m", "phimoe_onnx.bench.candidates", json.dumps(options)]
 
 
 def conditions(python: Path, threads: int) -> str:

@@ -194,6 +194,7 @@ def write_gguf(path: Path, config: PhiMoEConfig, tensors: dict[str, torch.Tensor
     writer.add_expert_used_count(2)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")  # it is given token ids
     kept = {name: dtype if is_quantised(name) else torch.float32 for name in tensors}
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * kept[name].itemsize

@@ -1,7 +1,7 @@
 """Verifies bundles of full-width checkpoints of several depths and prints the time and the peaks of memory: that of the
 bundle, and that of PyTorch, which does not grow with the model.
 
-python benchmarks/verify_memory.py --shape Phi-3.5-MoE --layers 1 2 --quantize int4
+python benchmarks/verify_memory.py --shape Phi-3.5-MoE --layers 1 2
 
 The first layer is noise, the others are zeros that take no disk.
 """
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="Phi-3.5-MoE")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--quantize", nargs="+", default=["int4"])
+    parser.add_argument("--operators", choices=("stock", "native"), default="native")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     arguments = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
 def _row(folder: Path, arguments: argparse.Namespace, layers: int, count: int, quantize: str) -> None:
     from phimoe_onnx import export
 
-    export(folder / "source", folder / "bundle", quantize=quantize)
+    export(folder / "source", folder / "bundle", quantize=quantize, operators=arguments.operators)
     command = [sys.executable, "-c", VERIFY, str(folder / "bundle"), str(folder / "source"), str(arguments.tokens)]
     done = subprocess.run([*command, str(folder / "golden")], stdout=subprocess.PIPE, text=True, check=True)
     peaks, begun = json.loads(done.stdout)

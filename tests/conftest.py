@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import onnx_ir as ir
 import pytest
 import torch
 
 from phimoe_onnx.exporter import pipeline
+from tests.captures import keep_captures
 from tests.checkpoints import SHAPES, TASKS, at_level_0, write_checkpoint
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
+keep_captures()
 
 
 @pytest.fixture(scope="session")
@@ -35,20 +35,11 @@ def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     it.
     """
     folder = tmp_path_factory.mktemp("bundles")
-    traced: dict[tuple[str, str, ir.DataType], ir.Model] = {}  # tracing takes most of the time of so small an export
 
     @functools.cache
     def make(shape: str, target: str, quantize: str, task: str, rounding: str | None) -> Path:
-        def trace(config: Any, rows: Any, dtype: ir.DataType, task: str) -> ir.Model:
-            if (shape, task, dtype) not in traced:
-                traced[shape, task, dtype] = original(config, rows, dtype, task)
-            return traced[shape, task, dtype].clone()
-
-        original = pipeline.trace
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "trace", trace)
-            output = folder / task / f"{shape}-{target}-{quantize}-{rounding}"
-            return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize, rounding=rounding)
+        output = folder / task / f"{shape}-{target}-{quantize}-{rounding}"
+        return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize, rounding=rounding)
 
     return lambda shape, target, quantize, task="text-generation", rounding=None: make(
         shape, target, quantize, task, rounding

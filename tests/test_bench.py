@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from phimoe_onnx import memory
-from phimoe_onnx.bench import compare
+from phimoe_onnx.bench import compare, peer
+from phimoe_onnx.bench.compare import Candidate, Row, processor
+from phimoe_onnx.bench.peer import Work
 from phimoe_onnx.bench.traffic import read_bandwidth, step_bytes
 from phimoe_onnx.bundle import read_manifest
-from phimoe_onnx.cli.bench import main
+from phimoe_onnx.cli.bench import _table, main
 from phimoe_onnx.runtime.model import PhiMoE
 
 Bundle = Callable[..., Path]
@@ -44,6 +48,13 @@ def test_bandwidth_is_that_of_a_memory() -> None:
     assert 1e8 < read_bandwidth(1) < 1e12
 
 
+def test_bandwidth_of_a_mapped_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights.data"
+    file.write_bytes(bytes(1 << 24))
+    assert 1e7 < read_bandwidth(2, file) < 1e12
+    assert 1e7 < (compare.bandwidth("cpu", 1, tmp_path) or 0) < 1e12
+
+
 def test_the_table(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,12 +80,111 @@ def test_the_table(
     assert len(rows[3]["speed"]["token_ids"]) == 2
 
 
+SPEED = {"load": 2.0, "prefill": 100.0, "decode": 10.0, "memory": 3, "token_ids": [[1, 2, 3, 4]], "anonymous": None}
+
+
+def write_peer(folder: Path, name: str, code: str) -> Candidate:
+    """A peer whose interpreter is a script of this name: it gets what a Python would get."""
+    script = folder / name
+    script.write_text(f"#!{sys.executable}\nimport json, os, sys\nSPEED = {SPEED!r}\n{code}\n")
+    script.chmod(0o755)
+    return Candidate(name, "vllm", {"checkpoint": "here"}, python=str(script))
+
+
+def test_rounds_take_turns_and_give_medians(tmp_path: Path) -> None:
+    work = Work(1, 8, 4, "cpu", 1, 100)
+    count = """
+turns = open(os.path.dirname(sys.argv[0]) + "/turns", "a+")
+turns.write(os.path.basename(sys.argv[0]) + " ")
+turns.seek(0)
+number = turns.read().count(os.path.basename(sys.argv[0]))
+options = json.loads(sys.argv[4])
+assert sys.argv[1] == "-P" and sys.argv[3] == "vllm" and options["checkpoint"] == "here", sys.argv
+decode = {"first": [10.0, 30.0, 20.0], "second": [7.0, 5.0, 6.0]}[os.path.basename(sys.argv[0])][number - 1]
+print("a library's chatter")
+print(json.dumps(SPEED | {"decode": decode, "memory": number, "token_ids": [[1, 2, 3, 3 + number]]}))
+"""
+    chosen = [write_peer(tmp_path, name, count) for name in ("first", "second")]
+    rows: dict[str, Row] = {}
+    for _ in range(3):
+        assert list(compare.compare(chosen, work, rows)) == ["first", "second"]
+    assert (tmp_path / "turns").read_text() == "first second " * 3
+    first, second = rows.values()
+    assert first.speed is not None
+    assert second.speed is not None
+    assert (first.speed.decode, first.spread("decode"), first.speed.memory) == (20.0, (10.0, 30.0), 2)
+    assert (second.speed.decode, second.spread("decode"), second.speed.anonymous) == (6.0, (5.0, 7.0), None)
+    chosen = [dataclasses.replace(chosen[0], function="ours", weights="w"), dataclasses.replace(chosen[1], weights="w")]
+    compare.judge(chosen, work, rows, None)
+    assert (first.same, second.same) == (None, 0.75)  # the worst round counts
+    lines = _table([first, second]).splitlines()
+    assert "| 20.0 (10.0 to 30.0) |" in lines[2]
+    assert lines[3].startswith("| second | 1 | 2.0 (2.0 to 2.0) | 100 (100 to 100) | 6.0 (5.0 to 7.0) |")
+
+
+@pytest.mark.parametrize(("code", "words"), [
+    ("sys.exit('no such model\\nRuntimeError: a | of the peer')", "RuntimeError: a | of the peer"),
+    ("sys.exit(3)", "ended with 3"),
+    ("os.kill(os.getpid(), 4)", "ended by signal 4"),
+    ("print('nothing')", "gave no measurement"),
+    ("pass", "gave no measurement"),
+])  # fmt: skip
+def test_a_peer_that_fails_is_named_and_not_tried_again(tmp_path: Path, code: str, words: str) -> None:
+    failing = write_peer(tmp_path, "peer", f"open(__file__ + '.ran', 'a').write('x')\n{code}")
+    rows: dict[str, Row] = {}
+    for _ in range(2):
+        list(compare.compare([failing], Work(1, 8, 4, "cpu", 1, 100), rows))
+    assert words in rows["peer"].problem
+    assert (tmp_path / "peer.ran").read_text() == "x"
+    assert len(_table([rows["peer"]]).splitlines()[2].split(" | ")) == 10
+
+
+def test_a_folder_of_peers(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that crashes, one whose interpreter is gone, one that could not be set up, and onnxruntime-genai."""
+    folder, peers = str(bundle("plain", "cpu", "int8")), tmp_path / "peers"
+    assert main([folder, "--peers", str(peers)]) == 1
+    assert "has no peers; python -m benchmarks.set_up_peers" in capsys.readouterr().err
+    peers.mkdir()
+    gone = Candidate("gone", "vllm", {}, python=str(tmp_path / "nowhere"))
+    found = [write_peer(tmp_path, "crashes", "sys.exit('Killed')"), gone, Candidate("absent", "", problem="no cmake")]
+    found += [Candidate("onnxruntime-genai", "genai")]
+    (peers / "all.json").write_text(json.dumps([dataclasses.asdict(each) for each in found]))
+    file = tmp_path / "bench.json"
+    options = ["--threads", "1", "--prompt", "9", "--new-tokens", "4", "--rounds", "2", "--json", str(file)]
+    assert main([folder, "--peers", str(peers), *options]) == 0
+    result = json.loads(file.read_text())
+    ours, *others = result["rows"]
+    assert len(result["readings"]) == 3  # before the first round, and after each
+    assert len(ours["rounds"]) == 2
+    assert ours["speed"]["cache"] == "float32"
+    assert ours["speed"]["decode"] == pytest.approx(sum(each["decode"] for each in ours["rounds"]) / 2)
+    problems = {row["candidate"]: row["problem"] for row in others}
+    assert problems["crashes"] == "Killed"
+    assert "cannot be run (No such file or directory)" in problems["gone"]
+    assert problems["absent"] == "no cmake"
+    assert (others[3]["same"], others[3]["speed"]["cache"]) == (1, "float32")
+    assert processor() in result["title"]
+    (peers / "all.json").write_text("{}")
+    assert main([folder, "--peers", str(peers)]) == 1
+    assert "all.json: is no list of peers" in capsys.readouterr().err
+
+
+def test_peers_with_a_folder_are_of_the_cpu(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(bundle("plain", "cpu", "int8")), "--device", "cuda", "--peers", "somewhere"]) == 1
+    assert "--peers FOLDER runs on the CPU alone" in capsys.readouterr().err
+
+
+def test_a_peer_runs_without_this_package(tmp_path: Path) -> None:
+    code = f"import runpy, sys; sys.modules['phimoe_onnx'] = None; runpy.run_path({peer.__file__!r})"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path)
+
+
 def test_peers_that_are_not_here_are_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(bundle("plain", "cpu", "int8"))
 
     def problems(reference: str | None, *installed: str) -> dict[str, str]:
         monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: name if name in installed else None)
-        return {each.name: each.problem for each in compare.candidates(folder, reference, True, "cpu")}
+        return {each.name: each.problem for each in compare.candidates([folder], reference, True, "cpu")}
 
     assert problems(None) == {
         "phimoe-onnx": "",

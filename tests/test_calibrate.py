@@ -24,7 +24,7 @@ from phimoe_onnx.exporter.calibrate import calibrate
 from phimoe_onnx.exporter.calibration_folder import CalibrationFolder
 from phimoe_onnx.exporter.calibration_text import calibration_text, cut
 from phimoe_onnx.exporter.pipeline import _name_rare_experts
-from phimoe_onnx.exporter.plan import requirements
+from phimoe_onnx.exporter.plan import CALIBRATION_TOKENS, requirements
 from phimoe_onnx.exporter.quantize.calibrated import round_calibrated
 from phimoe_onnx.exporter.quantize.strips import Strips
 from phimoe_onnx.exporter.quantize.two_level import round_two_level
@@ -277,6 +277,8 @@ def test_the_plan_counts_what_a_calibration_takes(checkpoint: Checkpoint) -> Non
     assert calibrated.bundle == plain.bundle
     assert calibrated.calibration > calibrated.bundle
     assert calibrated.export_memory > plain.export_memory
+    more = requirements(config, recipe_for(config, CPU, "int4", calibrate=True), 2 * CALIBRATION_TOKENS)
+    assert more.calibration > calibrated.calibration
 
 
 def test_the_packages_own_text_has_nothing_of_what_is_held_out() -> None:
@@ -305,10 +307,14 @@ def test_windows_lie_on_both_sides_of_the_rope_boundary() -> None:
     assert {len(window) for window in plain[:-1]} == {128}
 
 
-def test_of_a_long_text_windows_are_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "TOKENS", 512)
-    windows = cut(range(2560), parse_config(BASE))
+def test_of_a_long_text_windows_are_spread_over_it() -> None:
+    windows = cut(range(2560), parse_config(BASE), tokens=512)
     assert [window[0] for window in windows] == [0, 640, 1280, 1920]
+    config = parse_config(BASE | {"rope_scaling": longrope(16)})
+    for tokens in (100, 256, 300, 511):  # fewer than windows of both lengths, and more
+        windows = cut(range(2560), config, tokens)
+        assert tokens - 256 < sum(map(len, windows)) <= tokens
+    assert [len(window) for window in cut(range(2560), config, 200)] == [32, 32, 32, 32, 72]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +323,10 @@ def test_of_a_long_text_windows_are_spread_over_it(monkeypatch: pytest.MonkeyPat
         (["--quantize", "int4", "--calibrate", "nothing.txt"], "nothing.txt: no such file"),
         (["--quantize", "int4", "--calibrate", "."], "is no file; expected a text in UTF-8"),
         (["--quantize", "int4", "--calibrate", "latin.txt"], "latin.txt: is not UTF-8 (byte 2 is 0xe9)"),
-        (["--quantize", "int4", "--calibrate", "short.txt"], "tokens, at least 256 are needed"),
+        (["--quantize", "int4", "--calibrate", "short.txt"], "tokens, at least 256 are"),
+        (["--quantize", "int4", "--calibration-tokens", "1000"], "--calibrate reads, which is not given; add it"),
+        (["--quantize", "int4", "--calibrate", "--calibration-tokens", "9"], "is 9, expected a whole number"),
+        (["--calibration-tokens", "9", "--calibrate", "--plan"], "is 9, expected a whole number"),
         (["--calibrate"], "--calibrate is for weights that are rounded to integers, and none are asked for"),
         (["--quantize", "fp16", "--calibrate"], "none are asked for; use --quantize int4"),
         (["--quantize", "int4", "--rounding", "rtn", "--calibrate"], "but --rounding rtn is asked for"),

@@ -477,7 +477,7 @@ def test_in_a_terminal(bundle: str, tmp_path: Path) -> None:
         terminal.send(CTRL_C)
         terminal.until("Leave the chat?")
         terminal.send("y")
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(300) == 0
     assert b"Traceback" not in terminal.shown
     assert b"+the\n" in (tmp_path / "phimoe-onnx" / "chat_history").read_bytes()
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from phimoe_onnx import PhiMoE, errors, export
+from phimoe_onnx.exporter import trace
 from phimoe_onnx.files import sha256
 from phimoe_onnx.runtime.sampling import Sampling, sample
+from tests import captures
 from tests.checkpoints import MODEL
 
 HERE = Path(__file__).parents[1] / "spec"
@@ -32,7 +36,11 @@ def model() -> PhiMoE:
     return PhiMoE.load(BUNDLE)
 
 
-def test_the_bundle_is_what_the_exporter_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capture", [captures.capture, captures.kept])
+def test_the_bundle_is_what_the_exporter_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capture: Callable[..., ir.Model]
+) -> None:
+    monkeypatch.setattr(trace, "capture", capture)
     fresh = export(MODEL, tmp_path / "bundle", quantize="int4")
     names = sorted(path.name for path in fresh.iterdir())
     assert names == sorted(path.name for path in BUNDLE.iterdir())

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 import torch
 from huggingface_hub import constants
@@ -87,17 +86,12 @@ def download(
 
 
 def test_a_bundle_from_the_hub_is_that_of_the_local_folder(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     local = tmp_path / "local"
     local.mkdir()
     for name in NEEDED:
         (local / name).write_bytes(hub.commits["a" * 40][name])
-    traced: list[ir.Model] = []  # once for both
-    trace = pipeline.trace
-    monkeypatch.setattr(
-        pipeline, "trace", lambda *arguments: (traced or traced.append(trace(*arguments)) or traced)[0].clone()
-    )  # type: ignore[func-returns-value]
     assert main(["owner/name", "--quantize", "int4"]) == 0
     assert capsys.readouterr().out.startswith("name-cpu-int4: ")
     assert hub.downloaded() == NEEDED

@@ -19,6 +19,13 @@ import phimoe_onnx
 phimoe_onnx.PhiMoE.load(sys.argv[1], threads=1).generate("a", max_new_tokens=1)
 time.sleep(0.5)  # its files are written in the background
 """
+WAITS = """
+from pathlib import Path
+for _ in range(3000):
+    if list(Path.home().rglob("deviceid")):
+        break
+    time.sleep(0.1)
+"""
 
 
 def run(home: Path | None, code: str, *arguments: str, telemetry: str | None = None) -> str:
@@ -48,7 +55,7 @@ def test_a_load_writes_nothing_in_the_users_home(bundle: Path, home: Path) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where it writes elsewhere is not known")
 def test_the_switch_leaves_it_on(bundle: Path, home: Path) -> None:
-    run(home, LOADS, str(bundle), telemetry="0")
+    run(home, LOADS + WAITS, str(bundle), telemetry="0")
     assert [path.name for path in home.rglob("deviceid")] == ["deviceid"]
 
 

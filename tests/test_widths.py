@@ -19,7 +19,6 @@ from phimoe_onnx.checkpoint.tensors import parameters, read_headers, shapes
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter import pipeline
 from phimoe_onnx.exporter import widths as module
 from phimoe_onnx.exporter.places import KINDS, Place, places
 from phimoe_onnx.exporter.quantize.format import Format
@@ -45,10 +44,8 @@ built = pytest.mark.skipif(operators.library() is None, reason="the library of t
 
 @pytest.fixture(scope="module", autouse=True)
 def once() -> Iterator[None]:
-    """Tracing and measuring take most of the time of so small an export; the same is traced and measured once."""
-    known: dict[Any, Any] = {}
+    """Measuring takes most of the time of so small an export; the same is measured once."""
     costs: dict[Any, Any] = {}
-    original = pipeline.trace
 
     def measure_once(config: Any, read: Any, recipes: dict[int, Recipe], windows: Any, **options: Any) -> Any:
         key = str(([recipe.digest() for recipe in recipes.values()], windows))
@@ -56,14 +53,7 @@ def once() -> Iterator[None]:
             costs[key] = measure(config, read, recipes, windows, **options)
         return costs[key]
 
-    def trace(config: Any, *rest: Any) -> Any:
-        key = repr(config)
-        if key not in known:
-            known[key] = original(config, *rest)
-        return known[key].clone()
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "trace", trace)
         patch.setattr(module, "measure", measure_once)
         yield
 

@@ -6,8 +6,10 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phimoe_onnx.bundle import Manifest, StoredWeights
 from phimoe_onnx.config import PhiMoEConfig, read_config
@@ -45,16 +47,23 @@ def step_bytes(bundle: Path, manifest: Manifest, batch: int, length: int) -> int
     return int(bits / 8) + cached
 
 
-def read_bandwidth(threads: int | None = None) -> float:
-    """Bytes a second that the processor's cores read from memory together, the best of three passes."""
+def read_bandwidth(threads: int | None = None, file: Path | None = None) -> float:
+    """Bytes a second that the processor's cores read from memory together, the best of three passes.
+
+    Args:
+        threads: how many cores; None for all.
+        file: what to read, mapped, as a graph's weights are; None for memory of the process's own.
+    """
     workers = threads or os.cpu_count() or 1
-    arrays = [np.ones(_SHARE // 8) for _ in range(workers)]
+    arrays: list[NDArray[Any]] = [np.ones(_SHARE // 8) for _ in range(workers)] if file is None else []
+    if file is not None:
+        arrays = np.array_split(np.memmap(file, np.int32, "r", shape=file.stat().st_size // 4), workers)
     best = 0.0
     with ThreadPoolExecutor(workers) as pool:
         for _ in range(3):
             start = time.perf_counter()
             list(pool.map(np.max, arrays))  # numpy's reductions let other threads run
-            best = max(best, workers * _SHARE / (time.perf_counter() - start))
+            best = max(best, sum(each.nbytes for each in arrays) / (time.perf_counter() - start))
     return best
 
 

@@ -19,6 +19,7 @@ from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
 from phimoe_onnx.config import read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter.plan import CALIBRATION_TOKENS
 from phimoe_onnx.exporter.recipe import BLOCK_SIZES, CALIBRATED, KV_CACHE, QUANTIZE, ROUNDINGS, default_rounding
 from phimoe_onnx.exporter.sizes import parse_size
 from phimoe_onnx.exporter.target import TARGETS
@@ -108,6 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export goes on where it was (default: no)",
     )
     add(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help=f"how much --calibrate reads, spread over the text (default: {CALIBRATION_TOKENS})",
+    )
+    add(
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
@@ -157,6 +164,7 @@ def _export(arguments: argparse.Namespace) -> None:
             operators=arguments.operators,
             rounding=arguments.rounding,
             calibrate=arguments.calibrate,
+            calibration_tokens=arguments.calibration_tokens,
             adapter=arguments.adapter,
             revision=arguments.revision,
             token=arguments.token,

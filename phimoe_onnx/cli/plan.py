@@ -19,7 +19,14 @@ from phimoe_onnx.cli._start import imports
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.places import HEAD_KIND, KINDS, places
-from phimoe_onnx.exporter.plan import Machine, Requirements, count_parameters, requirements, this_machine
+from phimoe_onnx.exporter.plan import (
+    Machine,
+    Requirements,
+    count_parameters,
+    requirements,
+    this_machine,
+    tokens_to_read,
+)
 from phimoe_onnx.exporter.recipe import MIXED, QUANTIZE, Recipe, recipe_for
 from phimoe_onnx.exporter.sizes import average_bits, stored_bytes
 from phimoe_onnx.exporter.target import TARGETS, Target, target_named
@@ -38,6 +45,7 @@ def show_plan(
     source = arguments.source
     folder, stored = headers(source, arguments.revision, arguments.token)
     config = read_config(folder)
+    tokens = tokens_to_read(arguments.calibrate is not False, arguments.calibration_tokens)
     task = task_for(config, arguments.task, source)
     adapter = None if arguments.adapter is None else read_adapter(Path(arguments.adapter))
     parameters(config, stored, task, adapter)  # says what is wrong with the checkpoint
@@ -52,7 +60,7 @@ def show_plan(
         except ExportError as error:
             refused[f"{target.name} {quantize}"] = error
             continue
-        need = requirements(config, recipe)
+        need = requirements(config, recipe, tokens)
         sizes = (need.bundle, need.export_memory, need.run_memory, 1000 * need.cache_per_token)
         shown = (decimal(size, precision=2) for size in sizes)
         table.add_row(target.name, quantize, *shown, *_verdicts(need, target, machine))

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from phimoe_onnx.config import PhiMoEConfig
 from phimoe_onnx.errors import ExportError
-from phimoe_onnx.exporter.plan import CALIBRATION_TOKENS
+from phimoe_onnx.exporter.plan import CALIBRATION_TOKENS, LEAST_CALIBRATION_TOKENS
 from phimoe_onnx.exporter.tokenizer import tokenizer_files
 from phimoe_onnx.text.special_tokens import token_texts
 from phimoe_onnx.text.template import parse, read_templates, render
@@ -27,8 +27,6 @@ DOCUMENTS = Path(__file__).with_name("calibration.txt")
 CHATS = Path(__file__).with_name("calibration_chats.json")
 SEPARATOR = "\n========\n"
 SHORT, LONG = 2048, 8192  # tokens of a window, at the most
-TOKENS = CALIBRATION_TOKENS  # of all windows, at the most
-LEAST = 256
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,16 @@ class CalibrationText:
         }
 
 
-def calibration_text(file: Path | None, folder: Path, config: PhiMoEConfig) -> CalibrationText:
+def calibration_text(
+    file: Path | None, folder: Path, config: PhiMoEConfig, tokens: int = CALIBRATION_TOKENS
+) -> CalibrationText:
     """The windows of a text in UTF-8, or of the package's own where there is no file.
 
     Args:
         file: the text.
         folder: the checkpoint's, whose tokenizer and chat template count.
         config: its shape.
+        tokens: how many are read, at the most.
 
     Raises:
         ExportError: the file cannot be read, is not UTF-8 or is too short.
@@ -86,31 +87,32 @@ def calibration_text(file: Path | None, folder: Path, config: PhiMoEConfig) -> C
     if bad := [token for token in token_ids if token >= config.vocab_size]:
         raise ExportError(f"--calibrate: the tokenizer gives the token {bad[0]}, vocab_size is {config.vocab_size}")
     name = "default" if file is None else file.name
-    if len(token_ids) < LEAST:
+    if len(token_ids) < LEAST_CALIBRATION_TOKENS:
         raise ExportError(
-            f"--calibrate {file or name}: has {len(token_ids)} tokens, at least {LEAST} are needed and some 50,000 are "
-            f"better; leave FILE out for the text that comes with the package"
+            f"--calibrate {file or name}: has {len(token_ids)} tokens, at least {LEAST_CALIBRATION_TOKENS} are "
+            f"needed and some 50,000 are better; leave FILE out for the text that comes with the package"
         )
     text = "\n\n".join(documents).encode()
-    return CalibrationText(name, hashlib.sha256(text).hexdigest(), tuple(cut(token_ids, config)))
+    return CalibrationText(name, hashlib.sha256(text).hexdigest(), tuple(cut(token_ids, config, tokens)))
 
 
-def cut(token_ids: Sequence[int], config: PhiMoEConfig) -> list[tuple[int, ...]]:
+def cut(token_ids: Sequence[int], config: PhiMoEConfig, tokens: int = CALIBRATION_TOKENS) -> list[tuple[int, ...]]:
     """Windows that follow each other, half of the tokens in short ones and half in long ones where a model has both:
-    short ones end at the rope boundary, long ones beyond it. Of a text of more than `TOKENS` those that are spread
+    short ones end at the rope boundary, long ones beyond it. Of a text of more than `tokens` those that are spread
     evenly over it.
     """
     boundary = config.longrope.original_max_position_embeddings if config.longrope else SHORT
     short, long = min(config.max_position_embeddings, boundary, SHORT), min(config.max_position_embeddings, LONG)
     lengths = [short] * (long // short) + ([long] if long > short else [])
-    period, windows, start = sum(lengths), [], 0
+    period, windows, left = sum(lengths), [], tokens
     periods = max(1, -(-len(token_ids) // period))
-    kept = min(periods, max(1, TOKENS // period))
+    kept = min(periods, max(1, tokens // period))
     for number in range(kept):
         start = number * periods // kept * period
         for length in lengths:
-            windows.append(tuple(token_ids[start : start + length]))
-            start += length
+            size = min(length, left)
+            windows.append(tuple(token_ids[start : start + size]))
+            start, left = start + size, left - size
     return [window for window in windows if len(window) > 1]
 
 

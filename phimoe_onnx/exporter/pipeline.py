@@ -48,6 +48,7 @@ from phimoe_onnx.exporter.passes.names import NameNodes
 from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
+from phimoe_onnx.exporter.plan import tokens_to_read
 from phimoe_onnx.exporter.recipe import MIXED, Recipe, recipe_for
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
@@ -84,6 +85,7 @@ def export(
     operators: str = "stock",
     rounding: str | None = None,
     calibrate: bool | str | Path = False,
+    calibration_tokens: int | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -120,6 +122,7 @@ def export(
         calibrate: True, or a file with a text in UTF-8: integer weights are rounded for what they are given when
             the model reads a text, the package's own where none is named. Takes hours for the large models; a killed
             export goes on after its last finished layer.
+        calibration_tokens: how much of that text is read at the most, by default 65,536 tokens.
         adapter: the folder of a LoRA adapter as peft saves it, which is merged into the weights.
         revision: branch, tag or commit, for a hub id; `token` likewise.
         overwrite: replace an existing bundle; otherwise an existing output is an error.
@@ -142,6 +145,7 @@ def export(
     named = MIXED if chooses else quantize
     output = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{target}-{named}")
     check_output(output, overwrite)
+    tokens = tokens_to_read(calibrate is not False, calibration_tokens)
     if calibrate is not False:
         check_calibration(output)
     report("reading", 0, 0)
@@ -165,7 +169,7 @@ def export(
     check_text(folder)
     corpus = calibration = None
     if calibrate is not False:
-        corpus = calibration_text(None if calibrate is True else Path(calibrate), folder, config)
+        corpus = calibration_text(None if calibrate is True else Path(calibrate), folder, config, tokens)
         calibration = CalibrationFolder(output)
     fetch_weights(source, folder, token, report)
     stored = read_headers(folder)

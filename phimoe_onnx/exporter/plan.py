@@ -12,6 +12,7 @@ from pathlib import Path
 
 from phimoe_onnx.checkpoint.tensors import shapes
 from phimoe_onnx.config import PhiMoEConfig
+from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.kinds import kind
 from phimoe_onnx.exporter.quantize.format import WIDTHS, Plain
 from phimoe_onnx.exporter.quantize.strips import Strips
@@ -24,7 +25,8 @@ EXPORTER = 1000 << 20  # resident beside the weights at hand: torch, the traced 
 RUNTIME = 90 << 20  # resident before the first weight: Python, numpy, ONNX Runtime, a tokenizer
 GRAPH_PER_LAYER = {"fused": 10_700, "branches": 0, "native": 7_000}
 GRAPH_PER_EXPERT = {"fused": 0, "branches": 6_560, "native": 0}
-CALIBRATION_TOKENS = 65_536
+CALIBRATION_TOKENS = 65_536  # that a calibration reads unless it is told a number
+LEAST_CALIBRATION_TOKENS = 256
 CALIBRATION_ROWS = 4096  # of a matrix at once
 CACHE_BYTES = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}  # of a channel
 
@@ -65,7 +67,7 @@ def count_parameters(config: PhiMoEConfig, task: str = "text-generation") -> dic
     return dict(counts.most_common())
 
 
-def requirements(config: PhiMoEConfig, recipe: Recipe) -> Requirements:
+def requirements(config: PhiMoEConfig, recipe: Recipe, calibration_tokens: int = CALIBRATION_TOKENS) -> Requirements:
     """What an export by a recipe takes, and what running its bundle takes."""
     target, width = recipe.target, WIDTHS[recipe.dtype]
     tables = 2 * rope_rows(config) * config.head_dim // 2 * width if target.attention == "GroupQueryAttention" else 0
@@ -74,7 +76,7 @@ def requirements(config: PhiMoEConfig, recipe: Recipe) -> Requirements:
         layers * (GRAPH_PER_LAYER[way] + experts * GRAPH_PER_EXPERT[way]) for way, _ in recipe.graphs().values()
     )
     stored, resident = _weights(config, recipe)
-    memory, disk = _calibration(config) if recipe.rounding == CALIBRATED else (0, 0)
+    memory, disk = _calibration(config, calibration_tokens) if recipe.rounding == CALIBRATED else (0, 0)
     channel = CACHE_BYTES.get(recipe.kv_cache, width)
     cached = recipe.task == "text-generation"
     return Requirements(
@@ -86,18 +88,36 @@ def requirements(config: PhiMoEConfig, recipe: Recipe) -> Requirements:
     )
 
 
-def _calibration(config: PhiMoEConfig) -> tuple[int, int]:
-    """Bytes that a calibration takes in memory, and on disk beside the matrices: by arithmetic, for as many tokens as a
-    calibration has at the most.
+def tokens_to_read(calibrate: bool, tokens: int | None) -> int:
+    """How many tokens of a text a calibration reads at the most: so many as asked for, or the default.
+
+    Raises:
+        ExportError: there is no calibration, or they are too few.
+    """
+    if tokens is None:
+        return CALIBRATION_TOKENS
+    if not calibrate:
+        raise ExportError("--calibration-tokens says how much --calibrate reads, which is not given; add it")
+    if not isinstance(tokens, int) or tokens < LEAST_CALIBRATION_TOKENS:
+        raise ExportError(
+            f"--calibration-tokens is {tokens!r}, expected a whole number of at least {LEAST_CALIBRATION_TOKENS}; the "
+            f"default is {CALIBRATION_TOKENS}"
+        )
+    return tokens
+
+
+def _calibration(config: PhiMoEConfig, tokens: int) -> tuple[int, int]:
+    """Bytes that a calibration takes in memory, and on disk beside the matrices: by arithmetic, for so many
+    tokens.
     """
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    states = 4 * CALIBRATION_TOKENS * (4 * hidden + 2 * heads)
+    states = 4 * tokens * (4 * hidden + 2 * heads)
     in_memory = min(states, LIMIT)
     widest, matrix, vocabulary = max(hidden, inner, heads), inner * hidden, config.vocab_size * hidden
     # an expert and its first matrix rounded, moments with factors and pooled moments, a slab of rows in its forms
     expert = 5 * matrix + 5 * widest**2 + 2 * hidden**2 + 6 * CALIBRATION_ROWS * widest
     head = 2 * vocabulary + vocabulary // 2 + 5 * hidden**2 + 3 * CALIBRATION_ROWS * hidden  # and its codes, twice
-    return in_memory + 4 * max(expert, head), states - in_memory + 4 * 4 * CALIBRATION_TOKENS * hidden
+    return in_memory + 4 * max(expert, head), states - in_memory + 4 * 4 * tokens * hidden
 
 
 def _weights(config: PhiMoEConfig, recipe: Recipe) -> tuple[int, int]:

@@ -43,16 +43,7 @@ def trace(
         A complete model in standard operators and calls of the functions in the domain `phimoe`; its weights are
         `Parameter`s.
     """
-    seams = modeling.Seams(_attention, _sparse_mixer, _experts)
-    with FakeTensorMode(), _default_dtype(FLOATS[dtype]):
-        model = modeling.MODELS[task](config, seams).eval()
-        arguments, shapes = _cached(config) if task == "text-generation" else _whole()
-        with warnings.catch_warnings(), _quiet_logging():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
-            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=OPSET)
-    assert exported is not None
-    traced = exported.model
+    traced = capture(config, dtype, task)
     for function in FUNCTIONS:
         traced.functions[function.identifier()] = function
     traced.opset_imports[DOMAIN] = 1
@@ -66,6 +57,22 @@ def trace(
         else:  # the rope's inverse frequencies
             value.const_value = ir.tensor(rope.get_buffer(name.removeprefix("model.rope.")).numpy(), name=name)
     return traced
+
+
+def capture(config: PhiMoEConfig, dtype: ir.DataType, task: str) -> ir.Model:
+    """What PyTorch's exporter makes of the task's model, a call of a function for each seam; its initializers have a
+    shape and a dtype, and no numbers.
+    """
+    seams = modeling.Seams(_attention, _sparse_mixer, _experts)
+    with FakeTensorMode(), _default_dtype(FLOATS[dtype]):
+        model = modeling.MODELS[task](config, seams).eval()
+        arguments, shapes = _cached(config) if task == "text-generation" else _whole()
+        with warnings.catch_warnings(), _quiet_logging():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=OPSET)
+    assert exported is not None
+    return exported.model
 
 
 def _cached(config: PhiMoEConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -25,6 +25,7 @@ from phimoe_onnx.exporter import pipeline
 from phimoe_onnx.exporter.weights import Parameter, parts_of
 from phimoe_onnx.text.template import ChatTemplate
 from phimoe_onnx.text.tokenizer import Tokenizer
+from tests.captures import keep_captures
 from tests.checkpoints import _spell
 from tests.mutants.inputs import CONVERSATION, NEW_TOKENS, PROMPT, write_inputs
 from tests.mutants.mutator import Mutator
@@ -81,6 +82,7 @@ class Exports:
         self._traced: dict[tuple[Any, ...], ir.Model] = {}
         self._original = {name: getattr(pipeline, name) for name in ("trace", "build_graphs", "write_graphs")}
         self._rows: dict[str, Any] = {}
+        keep_captures()
         pipeline.trace = self._trace
         for name in ("plain", "named"):
             pipeline.export(self._folder / name, folder / f"sound-{name}")

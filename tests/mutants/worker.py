@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.mutants.mutator import Mutator
 
-SECONDS = 20.0  # of the processor, for one mutant
+SECONDS = 60.0  # of the processor, for one mutant
 MEMORY = 1 << 30  # of address space, beyond what is there before the first
 RESIDENT = 300 << 10  # KiB that one mutant may add to the process's peak
 # what libraries print and nobody can keep them from: a panic of tokenizers', an overflow in ONNX Runtime's allocator

@@ -14,7 +14,7 @@ import { loadBundle } from "../src/load.js";
 import { BUNDLE } from "./bundle.js";
 import { changedBundle } from "./changes.mjs";
 
-const MUTANTS = 300;
+const MUTANTS = Number(process.env.PHIMOE_MUTANTS ?? 100);
 const SEED = 12n;
 const KINDS = ["BundleError", "DeviceError", "GenerationError"];
 const TEXT = readFileSync(join(BUNDLE, "manifest.json"), "utf-8");

@@ -83,7 +83,9 @@ for (const [setting, leaves] of [
     const home = scratch(context);
     // no CI, GITHUB_ACTIONS or the like: where one is set, ONNX Runtime keeps its telemetry off by itself
     const environment = { PATH: process.env.PATH, HOME: home, ...(setting && { ORT_DISABLE_TELEMETRY: setting }) };
-    assert.equal(run([BUNDLE, "Emma", "--max-new-tokens", "3"], environment).status, 0);
+    // it is written in the background, and a run may end before
+    for (let runs = 0; runs < 20 && (!runs || readdirSync(home).length !== leaves.length); runs++)
+      assert.equal(run([BUNDLE, "Emma", "--max-new-tokens", "3"], environment).status, 0);
     assert.deepEqual(readdirSync(home), leaves);
   });
 }

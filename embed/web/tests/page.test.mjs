@@ -60,7 +60,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
     address = `http://127.0.0.1:${server.address().port}/`;
     browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...SOFTWARE_GPU] });
-    page = await browser.newPage({ viewport: { width: 900, height: 640 } });
+    page = await newPage({ viewport: { width: 900, height: 640 } });
     page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
     page.on("pageerror", (error) => errors.push(error.message));
     await page.goto(address);
@@ -71,6 +71,13 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     server.close();
     assert.deepEqual(errors, []);
   });
+
+  /** A page that a slow machine, too, has time to load. */
+  async function newPage(options) {
+    const made = await browser.newPage(options);
+    made.setDefaultTimeout(300_000);
+    return made;
+  }
 
   /** Sends a message with so many new tokens at most; leaves the answer on its way. */
   async function ask(content, tokens) {
@@ -188,7 +195,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
     context.after(() => other.close());
     const home = `http://127.0.0.1:${other.address().port}/`;
-    const tab = await browser.newPage();
+    const tab = await newPage();
     context.after(() => tab.close());
     const load = async () => {
       asked.length = 0;
@@ -231,7 +238,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
     context.after(() => other.close());
     const origin = `http://127.0.0.1:${other.address().port}`;
-    const tab = await browser.newPage();
+    const tab = await newPage();
     context.after(() => tab.close());
     const client = await tab.context().newCDPSession(tab);
     await client.send("Storage.overrideQuotaForOrigin", { origin, quotaSize: 1000 });
@@ -270,7 +277,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     context.after(() => rmSync(bundles, { recursive: true }));
     context.after(() => other.close());
     await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
-    const tab = await browser.newPage();
+    const tab = await newPage();
     await tab.goto(`http://127.0.0.1:${other.address().port}/phimoe.js`);
     for (const { name, bundle, load, batch, prompt, options, expected, error, names } of changed) {
       const folder = changedBundle(BUNDLE, bundle, bundles);
@@ -315,7 +322,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
     other.on("request", ({ url }) => asked.push(url));
     await new Promise((resolve) => other.listen(0, "127.0.0.1", resolve));
     context.after(() => other.close());
-    const tab = await browser.newPage();
+    const tab = await newPage();
     context.after(() => tab.close());
     await tab.goto(`http://127.0.0.1:${other.address().port}/`);
     assert.equal(
@@ -326,7 +333,7 @@ describe("the page", { skip: executablePath ? false : "no chromium here; name on
   });
 
   test("what is wrong with a bundle is said", async () => {
-    const other = await browser.newPage();
+    const other = await newPage();
     await other.goto(`${address}?bundle=nowhere/`);
     assert.match(
       await other.locator(".error p").textContent(),

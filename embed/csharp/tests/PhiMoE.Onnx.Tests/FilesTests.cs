@@ -85,7 +85,9 @@ public sealed class FilesTests : IDisposable
         Array.Reverse(scales); // so that the tokens are others
         File.WriteAllBytes(Path.Combine(other, "model.scales.data"), scales);
         Changes.List(other, "model.scales.data");
+        Stopwatch loads = Stopwatch.StartNew();
         int[][] expected = { Tokens(place), Tokens(other) };
+        int pause = (int)loads.ElapsedMilliseconds; // of about two loads at most, so that both ends are seen
         Assert.NotEqual(expected[0], expected[1]);
         using CancellationTokenSource enough = new CancellationTokenSource();
         Task swaps = Task.Run(() =>
@@ -97,7 +99,7 @@ public sealed class FilesTests : IDisposable
                 Directory.Move(place, place + ".old");
                 Directory.Move(other, place);
                 Directory.Move(place + ".old", other);
-                Thread.Sleep(Random.Shared.Next(600));
+                Thread.Sleep(Random.Shared.Next(pause));
             }
         });
         (int loaded, int refused) = (0, 0);
