@@ -73,7 +73,7 @@ def _row(folder: Path, arguments: argparse.Namespace, layers: int, count: int, q
     done = subprocess.run([*command, str(folder / "golden")], stdout=subprocess.PIPE, text=True, check=True)
     peaks, begun = json.loads(done.stdout)
     times = list(begun.values())
-    for name, begin, end in zip(peaks, times, times[1:], strict=True):
+    for name, begin, end in zip(peaks, times[:-1], times[1:], strict=True):
         peak, model = peaks[name] / 2**30, f"{arguments.shape} | {layers} | {count / 1e9:.2f} | {quantize}"
         print(f"| {model} | {name} | {end - begin:.0f} | {peak:.2f} |", flush=True)
     print(f"the golden file has {(folder / 'golden').stat().st_size / 1e6:.2f} MB", file=sys.stderr)
