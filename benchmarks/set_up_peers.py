@@ -198,7 +198,10 @@ def main() -> None:
         if arguments.checkpoint:
             sys.exit(f"{checkpoint}: there is no checkpoint")
         print(f"writing {checkpoint}", flush=True)
-        write_checkpoint(checkpoint, "Phi-mini-MoE", LAYERS, LAYERS)
+        partial = folder / "partial-checkpoint"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_checkpoint(partial, "Phi-mini-MoE", LAYERS, LAYERS)
+        partial.rename(checkpoint)  # whole, or not there
     folder.mkdir(exist_ok=True, parents=True)
     for number, name in enumerate(arguments.only, 1):
         print(f"{number} of {len(arguments.only)}: {name}", end=" ", flush=True)
