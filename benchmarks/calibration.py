@@ -11,8 +11,8 @@ else runs on the machine changes the latter less.
 
 Memory (--divide N): takes an Nth of all widths, of the tokens and of the rows that are worked on at once. Whatever
 takes much memory is a product of two of these, so it is an N^2th and is multiplied again. It is computed for the
-default number of tokens, and set beside what --plan says. The variable is for glibc, which gives back at once only what is
-larger, as all arrays of a whole layer are.
+default number of tokens, and set beside what --plan says. The variable is for glibc, which gives back at once only what
+is larger, as all arrays of a whole layer are.
 """
 
 from __future__ import annotations
