@@ -21,12 +21,13 @@ from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter import widths as module
 from phimoe_onnx.exporter.places import KINDS, Place, places
+from phimoe_onnx.exporter.plan import EXPORTER, requirements
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.measure import measure
 from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
 from phimoe_onnx.exporter.quantize.strips import Strips
 from phimoe_onnx.exporter.quantize.two_level import round_two_level
-from phimoe_onnx.exporter.recipe import Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import MIXED, Recipe, recipe_for
 from phimoe_onnx.exporter.sizes import average_bits, count_weights, parse_size, shown, stored_bytes
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.exporter.widths import PASSAGE, Widths, check_widths, cut
@@ -241,6 +242,15 @@ def measured(source: Path, kind: str) -> Widths:
     read = checkpoint_weights(config, parameters(config, read_headers(source)))
     widths.measure(read, TEXT, source, lambda phase, done, total: None)
     return widths
+
+
+def test_plan_counts_what_measuring_takes() -> None:
+    """With widths of 4096, 68 streams of 1,024 tokens, three arrays each, are more than all else."""
+    config = replace(parse_config(BASE), hidden_size=4096, num_hidden_layers=4)
+    recipe = recipe_for(config, CPU, "int4", operators="native")
+    more = requirements(config, replace(recipe, quantize=MIXED)).export_memory
+    assert more == EXPORTER + 68 * 3 * 4 * 1024 * 4096
+    assert requirements(config, recipe).export_memory < more
 
 
 def test_fit_is_as_large_as_fits(tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:

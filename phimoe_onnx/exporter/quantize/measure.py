@@ -105,6 +105,12 @@ def steps(config: PhiMoEConfig) -> int:
     return config.num_hidden_layers * (1 + config.num_local_experts) + 1
 
 
+def memory(config: PhiMoEConfig, widths: int, tokens: int) -> int:
+    """Bytes of the states that `measure` holds at once, by arithmetic, for so many widths and tokens."""
+    streamed, alone = (widths - 1) * (1 + len(KINDS) * min(SPANS, config.num_hidden_layers)), widths * len(KINDS)
+    return (1 + streamed + alone) * 3 * 4 * tokens * config.hidden_size
+
+
 @dataclass
 class _Stream:
     """The texts' states in a model with some kinds rounded to `bits` in `layers`, or in the float model."""
