@@ -74,12 +74,12 @@ def measure(
         alone = [exact.rounded((kind,), bits, range(number, number + 1)) for kind in KINDS for bits in widths]
         _through_layer(config, rounder, number, [exact, *together, *streams, *alone], step)
         for stream in alone:
-            errors.setdefault(Place(*stream.kinds, number), {})[stream.bits] = stream.error(exact)
+            errors.setdefault(Place(stream.kinds[0], number), {})[stream.bits] = stream.error(exact)
     divergences = _divergences(config, rounder, exact, [*together, *streams])
     of_all, of_spans = divergences[: len(together)], divergences[len(together) :]
     costs: dict[Place, dict[int, float]] = {}
     for stream, divergence in zip(streams, of_spans, strict=True):
-        own = [Place(*stream.kinds, layer) for layer in stream.layers]
+        own = [Place(stream.kinds[0], layer) for layer in stream.layers]
         total = sum(errors[place][stream.bits] for place in own)
         for place in own:
             share = errors[place][stream.bits] / total if total else 1 / len(own)
