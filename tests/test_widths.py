@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter import widths as module
 from phimoe_onnx.exporter.places import KINDS, Place, places
+from phimoe_onnx.exporter.plan import EXPORTER, requirements
 from phimoe_onnx.exporter.quantize.format import Format
 from phimoe_onnx.exporter.quantize.measure import measure
 from phimoe_onnx.exporter.quantize.rtn import round_to_nearest
+from phimoe_onnx.exporter.quantize.strips import Strips
 from phimoe_onnx.exporter.quantize.two_level import round_two_level
-from phimoe_onnx.exporter.recipe import Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import MIXED, Recipe, recipe_for
 from phimoe_onnx.exporter.sizes import average_bits, count_weights, parse_size, shown, stored_bytes
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.exporter.widths import PASSAGE, Widths, check_widths, cut
-from phimoe_onnx.layered import checkpoint_weights
+from phimoe_onnx.layered import Read, checkpoint_weights
 from phimoe_onnx.modeling import PhiMoEForCausalLM
 from phimoe_onnx.parity.thresholds import Thresholds
 from phimoe_onnx.reference import fill, logits
@@ -103,8 +105,8 @@ def test_stock_operators_compute_with_2_bits(tmp_path: Path, checkpoint: Checkpo
 
 def test_spans_divide_as_single_layers_measure() -> None:
     """Two layers of the trained model as one span, against every layer, kind and width by itself: costs are near, and
-    what is chosen by them costs little more than the best. And one of these costs against a model whose one matrix is
-    stored so.
+    what is chosen by them costs little more than the best. And these costs against models that store one place so, and
+    all but the head.
     """
     read = checkpoint_weights(read_config(MODEL), parameters(read_config(MODEL), read_headers(MODEL)))
     widths = Widths(replace(read_config(MODEL), num_hidden_layers=2), CPU, {"operators": "native"})
@@ -131,18 +133,27 @@ def test_spans_divide_as_single_layers_measure() -> None:
             )
         assert chosen[1] <= chosen[0] <= 1.25 * chosen[1]
 
-    place = Place("gate, up", 1)
-    (name,) = place.parameters()
+    everywhere = places(widths.config)[:-1]
+    down, o = Place("down", 1), Place("o", 0)
+    together, of_down, of_o = (divergence(widths, read, windows[0], some) for some in (everywhere, [down], [o]))
+    assert sum(alone[place][2] for place in everywhere) == pytest.approx(together, rel=0.02)
+    assert alone[down][2] / alone[o][2] == pytest.approx(of_down / of_o, rel=0.02)
+
+
+def divergence(widths: Widths, read: Read, token_ids: list[int], rounded: Sequence[Place]) -> float:
+    """Of a model that stores these places in 2 bits."""
     model = PhiMoEForCausalLM(widths.config).eval()
     fill(model, read)
-    expected = log_probabilities(model, windows[0])
-    strips = recipes[2].form(name)
-    stack = model.get_parameter(name).data
-    for expert, matrix in enumerate(stack):
-        stack[expert] = strips.unpack(*recipes[2].round_rows()(matrix, strips, name, expert), *matrix.shape)
-    found = log_probabilities(model, windows[0])
-    divergence = float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
-    assert alone[place][2] == pytest.approx(divergence, rel=0.02)
+    expected = log_probabilities(model, token_ids)
+    for name in (name for place in rounded for name in place.parameters()):
+        strips, parameter = widths.recipes[2].form(name), model.get_parameter(name).data
+        assert isinstance(strips, Strips)
+        for number, matrix in enumerate(parameter if parameter.ndim == 3 else [parameter]):
+            expert = number if parameter.ndim == 3 else None
+            parts = widths.recipes[2].round_rows()(matrix, strips, name, expert)
+            matrix.copy_(strips.unpack(*parts, *matrix.shape))
+    found = log_probabilities(model, token_ids)
+    return float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
 
 
 def passage() -> list[int]:
@@ -231,6 +242,15 @@ def measured(source: Path, kind: str) -> Widths:
     read = checkpoint_weights(config, parameters(config, read_headers(source)))
     widths.measure(read, TEXT, source, lambda phase, done, total: None)
     return widths
+
+
+def test_plan_counts_what_measuring_takes() -> None:
+    """With widths of 4096, 68 streams of 1,024 tokens, three arrays each, are more than all else."""
+    config = replace(parse_config(BASE), hidden_size=4096, num_hidden_layers=4)
+    recipe = recipe_for(config, CPU, "int4", operators="native")
+    more = requirements(config, replace(recipe, quantize=MIXED)).export_memory
+    assert more == EXPORTER + 68 * 3 * 4 * 1024 * 4096
+    assert requirements(config, recipe).export_memory < more
 
 
 def test_fit_is_as_large_as_fits(tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.kinds import kind
 from phimoe_onnx.exporter.quantize.format import WIDTHS, Plain
 from phimoe_onnx.exporter.quantize.strips import Strips
-from phimoe_onnx.exporter.recipe import CALIBRATED, EMBEDDING, HEAD, Recipe, bits_per_weight
+from phimoe_onnx.exporter.recipe import CALIBRATED, EMBEDDING, HEAD, MIXED, Recipe, bits_per_weight
 from phimoe_onnx.exporter.rope import rope_rows
 from phimoe_onnx.scratch import LIMIT
 
@@ -77,6 +77,8 @@ def requirements(config: PhiMoEConfig, recipe: Recipe, calibration_tokens: int =
     )
     stored, resident = _weights(config, recipe)
     memory, disk = _calibration(config, calibration_tokens) if recipe.rounding == CALIBRATED else (0, 0)
+    if recipe.quantize == MIXED:
+        memory = max(memory, _measuring(config))
     channel = CACHE_BYTES.get(recipe.kv_cache, width)
     cached = recipe.task == "text-generation"
     return Requirements(
@@ -118,6 +120,14 @@ def _calibration(config: PhiMoEConfig, tokens: int) -> tuple[int, int]:
     expert = 5 * matrix + 5 * widest**2 + 2 * hidden**2 + 6 * CALIBRATION_ROWS * widest
     head = 2 * vocabulary + vocabulary // 2 + 5 * hidden**2 + 3 * CALIBRATION_ROWS * hidden  # and its codes, twice
     return in_memory + 4 * max(expert, head), states - in_memory + 4 * 4 * tokens * hidden
+
+
+def _measuring(config: PhiMoEConfig) -> int:
+    """Bytes that it took to choose widths."""
+    from phimoe_onnx.exporter import widths  # has PyTorch, which is here already when widths were chosen
+    from phimoe_onnx.exporter.quantize.measure import memory
+
+    return memory(config, len(widths.WIDTHS), widths.TOKENS)
 
 
 def _weights(config: PhiMoEConfig, recipe: Recipe) -> tuple[int, int]:

@@ -8,7 +8,9 @@ To try every layer, kind and width by itself would take as many passes through t
    what then leaves the layer says how the span's divergence divides among its layers.
 3. What 8 bits cost is too little to be measured through the router's noise. Divergence is quadratic in a small error,
    so it is that of the next width, times the quotient of the two errors of 2.
-4. The head comes last, and each of its widths is measured by itself.
+4. Errors in several places flip the same tokens' experts, and so cost less together than one by one. A stream with all
+   matrices but the head rounded says how much less: the costs of its width are scaled to make up its divergence.
+5. The head comes last, and each of its widths is measured by itself.
 
 All streams go through a layer together: each weight is read once, and rounded once for each width.
 """
@@ -60,25 +62,32 @@ def measure(
     streamed = [bits for bits in widths if bits < 8] or widths
     embeddings = read(EMBEDDING, None)
     exact = _Stream([State(Text(ids), embeddings, Scratch()) for ids in windows])
+    everywhere = range(config.num_hidden_layers)
+    together = [exact.rounded(tuple(KINDS), bits, everywhere) for bits in streamed]
     streams: list[_Stream] = []
     errors: dict[Place, dict[int, float]] = {}
     ends = _ends(config.num_hidden_layers, spans)
-    for number in range(config.num_hidden_layers):
+    for number in everywhere:
         if number in (0, *ends):
             last = next(end for end in ends if end > number)
-            streams += [exact.rounded(kind, bits, range(number, last)) for kind in KINDS for bits in streamed]
-        alone = [exact.rounded(kind, bits, range(number, number + 1)) for kind in KINDS for bits in widths]
-        _through_layer(config, rounder, number, [exact, *streams, *alone], step)
+            streams += [exact.rounded((kind,), bits, range(number, last)) for kind in KINDS for bits in streamed]
+        alone = [exact.rounded((kind,), bits, range(number, number + 1)) for kind in KINDS for bits in widths]
+        _through_layer(config, rounder, number, [exact, *together, *streams, *alone], step)
         for stream in alone:
-            errors.setdefault(Place(stream.kind, number), {})[stream.bits] = stream.error(exact)
-    divergences = _divergences(config, rounder, exact, streams)
+            errors.setdefault(Place(stream.kinds[0], number), {})[stream.bits] = stream.error(exact)
+    divergences = _divergences(config, rounder, exact, [*together, *streams])
+    of_all, of_spans = divergences[: len(together)], divergences[len(together) :]
     costs: dict[Place, dict[int, float]] = {}
-    for stream, divergence in zip(streams, divergences, strict=True):
-        own = [Place(stream.kind, layer) for layer in stream.layers]
+    for stream, divergence in zip(streams, of_spans, strict=True):
+        own = [Place(stream.kinds[0], layer) for layer in stream.layers]
         total = sum(errors[place][stream.bits] for place in own)
         for place in own:
             share = errors[place][stream.bits] / total if total else 1 / len(own)
             costs.setdefault(place, {})[stream.bits] = divergence * share
+    for stream, divergence in zip(together, of_all, strict=True):
+        total = sum(known[stream.bits] for known in costs.values())
+        for known in costs.values():
+            known[stream.bits] *= divergence / total if total else 0.0
     for place, known in costs.items():
         near = max(known)
         for bits in set(widths) - set(known):
@@ -96,22 +105,28 @@ def steps(config: PhiMoEConfig) -> int:
     return config.num_hidden_layers * (1 + config.num_local_experts) + 1
 
 
+def memory(config: PhiMoEConfig, widths: int, tokens: int) -> int:
+    """Bytes of the states that `measure` holds at once, by arithmetic, for so many widths and tokens."""
+    streamed, alone = (widths - 1) * (1 + len(KINDS) * min(SPANS, config.num_hidden_layers)), widths * len(KINDS)
+    return (1 + streamed + alone) * 3 * 4 * tokens * config.hidden_size
+
+
 @dataclass
 class _Stream:
-    """The texts' states in a model with `kind` rounded to `bits` in `layers`, or in the float model."""
+    """The texts' states in a model with some kinds rounded to `bits` in `layers`, or in the float model."""
 
     states: list[State]
-    kind: str = ""
+    kinds: tuple[str, ...] = ()
     bits: int = 0
     layers: range = range(0)
 
-    def rounded(self, kind: str, bits: int, layers: range) -> _Stream:
+    def rounded(self, kinds: tuple[str, ...], bits: int, layers: range) -> _Stream:
         """Another one, that is where this one is."""
-        return _Stream([state.copy() for state in self.states], kind, bits, layers)
+        return _Stream([state.copy() for state in self.states], kinds, bits, layers)
 
     def width(self, kind: str, layer: int) -> int | None:
         """The bits that a kind has in a layer; None: it is not rounded."""
-        return self.bits if kind == self.kind and layer in self.layers else None
+        return self.bits if kind in self.kinds and layer in self.layers else None
 
     def error(self, exact: _Stream) -> float:
         """Its states' squared distance from the exact ones', relative to their square."""
