@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from phimoe_onnx.bench.peer import Work
 from phimoe_onnx.bench.traffic import read_bandwidth, step_bytes
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli.bench import _table, main
+from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.runtime.model import PhiMoE
 
 Bundle = Callable[..., Path]
@@ -235,6 +237,18 @@ def test_a_run_that_is_cut_short_at_once_writes_nothing(
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich's name for a terminal
     assert main([str(bundle("plain", "cpu", "int8")), *options]) == 130
     assert "batch 1, round 1 of 1: phimoe-onnx" in capsys.readouterr().err  # who was running
+
+
+def test_bundles_of_one_name_have_rows_of_their_own(bundle: Bundle, tmp_path: Path) -> None:
+    names = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copytree(bundle("plain", "cpu", "none"), tmp_path / place / "same")
+        names.append(str(tmp_path / place / "same"))
+    found = [each.name for each in compare.candidates(names, None, False, "cpu")]
+    assert found == [f"phimoe-onnx, {name}" for name in names]
+    with pytest.raises(PhiMoEError, match=r"a bundle is given twice: .*same/; give each once, and --rounds"):
+        compare.candidates([names[0], f"{names[0]}/"], None, False, "cpu")
 
 
 def test_a_pipe_gets_the_whole_alone(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,14 +90,16 @@ def candidates(
 
     Raises:
         BundleError: there is no bundle, or it is not for text generation.
-        PhiMoEError: `folder` is none of set_up_peers.py, or the bundles differ in the size of their vocabulary.
+        PhiMoEError: `folder` is none of set_up_peers.py, a bundle is given twice, or the bundles differ in the size of
+            their vocabulary.
     """
     chosen = []
+    names = _names(bundles)
     for bundle in bundles:
         task = read_manifest(Path(bundle)).task
         if task != "text-generation":
             raise BundleError(f"{bundle}: is for {task}; phimoe-bench times text generation")
-        name = "phimoe-onnx" if len(bundles) == 1 else f"phimoe-onnx, {Path(bundle).resolve().name}"
+        name = "phimoe-onnx" if len(bundles) == 1 else f"phimoe-onnx, {names[bundle]}"
         chosen.append(Candidate(name, OURS, {"bundle": bundle}, weights=bundle))
         if device == "cuda":
             graphs = {"bundle": bundle, "cuda_graphs": True}
@@ -108,6 +110,16 @@ def candidates(
     if folder is not None:
         return chosen + [over_bundle(each, bundles) for each in read_peers(Path(folder))]
     return chosen + (list(_installed(bundles, reference)) if peers else [])
+
+
+def _names(bundles: Sequence[str]) -> dict[str, str]:
+    """The folders' names, or, where two have the same, the paths as they were given."""
+    places = {bundle: Path(bundle).resolve() for bundle in bundles}
+    if len(set(places.values())) < len(bundles):
+        raise PhiMoEError(f"a bundle is given twice: {', '.join(bundles)}; give each once, and --rounds for more turns")
+    if len({place.name for place in places.values()}) < len(bundles):
+        return {bundle: bundle for bundle in bundles}
+    return {bundle: place.name for bundle, place in places.items()}
 
 
 def read_peers(folder: Path) -> list[Candidate]:
