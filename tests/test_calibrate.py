@@ -19,6 +19,7 @@ from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter import calibrate as calibration
 from phimoe_onnx.exporter import calibration_text as texts
 from phimoe_onnx.exporter.calibrate import calibrate
 from phimoe_onnx.exporter.calibration_folder import CalibrationFolder
@@ -105,6 +106,32 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, checkpoin
     folder, _ = walk(source, tmp_path / "killed", lambda phase, *_: again.append(phase))
     assert again[0].startswith("calibrating: layer 3 of 3, attention")
     assert hashes(folder.path) == hashes(whole.path)
+
+
+def test_both_streams_are_those_of_their_models(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states behind the last layer: of the checkpoint, and of what is stored, each with its own routing."""
+    source, windows = checkpoint("experts"), [random_ids(90), random_ids(40, seed=1)]
+    for chunk in ("CHUNK", "QUERIES"):
+        monkeypatch.setattr(calibration, chunk, {"CHUNK": 48, "QUERIES": 32}[chunk])
+
+    def kill(phase: str, done: int, total: int) -> None:
+        if phase.startswith("calibrating: lm_head"):
+            raise Kill
+
+    with pytest.raises(Kill):
+        walk(source, tmp_path / "bundle", kill, windows)
+    config, folder = read_config(source), CalibrationFolder(tmp_path / "bundle")
+    states = torch.empty(2, 130, config.hidden_size)
+    folder.load_states(config.num_hidden_layers, *states)
+    _, stored = walk(source, tmp_path / "bundle", windows=windows)
+    original = checkpoint_weights(config, parameters(config, read_headers(source)))
+    for found, read in zip(states, (stored, original), strict=True):
+        norm = [read(f"model.norm.{part}", None) for part in ("weight", "bias")]
+        expected = torch.cat([ran.hidden[0] for ran in run(config, read, [Text(window) for window in windows])])
+        normed = torch.nn.functional.layer_norm(found, (config.hidden_size,), *norm, config.rms_norm_eps)
+        torch.testing.assert_close(normed, expected, rtol=0, atol=1e-4)
 
 
 def test_finished_layers_of_another_plan_or_with_a_damaged_journal_count_for_nothing(

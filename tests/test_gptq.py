@@ -127,8 +127,12 @@ def test_no_step_after_the_sweep_makes_the_error_larger() -> None:
     columns = weight.T.contiguous()
     swept = rounder._sweep(columns, gptq._by_input(s, S, 160).T)
     work = gptq._Work(columns, swept, s.T.contiguous(), S.T.contiguous())
-    errors = []
-    for step in (lambda: None, lambda: work.refit(rounder._damped), lambda: work.descend(rounder._damped, GRIDS[4])):
+    errors, image = [], rounder._damped @ columns
+    for step in (
+        lambda: None,
+        lambda: work.refit(rounder._damped, image),
+        lambda: work.descend(rounder._damped, GRIDS[4]),
+    ):
         step()
         off = work.residual()
         errors.append((off * (rounder._damped @ off)).sum(0))
@@ -208,7 +212,22 @@ def test_corrected_weights_reproduce_the_float_outputs() -> None:
     assert after.square().mean() < 1e-5 * before.square().mean()
 
 
-def test_moments_are_weighted_means() -> None:
+def test_the_correction_is_the_same_for_few_rows_and_for_many() -> None:
+    """Once for the matrix of inputs where there are more rows than these, else row by row."""
+    x = inputs(64, 300)
+    drift, weight = matrix(64, 64, seed=3) / 10, matrix(64, 64)
+    h = x.T @ x / len(x)
+    many = Rounder(h, GRIDS[8], drift).round(weight)[0].dequantize()
+    few = Rounder(h, GRIDS[8], drift).round(weight[:20])[0].dequantize()
+    plain = Rounder(h, GRIDS[8]).round(weight)[0].dequantize()
+    torch.testing.assert_close(many[:20], few, rtol=0, atol=0.01)
+    expected = corrected(weight, Moments(h, drift, 1, 1))
+    assert (many - expected).norm() < 0.1 * (plain - expected).norm()
+
+
+@pytest.mark.parametrize("stripe", [512, 3])
+def test_moments_are_weighted_means(stripe: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "STRIPE", stripe)
     x, y, weight = inputs(8, 30), inputs(8, 30, seed=7), torch.rand(30)
     sums = Sums(8)
     for span in (slice(0, 11), slice(11, 30)):

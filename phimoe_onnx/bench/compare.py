@@ -162,32 +162,34 @@ def _missing(*packages: str) -> str:
     return ""
 
 
-def compare(chosen: Sequence[Candidate], work: Work, rows: dict[str, Row]) -> Iterator[str]:
-    """A round: each candidate once, in turns; yields the name of each that is done. A candidate that failed is not
-    tried again.
+def take_turn(candidate: Candidate, work: Work, rows: dict[str, Row]) -> Row:
+    """Runs a candidate once; one that failed is not tried again.
 
     Args:
-        chosen: whom to run.
+        candidate: whom to run.
         work: what to do.
-        rows: by the candidate's name, to which each result is added.
+        rows: by the candidate's name, to which the result is added once it is there.
+
+    Returns:
+        The candidate's row.
     """
-    for candidate in chosen:
-        row = rows.setdefault(candidate.name, Row(candidate.name, work.batch, candidate.problem))
-        if not row.problem:
-            found = _measure(candidate, work)
-            if isinstance(found, str):
-                row.problem = found
-            else:
-                row.rounds.append(found)
-        yield candidate.name
+    row = rows.get(candidate.name) or Row(candidate.name, work.batch, candidate.problem)
+    if not row.problem:
+        found = _measure(candidate, work)
+        if isinstance(found, str):
+            row.problem = found
+        else:
+            row.rounds.append(found)
+    rows[candidate.name] = row
+    return row
 
 
 def judge(chosen: Sequence[Candidate], work: Work, rows: dict[str, Row], bandwidth: float | None) -> None:
-    """Fills in each row's `share` and `same`, after the last round."""
+    """Fills in `share` and `same` of the rows that are there, from the rounds so far."""
     expected: dict[str, list[list[int]]] = {}
     for candidate in chosen:
-        row = rows[candidate.name]
-        if (speed := row.speed) is None:
+        row = rows.get(candidate.name)
+        if row is None or (speed := row.speed) is None:
             continue
         if candidate.weights in expected:
             row.same = min(_same(expected[candidate.weights], each.token_ids) for each in row.rounds)

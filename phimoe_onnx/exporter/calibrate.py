@@ -30,8 +30,10 @@ from phimoe_onnx.progress import Progress
 from phimoe_onnx.scratch import Scratch
 
 SAMPLE = 4096  # tokens of the whole text that an expert's second projection is shown beside its own
+QUERIES = 256  # tokens that attend at once: with more of them, more is computed that none may look at
 PHASE = "calibrating"
 Added = tuple[Tensor, Tensor, Tensor | None]  # as `Sums.add` takes it
+Chosen = tuple[Tensor, Tensor]  # tokens [C] that chose an expert, ascending, and its weight for each
 
 
 @torch.inference_mode()
@@ -122,7 +124,8 @@ class _Norm:
 
 class _Walk:
     """Where the calibration is: x [T, H] of the stored model and y of the checkpoint, all windows one after the other;
-    what goes into the next matrices is `x_in` and `y_in`.
+    what goes into the next matrices is `x_in` and `y_in`, or `x_heads` and `y_heads`. The room of the latter two is
+    also that of the `inner` numbers of an expert, [T, I] of the stored model.
     """
 
     def __init__(
@@ -138,10 +141,11 @@ class _Walk:
         self.folder, self.told = folder, told
         self.tokens = sum(map(len, windows))
         scratch = Scratch()
-        hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-        shapes = [hidden] * 4 + [heads] * 2
-        arrays = [torch.from_numpy(scratch.empty(self.tokens, width)) for width in shapes]
-        self.x, self.y, self.x_in, self.y_in, self.x_heads, self.y_heads = arrays
+        heads, inner = config.num_attention_heads * config.head_dim, config.intermediate_size
+        shapes = [(self.tokens, config.hidden_size)] * 4 + [(self.tokens * max(2 * heads, inner),)]
+        self.x, self.y, self.x_in, self.y_in, room = (torch.from_numpy(scratch.empty(*shape)) for shape in shapes)
+        self.x_heads, self.y_heads = room[: 2 * self.tokens * heads].view(2, self.tokens, heads)
+        self.inner = room[: self.tokens * inner].view(self.tokens, inner)
         self.rope = modeling.Rope(config)
 
     def embed(self) -> None:
@@ -195,16 +199,17 @@ class _Walk:
         config, start = self.config, 0
         for window in self.windows:
             past: modeling.KeyValue = (torch.empty(1, config.num_key_value_heads, 0, config.head_dim),) * 2
-            for first in range(0, len(window), CHUNK):
-                last = min(first + CHUNK, len(window))
-                span = slice(start + first, start + last)
-                x = normed[span][None]
-                query, key, value = (F.linear(x, *both) for both in zip(weights, biases[:3], strict=True))
-                mask, length = torch.ones(1, last, dtype=torch.int64), torch.tensor([len(window)])
-                cos, sin, visible = modeling.places(config, self.rope, last - first, mask, length)
-                output, *cache = modeling.attention(query, key, value, cos, sin, *past, visible)
-                past = (cache[0], cache[1])
-                heads[span] = output[0]
+            for chunk in _chunks(len(window)):
+                x = normed[start + chunk.start : start + chunk.stop][None]
+                projected = [F.linear(x, *both) for both in zip(weights, biases[:3], strict=True)]
+                for first in range(chunk.start, chunk.stop, QUERIES):
+                    last = min(first + QUERIES, chunk.stop)
+                    query, key, value = (part[:, first - chunk.start : last - chunk.start] for part in projected)
+                    mask, length = torch.ones(1, last, dtype=torch.int64), torch.tensor([len(window)])
+                    cos, sin, visible = modeling.places(config, self.rope, last - first, mask, length)
+                    output, *cache = modeling.attention(query, key, value, cos, sin, *past, visible)
+                    past = (cache[0], cache[1])
+                    heads[start + first : start + last] = output[0]
             start += len(window)
 
     def _experts(self, number: int, prefix: str) -> None:
@@ -226,7 +231,8 @@ class _Walk:
         self, number: int, expert: int, prefix: str, pooled: Moments, routes: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
         """Rounds an expert and adds to both streams what it gives the tokens that chose it there."""
-        (tokens, weights), (theirs, their_weights) = (_chosen(*route, expert) for route in routes)
+        own, theirs = (_chosen(*route, expert) for route in routes)
+        tokens, weights = own
         gate_up, down = (self.read(f"{prefix}{stack}_proj", expert) for stack in ("gate_up", "down"))
         share = len(tokens) / self.tokens
         with self.folder.unit(f"{number}.{expert}") as unit:
@@ -236,25 +242,40 @@ class _Walk:
             )
             moments, rho = _moments(self.config.hidden_size, inputs, share).shrunk(pooled)
             (new_gate_up,) = self._round([(f"{prefix}gate_up_proj", gate_up)], expert, moments, unit)
-
-            def inner(chosen: Tensor, weights: Tensor | None = None) -> Iterator[Added]:
-                for span in _chunks(len(chosen)):
-                    both = _inner(self.x_in[chosen[span]], new_gate_up), _inner(self.y_in[chosen[span]], gate_up)
-                    yield *both, None if weights is None else weights[span].square()
-
-            sample = torch.arange(0, self.tokens, max(1, self.tokens // SAMPLE))
-            own = _moments(self.config.intermediate_size, inner(tokens, weights), share)
-            moments, _ = own.shrunk(_moments(self.config.intermediate_size, inner(sample)))
-            del own
+            del moments  # before those of the second
+            moments = self._inner_moments(own, theirs, new_gate_up, gate_up, down)
             (new_down,) = self._round([(f"{prefix}down_proj", down)], expert, moments, unit)
             unit.facts = Facts(number, expert, len(tokens), rho)
         for span in _chunks(len(tokens)):
-            given = F.linear(_inner(self.x_in[tokens[span]], new_gate_up), new_down) * weights[span, None]
-            self.x.index_add_(0, tokens[span], given)
-        for span in _chunks(len(theirs)):
-            given = F.linear(_inner(self.y_in[theirs[span]], gate_up), down) * their_weights[span, None]
-            self.y.index_add_(0, theirs[span], given)
+            self.x.index_add_(0, tokens[span], F.linear(self.inner[span], new_down) * weights[span, None])
         self.told.say(number, f"expert {expert + 1} of {self.config.num_local_experts}", gate_up.numel() + down.numel())
+
+    def _inner_moments(
+        self, own: Chosen, theirs: Chosen, new_gate_up: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Moments:
+        """Those of an expert's second projection. Its inputs are computed once, and all that they are good for is done
+        here: those of the stored model's own tokens are left in `inner`, the checkpoint's stream gets its output.
+        """
+        of_own, of_all, filled = Sums(len(down.T)), Sums(len(down.T)), 0
+        (is_own, weights), (is_theirs, their_weights) = (_spread(*chosen, self.tokens) for chosen in (own, theirs))
+        is_sample = torch.zeros(self.tokens, dtype=torch.bool)
+        is_sample[:: max(1, self.tokens // SAMPLE)] = True
+        wanted = (is_own | is_theirs | is_sample).nonzero()[:, 0]
+        for span in _chunks(len(wanted)):
+            tokens = wanted[span]
+            y, chosen = _inner(self.y_in[tokens], gate_up), is_theirs[tokens]
+            given = F.linear(y[chosen], down) * their_weights[tokens[chosen], None]
+            self.y.index_add_(0, tokens[chosen], given)
+            seen = is_own[tokens] | is_sample[tokens]
+            tokens, y = tokens[seen], y[seen]
+            x, chosen = _inner(self.x_in[tokens], new_gate_up), is_own[tokens]
+            kept = x[chosen]
+            self.inner[filled : filled + len(kept)] = kept
+            filled += len(kept)
+            of_own.add(kept, y[chosen], weights[tokens[chosen]].square())
+            sample = is_sample[tokens]
+            of_all.add(x[sample], y[sample])
+        return of_own.moments(len(own[0]) / self.tokens).shrunk(of_all.moments())[0]
 
     def _round(
         self, matrices: Sequence[tuple[str, Tensor]], expert: int | None, moments: Moments, unit: Unit
@@ -300,10 +321,16 @@ def _moments(k: int, added: Iterable[Added], share: float = 0.0) -> Moments:
     return sums.moments(share)
 
 
-def _chosen(weights: Tensor, chosen: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """The tokens that chose an expert, and its weight for each."""
+def _chosen(weights: Tensor, chosen: Tensor, expert: int) -> Chosen:
     tokens, slots = (chosen == expert).nonzero(as_tuple=True)
     return tokens, weights[tokens, slots]
+
+
+def _spread(tokens: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """For each of `count` tokens whether it is one of these, bool, and its weight, 0 for the others."""
+    is_one, weight = torch.zeros(count, dtype=torch.bool), torch.zeros(count)
+    is_one[tokens], weight[tokens] = True, weights
+    return is_one, weight
 
 
 def _inner(x: Tensor, gate_up: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _calibration(config: PhiMoEConfig, tokens: int) -> tuple[int, int]:
     tokens.
     """
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    states = 4 * tokens * (4 * hidden + 2 * heads)
+    states = 4 * tokens * (4 * hidden + max(2 * heads, inner))
     in_memory = min(states, LIMIT)
     widest, matrix, vocabulary = max(hidden, inner, heads), inner * hidden, config.vocab_size * hidden
     # an expert and its first matrix rounded, moments with factors and pooled moments, a slab of rows in its forms

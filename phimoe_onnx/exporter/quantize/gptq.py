@@ -25,6 +25,9 @@ SWEEPS = 1  # of coordinate descent
 LARGEST_SCALES = (15.0, 16.3, 14.0, 13.0)  # tried for the largest s of a superblock
 ROWS = 4096  # of a slab
 COLUMNS = 64  # that are rounded before what comes behind them is brought up to date
+STRIPE = 512  # rows of a symmetric matrix of sums, of which only what is right of the diagonal is added up
+SAMPLE = 64  # rows of a slab of which the error is told
+CACHED = 1 << 18  # weights whose scales are found at once: what lies between stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,18 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Adds tokens: inputs of the quantised and of the float model, float32 [T, K], and a weight [T] for each."""
-        weight = torch.ones(len(x)) if weight is None else weight
-        weighted = x * weight[:, None]
-        self._inputs.addmm_(weighted.T, x)
+        weighted = x if weight is None else x * weight[:, None]
+        for stripe in self._stripes():
+            self._inputs[stripe, stripe.start :].addmm_(weighted[:, stripe].T, x[:, stripe.start :])
         self._drift.addmm_((y - x).T, weighted)
-        double = weight.double()
+        double = torch.ones(len(x), dtype=torch.float64) if weight is None else weight.double()
         self._weight += float(double.sum())
         self._square += float(double.square().sum())
-        self._fourth += float((double * x.double().square().sum(1)).square().sum())
+        self._fourth += float((double * torch.linalg.vecdot(x, x)).square().sum())
+
+    def _stripes(self) -> list[slice]:
+        k = len(self._inputs)
+        return [slice(start, min(start + STRIPE, k)) for start in range(0, k, STRIPE)]
 
     @property
     def weight(self) -> float:
@@ -151,6 +158,8 @@ class Sums:
 
     def moments(self, share: float = 0.0) -> Moments:
         """What was added, as means, which take the sums' place: this ends them. `share` is that of `Moments`."""
+        for stripe in self._stripes():
+            self._inputs[stripe.stop :, stripe] = self._inputs[stripe, stripe.stop :].T
         weight = self._weight or 1.0
         tokens = self._weight**2 / self._square if self._square else 0.0
         return Moments(self._inputs.div_(weight), self._drift.div_(weight), tokens, self._fourth / weight**2, share)
@@ -162,11 +171,12 @@ def corrected(weight: Tensor, moments: Moments, damping: float = TARGET_DAMPING)
     W' = W + W D (H + damping)^-1 with D the drift's matrix: the least squares of W' x - W y over the tokens, held
     towards W by the damping.
     """
-    return _corrected(weight, moments.drift, _factor(moments.inputs, damping))
+    return weight + _divided(weight @ moments.drift, _factor(moments.inputs, damping))
 
 
-def _corrected(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
-    return weight + torch.cholesky_solve((weight @ drift).T, factor).T
+def _divided(rows: Tensor, factor: Tensor) -> Tensor:
+    """Rows times the inverse of the matrix with this Cholesky factor."""
+    return torch.cholesky_solve(rows.T, factor).T
 
 
 def _factor(inputs: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
@@ -184,7 +194,10 @@ def _factor(inputs: Tensor, damping: float, order: Tensor | None = None) -> Tens
     # transposed, which is how LAPACK wants it, so that the factor takes the matrix's place
     factor, failed = torch.empty(inputs.shape).T, torch.empty((), dtype=torch.int32)
     while True:
-        factor.copy_(inputs if order is None else inputs[order[:, None], order])
+        if order is None:
+            factor.copy_(inputs)
+        else:
+            torch.index_select(inputs[order], 1, order, out=factor.T)
         factor.diagonal().add_(damping * factor.diagonal().mean().clamp_min(1e-30))
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
@@ -205,6 +218,7 @@ class Rounder:
     def __init__(self, inputs: Tensor, grid: Grid, drift: Tensor | None = None, damping: float = DAMPING) -> None:
         self.grid, self._drift = grid, drift
         self._target = None if drift is None else _factor(inputs, TARGET_DAMPING)
+        self._mend: Tensor | None = None  # D (H + damping)^-1
         mean = float(inputs.diagonal().mean())
         inputs = inputs / mean if mean > 0 else torch.eye(len(inputs))
         # Inputs that say most come first: their errors are made good by all the others (act-order). The scales are
@@ -217,15 +231,20 @@ class Rounder:
 
     def round(self, weight: Tensor) -> tuple[Rounded, float, float]:
         """The matrix, float32 [N, K], on the grid, and the squared error of its outputs and the outputs' square, both
-        in units of H's mean diagonal.
+        in units of H's mean diagonal and of a sample of `SAMPLE` rows in each slab, spread over it.
         """
+        if self._target is not None and self._drift is not None and len(weight) >= weight.shape[1]:
+            # once for all rows is less work than for each
+            self._mend, self._drift, self._target = _divided(self._drift, self._target), None, None
         slabs = [self._slab(weight[start : start + ROWS]) for start in range(0, len(weight), ROWS)]
         parts = (torch.cat([getattr(slab, part) for slab, _, _ in slabs]) for part in ("levels", "s", "S"))
         return Rounded(*parts), sum(error for _, error, _ in slabs), sum(square for _, _, square in slabs)
 
     def _slab(self, weight: Tensor) -> tuple[Rounded, float, float]:
-        if self._drift is not None and self._target is not None:
-            weight = _corrected(weight, self._drift, self._target)
+        if self._mend is not None:
+            weight = torch.addmm(weight, weight, self._mend)
+        elif self._drift is not None and self._target is not None:
+            weight = weight + _divided(weight @ self._drift, self._target)
         power = torch.frexp(weight.abs().amax(dim=1)).exponent  # squares of tiny or huge weights are no float32
         weight = torch.ldexp(weight, -power[:, None])
         s, S = fit_scales(weight, self._damped.diagonal(), self.grid)
@@ -233,13 +252,16 @@ class Rounder:
         del weight
         s, S = s.T.contiguous(), S.T.contiguous()
         work = _Work(columns, self._sweep(columns, _by_input(s, S, len(columns), dim=0)), s, S)
-        work.refit(self._damped)
+        image = self._damped @ columns
+        work.refit(self._damped, image)
         for _ in range(SWEEPS):
             work.descend(self._damped, self.grid)
-            work.refit(self._damped)
+            work.refit(self._damped, image)
+        del image
+        sample = slice(0, None, max(1, len(power) // SAMPLE))
         error, square = (
-            float((self._damped @ off).mul_(off).sum(0).double() @ torch.exp2(2 * power.double()))
-            for off in (work.residual(), columns)
+            float((self._damped @ off).mul_(off).sum(0).double() @ torch.exp2(2 * power[sample].double()))
+            for off in (work.residual()[:, sample], columns[:, sample])
         )
         S = torch.ldexp(work.S.T, power[:, None]).bfloat16()
         rounded = Rounded(work.levels.T.to(torch.int8).contiguous(), work.s.T.to(torch.uint8).contiguous(), S)
@@ -281,18 +303,18 @@ class _Work:
         rounded = _by_input(self.s, self.S, len(self.weights), dim=0).mul_(self.levels)
         return torch.sub(self.weights, rounded, out=rounded)
 
-    def refit(self, inputs: Tensor) -> None:
-        """All S of a row at once, by least squares under H, rounded to bfloat16."""
+    def refit(self, inputs: Tensor, image: Tensor) -> None:
+        """All S of a row at once, by least squares under H, rounded to bfloat16; `image` is H W."""
         k, size = len(self.weights), superblock_size(len(self.weights))
         spans = [slice(start, min(start + size, k)) for start in range(0, k, size)]
         scaled = self.s.repeat_interleave(BLOCK, dim=0)[:k].mul_(self.levels)
-        gradient = inputs @ self.residual()
-        slope = torch.stack([(scaled[span] * gradient[span]).sum(0) for span in spans], dim=-1)
+        aim = torch.stack([(scaled[span] * image[span]).sum(0) for span in spans], dim=-1)
         curvature = torch.empty(scaled.shape[1], len(spans), len(spans))
         for column, span in enumerate(spans):
-            product = inputs[:, span] @ scaled[span]
-            for row, other in enumerate(spans):
-                curvature[:, row, column] = (scaled[other] * product[other]).sum(0)
+            product = inputs[: span.stop, span] @ scaled[span]
+            for row, other in enumerate(spans[: column + 1]):
+                curvature[:, row, column] = curvature[:, column, row] = (scaled[other] * product[other]).sum(0)
+        slope = aim - (curvature @ self.S.T[..., None])[..., 0]
         mean = curvature.diagonal(dim1=1, dim2=2).mean(-1)
         steadied = curvature + torch.eye(len(spans)) * (1e-6 * mean + 1e-20)[:, None, None]
         wanted = self.S.T + torch.linalg.solve(steadied, slope)
@@ -335,6 +357,12 @@ def fit_scales(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, 
     Where levels reach further to one side, S has the sign with which the superblock's error is less. Without s, S clips
     nothing.
     """
+    rows = max(1, CACHED // weight.shape[1])
+    s, S = zip(*(_fit_rows(part, importance, grid) for part in weight.split(rows)), strict=True)
+    return torch.cat(s), torch.cat(S)
+
+
+def _fit_rows(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     size, rest = superblock_size(k), -k % TILE
     weights = pad(weight, (0, rest)).view(n, -1, size // BLOCK, BLOCK)

@@ -175,8 +175,8 @@ def unpack_gate_up(packed: Tensor, form: Strips, hidden_size: int, intermediate_
     """The first that `unpack_expert` gives, alone."""
     pairs = packed[: 2 * form.nbytes(intermediate_size, hidden_size)[0]]
     turns = pairs.view(-1, 2, form.strip_bytes(hidden_size)).transpose(0, 1).flatten(0, 1)
-    rows = form.unpack(turns, len(turns) * STRIP, hidden_size)
-    return rows.unflatten(0, (2, -1))[:, :intermediate_size].flatten(0, 1)
+    both: Tensor = form.unpack(turns, len(turns) * STRIP, hidden_size).unflatten(0, (2, -1))
+    return both[:, :intermediate_size].flatten(0, 1)
 
 
 def unpack_down(packed: Tensor, gate_up: Strips, down: Strips, hidden_size: int, intermediate_size: int) -> Tensor:
