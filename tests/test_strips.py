@@ -120,20 +120,21 @@ def test_zeros_stay_zeros() -> None:
         assert not Strips(bits).unpack(packed, 16, 96).any()
 
 
-def test_an_expert_is_one_piece_and_comes_apart_again() -> None:
+@pytest.mark.parametrize("inner", [96, 40])  # 40 rows do not fill their strips
+def test_an_expert_is_one_piece_and_comes_apart_again(inner: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    gate, up, down = (torch.randn(*shape, generator=generator) for shape in ((96, 192), (96, 192), (192, 96)))
+    gate, up, down = (torch.randn(*shape, generator=generator) for shape in ((inner, 192), (inner, 192), (192, inner)))
     forms = Strips(4), Strips(8)
     packed = [
         round_two_level(rows, form, "", None)[0] for rows, form in ((gate, forms[0]), (up, forms[0]), (down, forms[1]))
     ]
     expert = pack_expert(*packed)
-    assert expert.numel() == expert_bytes(*forms, 192, 96)
+    assert expert.numel() == expert_bytes(*forms, 192, inner)
     assert torch.equal(expert[: forms[0].strip_bytes(192)], packed[0][0])
     assert torch.equal(expert[forms[0].strip_bytes(192) :][: forms[0].strip_bytes(192)], packed[1][0])
-    gate_up, back = unpack_expert(expert, *forms, 192, 96)
-    assert torch.equal(gate_up, torch.cat([forms[0].unpack(part, 96, 192) for part in packed[:2]]))
-    assert torch.equal(back, forms[1].unpack(packed[2], 192, 96))
+    gate_up, back = unpack_expert(expert, *forms, 192, inner)
+    assert torch.equal(gate_up, torch.cat([forms[0].unpack(part, inner, 192) for part in packed[:2]]))
+    assert torch.equal(back, forms[1].unpack(packed[2], 192, inner))
 
 
 def test_superblocks_divide_the_real_widths() -> None:

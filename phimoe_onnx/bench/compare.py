@@ -90,14 +90,16 @@ def candidates(
 
     Raises:
         BundleError: there is no bundle, or it is not for text generation.
-        PhiMoEError: `folder` is none of set_up_peers.py, or the bundles differ in the size of their vocabulary.
+        PhiMoEError: `folder` is none of set_up_peers.py, a bundle is given twice, or the bundles differ in the size of
+            their vocabulary.
     """
     chosen = []
+    names = _names(bundles)
     for bundle in bundles:
         task = read_manifest(Path(bundle)).task
         if task != "text-generation":
             raise BundleError(f"{bundle}: is for {task}; phimoe-bench times text generation")
-        name = "phimoe-onnx" if len(bundles) == 1 else f"phimoe-onnx, {Path(bundle).resolve().name}"
+        name = "phimoe-onnx" if len(bundles) == 1 else f"phimoe-onnx, {names[bundle]}"
         chosen.append(Candidate(name, OURS, {"bundle": bundle}, weights=bundle))
         if device == "cuda":
             graphs = {"bundle": bundle, "cuda_graphs": True}
@@ -108,6 +110,16 @@ def candidates(
     if folder is not None:
         return chosen + [over_bundle(each, bundles) for each in read_peers(Path(folder))]
     return chosen + (list(_installed(bundles, reference)) if peers else [])
+
+
+def _names(bundles: Sequence[str]) -> dict[str, str]:
+    """The folders' names, or, where two have the same, the paths as they were given."""
+    places = {bundle: Path(bundle).resolve() for bundle in bundles}
+    if len(set(places.values())) < len(bundles):
+        raise PhiMoEError(f"a bundle is given twice: {', '.join(bundles)}; give each once, and --rounds for more turns")
+    if len({place.name for place in places.values()}) < len(bundles):
+        return {bundle: bundle for bundle in bundles}
+    return {bundle: place.name for bundle, place in places.items()}
 
 
 def read_peers(folder: Path) -> list[Candidate]:
@@ -162,32 +174,34 @@ def _missing(*packages: str) -> str:
     return ""
 
 
-def compare(chosen: Sequence[Candidate], work: Work, rows: dict[str, Row]) -> Iterator[str]:
-    """A round: each candidate once, in turns; yields the name of each that is done. A candidate that failed is not
-    tried again.
+def take_turn(candidate: Candidate, work: Work, rows: dict[str, Row]) -> Row:
+    """Runs a candidate once; one that failed is not tried again.
 
     Args:
-        chosen: whom to run.
+        candidate: whom to run.
         work: what to do.
-        rows: by the candidate's name, to which each result is added.
+        rows: by the candidate's name, to which the result is added once it is there.
+
+    Returns:
+        The candidate's row.
     """
-    for candidate in chosen:
-        row = rows.setdefault(candidate.name, Row(candidate.name, work.batch, candidate.problem))
-        if not row.problem:
-            found = _measure(candidate, work)
-            if isinstance(found, str):
-                row.problem = found
-            else:
-                row.rounds.append(found)
-        yield candidate.name
+    row = rows.get(candidate.name) or Row(candidate.name, work.batch, candidate.problem)
+    if not row.problem:
+        found = _measure(candidate, work)
+        if isinstance(found, str):
+            row.problem = found
+        else:
+            row.rounds.append(found)
+    rows[candidate.name] = row
+    return row
 
 
 def judge(chosen: Sequence[Candidate], work: Work, rows: dict[str, Row], bandwidth: float | None) -> None:
-    """Fills in each row's `share` and `same`, after the last round."""
+    """Fills in `share` and `same` of the rows that are there, from the rounds so far."""
     expected: dict[str, list[list[int]]] = {}
     for candidate in chosen:
-        row = rows[candidate.name]
-        if (speed := row.speed) is None:
+        row = rows.get(candidate.name)
+        if row is None or (speed := row.speed) is None:
             continue
         if candidate.weights in expected:
             row.same = min(_same(expected[candidate.weights], each.token_ids) for each in row.rounds)

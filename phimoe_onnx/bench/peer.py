@@ -240,7 +240,7 @@ def vllm(work: Work, checkpoint: str) -> Speed:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the memory is this process's
     if work.threads:
-        os.environ.setdefault("OMP_NUM_THREADS", str(work.threads))
+        os.environ["OMP_NUM_THREADS"] = str(work.threads)
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
@@ -252,6 +252,7 @@ def vllm(work: Work, checkpoint: str) -> Speed:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         max_num_seqs=max(2, work.batch),
+        max_num_batched_tokens=max(64, work.batch * work.prompt),  # so many are run to warm up when it is loaded
     )
     load = time.perf_counter() - start
     prompts = [{"prompt_token_ids": row} for row in work.rows()]

@@ -12,15 +12,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from phimoe_onnx.cli._common import DEVICES, Parser, positive, run
 from phimoe_onnx.cli._output import check_file, write_file
 from phimoe_onnx.cli._start import imports
 from phimoe_onnx.errors import PhiMoEError
+
+if TYPE_CHECKING:
+    from phimoe_onnx.bench.compare import Candidate, Row
+    from phimoe_onnx.bench.peer import Work
 
 MARK = '{\n  "written_by": "phimoe-bench"'  # how its file begins
 HERE = ""  # --peers without a folder
@@ -80,14 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the device reads a second (default: measured, on the CPU before and after each round over the first "
         "bundle's mapped weights; on CUDA this takes PyTorch)",
     )
-    add("--json", metavar="FILE", help="write everything as JSON, each round too (default: none)")
+    add(
+        "--json",
+        metavar="FILE",
+        help="write everything as JSON, each round too, anew after every round (default: none)",
+    )
     add("--overwrite", action="store_true", help="write this file over another; over an earlier one it always is")
     return run(_bench, parser, argv)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     with imports():
-        from phimoe_onnx.bench.compare import Row, bandwidth, candidates, compare, judge
+        from phimoe_onnx.bench.compare import candidates
         from phimoe_onnx.bench.peer import Work
         from phimoe_onnx.bundle import read_manifest
 
@@ -99,54 +107,120 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         check_file(arguments.json, MARK, arguments.overwrite)
     chosen = candidates(arguments.bundle, arguments.reference, arguments.peers is not None, arguments.device, folder)
-    first = Path(arguments.bundle[0])
-    vocabulary = read_manifest(first).decoding.vocab_size
-    rounds = arguments.rounds or (3 if folder else 1)
-    given = arguments.bandwidth * 1e9 if arguments.bandwidth else None
-    rows: list[Row] = []
-    readings: list[float | None] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("running", total=len(arguments.batch) * rounds * len(chosen))
-        for batch in arguments.batch:
-            work = Work(batch, arguments.prompt, arguments.new_tokens, arguments.device, arguments.threads, vocabulary)
-            found: dict[str, Row] = {}
-            readings.append(given or bandwidth(arguments.device, arguments.threads, first))
-            for _ in range(rounds):
-                for _ in compare(chosen, work, found):
-                    bar.advance(task)
-                readings.append(given or bandwidth(arguments.device, arguments.threads, first))
-            known = [reading for reading in readings if reading]
-            judge(chosen, work, found, median(known) if known else None)
-            rows += found.values()
-    title = _title(arguments, rounds, known)
-    versions = sorted({row.speed.versions for row in rows if row.speed})
-    console = Console(width=140)
-    console.print(f"{title}\n{'; '.join(versions)}", soft_wrap=True, markup=False)
-    console.print(_table(rows), soft_wrap=True, markup=False)
-    if arguments.json:
-        result: dict[str, Any] = {"written_by": "phimoe-bench", "title": title, "versions": versions}
-        result |= {"bandwidth": median(known) if known else None, "readings": readings}
-        result["rows"] = [row.as_dict() for row in rows]
-        write_file(arguments.json, json.dumps(result, indent=2) + "\n", MARK, arguments.overwrite)
+    vocabulary = read_manifest(Path(arguments.bundle[0])).decoding.vocab_size
+    common = (arguments.prompt, arguments.new_tokens, arguments.device, arguments.threads, vocabulary)
+    works = [Work(batch, *common) for batch in arguments.batch]
+    results = _Results(arguments, chosen, works, arguments.rounds or (3 if folder else 1))
+    try:
+        results.measure()
+    finally:  # also where a run is cut short
+        results.show()
+        if not results.whole:
+            results.save()
     ours = {candidate.name for candidate in chosen if candidate.function == "ours"}
-    if problems := [row.problem for row in rows if row.candidate in ours and row.problem]:
+    if problems := [row.problem for row in results.rows() if row.candidate in ours and row.problem]:
         raise PhiMoEError(problems[0])  # a peer may fail, the bundle itself may not
 
 
-def _title(arguments: argparse.Namespace, rounds: int, readings: Sequence[float]) -> str:
-    """The conditions, in a line."""
-    from phimoe_onnx.bench.compare import processor
+class _Results:
+    """What is known so far of all candidates: `whole` when the last round is over."""
 
-    reads = "bandwidth unknown, give --bandwidth"
-    if readings:
-        least, most = (f"{function(readings) / 1e9:.1f}" for function in (min, max))
-        reads = f"reads {least} GB/s" if least == most else f"reads {least} to {most} GB/s"
-    threads = f"{arguments.threads} threads" if arguments.threads else "default threads"
-    title = f"{datetime.date.today().isoformat()}, {processor() or platform.machine()}, {arguments.device}, {threads}, "
-    return f"{title}{reads}; prompts of {arguments.prompt}, {arguments.new_tokens} new, rounds: {rounds}"
+    def __init__(
+        self, arguments: argparse.Namespace, chosen: Sequence[Candidate], works: Sequence[Work], rounds: int
+    ) -> None:
+        self.arguments, self.chosen, self.rounds = arguments, chosen, rounds
+        self.found: list[tuple[Work, dict[str, Row]]] = [(work, {}) for work in works]
+        self.readings: list[float | None] = []
+        self.whole = False
+
+    def measure(self) -> None:
+        """Runs everything, says on standard error how it goes, and saves after each round."""
+        from phimoe_onnx.bench.compare import take_turn
+
+        console = Console(file=sys.stderr, highlight=False)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=len(self.found) * self.rounds * len(self.chosen))
+            for work, rows in self.found:
+                self._read_memory(bar, task)
+                for number in range(1, self.rounds + 1):
+                    for candidate in self.chosen:
+                        now = f"batch {work.batch}, round {number} of {self.rounds}: {candidate.name}"
+                        bar.update(task, description=now)
+                        row = take_turn(candidate, work, rows)
+                        console.print(f"{now}: {_outcome(row)}", markup=False, soft_wrap=True)
+                        bar.advance(task)
+                    self._read_memory(bar, task)
+                    self.whole = number == self.rounds and work is self.found[-1][0]
+                    self.save()
+
+    def _read_memory(self, bar: Progress, task: TaskID) -> None:
+        from phimoe_onnx.bench.compare import bandwidth
+
+        arguments = self.arguments
+        bar.update(task, description="the memory's speed")
+        given = arguments.bandwidth * 1e9 if arguments.bandwidth else None
+        self.readings.append(given or bandwidth(arguments.device, arguments.threads, Path(arguments.bundle[0])))
+
+    def bandwidth(self) -> float | None:
+        """The median of what was read, bytes a second."""
+        known = [reading for reading in self.readings if reading]
+        return median(known) if known else None
+
+    def rows(self) -> list[Row]:
+        """All that there are, judged."""
+        from phimoe_onnx.bench.compare import judge
+
+        for work, rows in self.found:
+            judge(self.chosen, work, rows, self.bandwidth())
+        return [row for _, rows in self.found for row in rows.values()]
+
+    def show(self) -> None:
+        """Prints the table, if anything was measured."""
+        if rows := self.rows():
+            console = Console(width=140)
+            console.print(f"{self._title()}\n{'; '.join(_versions(rows))}", soft_wrap=True, markup=False)
+            console.print(_table(rows), soft_wrap=True, markup=False)
+
+    def save(self) -> None:
+        """Writes the file of --json anew; a pipe or a device gets the whole alone."""
+        file, rows = self.arguments.json, self.rows()
+        if not (file and rows) or (Path(file).exists() and not Path(file).is_file() and not self.whole):
+            return
+        result: dict[str, Any] = {"written_by": "phimoe-bench", "title": self._title(), "versions": _versions(rows)}
+        result |= {"cut_short": not self.whole, "bandwidth": self.bandwidth(), "readings": self.readings}
+        result["rows"] = [row.as_dict() for row in rows]
+        write_file(file, json.dumps(result, indent=2) + "\n", MARK, self.arguments.overwrite)
+
+    def _title(self) -> str:
+        """The conditions, in a line."""
+        from phimoe_onnx.bench.compare import processor
+
+        arguments = self.arguments
+        reads = "bandwidth unknown, give --bandwidth"
+        if known := [reading for reading in self.readings if reading]:
+            least, most = (f"{function(known) / 1e9:.1f}" for function in (min, max))
+            reads = f"reads {least} GB/s" if least == most else f"reads {least} to {most} GB/s"
+        threads = f"{arguments.threads} threads" if arguments.threads else "default threads"
+        where = f"{processor() or platform.machine()}, {arguments.device}, {threads}, {reads}"
+        rounds = f"rounds: {self.rounds}{'' if self.whole else ', cut short'}"
+        work = f"prompts of {arguments.prompt}, {arguments.new_tokens} new, {rounds}"
+        return f"{datetime.date.today().isoformat()}, {where}; {work}"
 
 
-def _table(rows: Sequence[Any]) -> str:
+def _outcome(row: Row) -> str:
+    """What a candidate's last round gave, or why there was none."""
+    if row.problem:
+        return row.problem
+    last = row.rounds[-1]
+    return f"prefill {last.prefill:.0f}, decode {last.decode:.1f} tokens/s"
+
+
+def _versions(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.speed.versions for row in rows if row.speed})
+
+
+def _table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     columns = (
         "candidate",
@@ -175,7 +249,7 @@ def _table(rows: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
-def _spread(row: Any, name: str, form: str) -> str:
+def _spread(row: Row, name: str, form: str) -> str:
     """A median and, where there are several rounds, the least and the greatest."""
     middle = format(getattr(row.speed, name), form)
     least, greatest = (format(value, form) for value in row.spread(name))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phimoe_onnx.bundle import StoredWeights
 from phimoe_onnx.config import PhiMoEConfig
-from phimoe_onnx.exporter.quantize.strips import Strips, unpack_expert
+from phimoe_onnx.exporter.quantize.strips import Strips, unpack_down, unpack_gate_up
 
 
 def stripped_name(parameter: str) -> str:
@@ -31,7 +31,10 @@ def from_strips(parameter: str, packed: Tensor, forms: Mapping[str, StoredWeight
     stem, _, last = parameter.removesuffix(".weight").rpartition(".")
     if stem.endswith("experts"):
         gate_up, down = (_strips(forms[f"{stem}.{stack}"]) for stack in ("gate_up_proj", "down_proj"))
-        return unpack_expert(packed, gate_up, down, config.hidden_size, config.intermediate_size)[last == "down_proj"]
+        sizes = config.hidden_size, config.intermediate_size
+        if last == "gate_up_proj":
+            return unpack_gate_up(packed, gate_up, *sizes)
+        return unpack_down(packed, gate_up, down, *sizes)
     form, heads = _strips(forms[parameter]), config.num_attention_heads * config.head_dim
     inputs = heads if last == "o_proj" else config.hidden_size
     rows = form.unpack(packed, config.vocab_size if last == "lm_head" else len(packed) * 16, inputs)

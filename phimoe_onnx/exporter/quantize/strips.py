@@ -105,10 +105,12 @@ class Strips:
 
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
         """The float32 [n, k] that strips, uint8 [strips, strip_bytes], stand for."""
+        from torch.nn.functional import pad
+
         levels, s, S = self.integers(packed, n, k)
         scales = S.float().repeat_interleave(superblock_size(k) // BLOCK, dim=1)[:, : s.shape[1]] * s.float()
-        rows: Tensor = levels * scales.repeat_interleave(BLOCK, dim=1)[:, :k]
-        return rows
+        blocks = pad(levels, (0, -k % BLOCK)).float().view(n, -1, BLOCK)
+        return blocks.mul_(scales.unsqueeze(-1)).flatten(1)[:, :k].contiguous()
 
     def _codes(self, levels: Tensor) -> Tensor:
         """int8 -> uint8; what is no level of 2 and 3 bits, a padding's 0, becomes any."""
@@ -165,10 +167,19 @@ def unpack_expert(
     packed: Tensor, gate_up: Strips, down: Strips, hidden_size: int, intermediate_size: int
 ) -> tuple[Tensor, Tensor]:
     """gate_up_proj [2 I, H] and down_proj [H, I], float32, of what `pack_expert` made."""
-    import torch
+    sizes = hidden_size, intermediate_size
+    return unpack_gate_up(packed, gate_up, *sizes), unpack_down(packed, gate_up, down, *sizes)
 
-    pairs = 2 * gate_up.nbytes(intermediate_size, hidden_size)[0]
-    gate, up = packed[:pairs].view(-1, 2, gate_up.strip_bytes(hidden_size)).unbind(1)
-    both = [gate_up.unpack(part, intermediate_size, hidden_size) for part in (gate, up)]
-    rest = packed[pairs:].view(-1, down.strip_bytes(intermediate_size))
-    return torch.cat(both), down.unpack(rest, hidden_size, intermediate_size)
+
+def unpack_gate_up(packed: Tensor, form: Strips, hidden_size: int, intermediate_size: int) -> Tensor:
+    """The first that `unpack_expert` gives, alone."""
+    pairs = packed[: 2 * form.nbytes(intermediate_size, hidden_size)[0]]
+    turns = pairs.view(-1, 2, form.strip_bytes(hidden_size)).transpose(0, 1).flatten(0, 1)
+    both: Tensor = form.unpack(turns, len(turns) * STRIP, hidden_size).unflatten(0, (2, -1))
+    return both[:, :intermediate_size].flatten(0, 1)
+
+
+def unpack_down(packed: Tensor, gate_up: Strips, down: Strips, hidden_size: int, intermediate_size: int) -> Tensor:
+    """The second that `unpack_expert` gives, alone."""
+    rest = packed[2 * gate_up.nbytes(intermediate_size, hidden_size)[0] :]
+    return down.unpack(rest.view(-1, down.strip_bytes(intermediate_size)), hidden_size, intermediate_size)
