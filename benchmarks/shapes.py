@@ -59,7 +59,12 @@ def write_checkpoint(folder: Path, shape: str, layers: int, random_layers: int) 
         layers: how many layers, whatever the shape says.
         random_layers: so many are noise; the others are zeros, which take no disk.
     """
-    config = SHAPES[shape] | {"num_hidden_layers": layers}
+    return write_config(folder, SHAPES[shape] | {"num_hidden_layers": layers}, random_layers)
+
+
+def write_config(folder: Path, config: dict[str, Any], random_layers: int) -> int:
+    """The same for any config.json with all of `BASE`'s keys for sizes."""
+    layers = config["num_hidden_layers"]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

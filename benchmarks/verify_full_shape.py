@@ -1,16 +1,17 @@
 """phimoe-verify of all of Phi-3.5-MoE's shape, 42 B parameters, by a process that may have 16 GB of memory.
 
     python benchmarks/verify_full_shape.py --folder FOLDER               # 22 GB of disk
-    python benchmarks/verify_full_shape.py --folder FOLDER --layers 2    # a small try
+    python benchmarks/verify_full_shape.py --folder FOLDER --layers 4    # a small try
+    python benchmarks/verify_full_shape.py --folder FOLDER --drawn       # larger_than_memory.py's bundle
 
-The bundle is larger_than_memory.py's, and is made in FOLDER if it is not there. The reference is verify()'s own, layer
-by layer, but its checkpoint is files of holes: their numbers are drawn by the tensors' names (drawn.py), the very ones
-that the bundle stores. Every layer is compared. What differs is the kernels, which round what they multiply to int8,
-and the embeddings, which the bundle rounds to int8.
+The bundle is made in FOLDER if it is not there. The reference is verify()'s own, layer by layer, but its checkpoint is
+files of holes, and each tensor is made when it is read: from the trained small model, widened (widened.py), or with
+--drawn by the tensor's name (drawn.py), the very numbers that the bundle stores. Then what differs is the kernels,
+which round what they multiply to int8, and the embeddings, which the bundle rounds to int8.
 
 The process is in a control group whose memory counts the pages of files as well. "Resident" is VmHWM, with the pages of
 the bundle that are mapped; "own" is RssAnon, without them, looked at every fifth of a second. The thresholds are those
-of trained models. Random weights have more near-ties between experts.
+of trained models. Drawn weights have more near-ties between experts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-from drawn import Tensors, checkpoint, make
+import drawn
+import widened
 from larger_than_memory import GROUPS, limited
 from rich.console import Console
 
@@ -36,6 +38,8 @@ from phimoe_onnx.parity import verify as verifying
 from phimoe_onnx.parity.report import show
 from phimoe_onnx.parity.stored import is_rounded
 from phimoe_onnx.parity.thresholds import default_thresholds
+
+WEIGHTS = {"drawn": drawn, "widened": widened}
 
 
 class Phases:
@@ -89,15 +93,15 @@ def _group_peak() -> float:
     return float((GROUPS / path.lstrip("/") / "memory.peak").read_text())
 
 
-def run(bundle: str, layers: int, tokens: int, new_tokens: int, alone: bool, out: str) -> None:
+def run(bundle: str, layers: int, tokens: int, new_tokens: int, source_of: str, alone: bool, out: str) -> None:
     """The limited process: verifies, shows the report and writes it to `out`."""
     phases = Phases()
     limits = default_thresholds(read_manifest(Path(bundle)))
     if alone:
         limits = replace(limits, kernel_kl=None)
     with (
-        checkpoint(Path(bundle).parent, layers) as source,
-        patch.object(data, "read_tensor", Tensors(source).numbers),
+        WEIGHTS[source_of].checkpoint(Path(bundle).parent, layers) as source,
+        patch.object(data, "read_tensor", WEIGHTS[source_of].Tensors(source).numbers),
         patch.object(verifying, "is_rounded", lambda manifest: not alone and is_rounded(manifest)),
     ):
         options = {"tokens": tokens, "new_tokens": new_tokens, "thresholds": limits}
@@ -124,24 +128,27 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the bundle is made and kept")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--limit", type=float, default=16, help="GB (10^9 bytes) of memory (default: 16)")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--drawn", action="store_true", help="weights by the tensors' names")
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=8, help="of the greedy continuation")
     parser.add_argument(
         "--reference-alone",
         action="store_true",
-        help="leave out PyTorch over the stored weights, which are the same but for the embeddings",
+        help="leave out PyTorch over the stored weights, which with --drawn are the same but for the embeddings",
     )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    bundle = arguments.folder / f"phi-3.5-{arguments.layers}-layers"
+    source_of = "drawn" if arguments.drawn else "widened"
+    name = f"{'phi-3.5' if arguments.drawn else 'widened'}-{arguments.layers}-layers"
+    bundle, out = arguments.folder / name, arguments.folder / f"verify-{name}.json"
     if not bundle.exists():
-        make(bundle, arguments.layers)
-    out = arguments.folder / f"verify-{arguments.layers}-layers.json"
+        WEIGHTS[source_of].make(bundle, arguments.layers)
     values = (
         str(bundle),
         arguments.layers,
         arguments.tokens,
         arguments.new_tokens,
+        source_of,
         arguments.reference_alone,
         str(out),
     )
