@@ -1,4 +1,4 @@
-"""phimoe-verify of all of Phi-3.5-MoE's shape, 42 B parameters, by a process that may have 16 GB of memory.
+"""phimoe-verify of some 42 B parameters in Phi-3.5-MoE's shape, or near it, by a process that may have 16 GB of memory.
 
     python benchmarks/verify_full_shape.py --folder FOLDER               # 22 GB of disk
     python benchmarks/verify_full_shape.py --folder FOLDER --layers 4    # a small try
@@ -6,8 +6,8 @@
 
 The bundle is made in FOLDER if it is not there. The reference is verify()'s own, layer by layer, but its checkpoint is
 files of holes, and each tensor is made when it is read: from the trained small model, widened (widened.py), or with
---drawn by the tensor's name (drawn.py), the very numbers that the bundle stores. Then what differs is the kernels,
-which round what they multiply to int8, and the embeddings, which the bundle rounds to int8.
+--drawn by the tensor's name (drawn.py). Drawn tensors are the very numbers that the bundle stores: what differs is the
+kernels, which round what they multiply to int8, and the embeddings, which the bundle rounds to int8.
 
 The process is in a control group whose memory counts the pages of files as well. "Resident" is VmHWM, with the pages of
 the bundle that are mapped; "own" is RssAnon, without them, looked at every fifth of a second. The thresholds are those
