@@ -2,15 +2,15 @@
 
 To try every layer, kind and width by itself would take as many passes through the model as there are such things. So
 
-1. the layers are split into a few spans. For each span, kind and width below 8 bits one stream of hidden states goes
-   through the model with just these matrices rounded; at the end its divergence is measured.
+1. the layers are split into a few spans. For each span, kind and width one stream of hidden states goes through the
+   model with just these matrices rounded; at the end its divergence is measured. Its tokens keep the experts that they
+   chose in the float model. A token that goes to another expert is far off at once, whichever matrix was the last
+   straw: few such tokens would decide, and what they cost does not add up.
 2. In each layer each kind and width is also tried by itself on the float model's hidden states. The relative error of
    what then leaves the layer says how the span's divergence divides among its layers.
-3. What 8 bits cost is too little to be measured through the router's noise. Divergence is quadratic in a small error,
-   so it is that of the next width, times the quotient of the two errors of 2.
-4. Errors in several places flip the same tokens' experts, and so cost less together than one by one. A stream with all
-   matrices but the head rounded says how much less: the costs of its width are scaled to make up its divergence.
-5. The head comes last, and each of its widths is measured by itself.
+3. One stream a width has all matrices but the head rounded, and its tokens choose their own experts. The costs of that
+   width are scaled so that their sum is its divergence: so they count what other experts do.
+4. The head comes last, and each of its widths is measured by itself.
 
 All streams go through a layer together: each weight is read once, and rounded once for each width.
 """
@@ -59,19 +59,19 @@ def measure(
     """
     rounder = _Rounder(read, recipes)
     widths = sorted(recipes)
-    streamed = [bits for bits in widths if bits < 8] or widths
     embeddings = read(EMBEDDING, None)
     exact = _Stream([State(Text(ids), embeddings, Scratch()) for ids in windows])
     everywhere = range(config.num_hidden_layers)
-    together = [exact.rounded(tuple(KINDS), bits, everywhere) for bits in streamed]
+    tried = [(kind, bits) for kind in KINDS for bits in widths]
+    together = [exact.rounded(tuple(KINDS), bits, everywhere) for bits in widths]
     streams: list[_Stream] = []
     errors: dict[Place, dict[int, float]] = {}
     ends = _ends(config.num_hidden_layers, spans)
     for number in everywhere:
         if number in (0, *ends):
             last = next(end for end in ends if end > number)
-            streams += [exact.rounded((kind,), bits, range(number, last)) for kind in KINDS for bits in streamed]
-        alone = [exact.rounded((kind,), bits, range(number, number + 1)) for kind in KINDS for bits in widths]
+            streams += [exact.rounded((kind,), bits, range(number, last), held=True) for kind, bits in tried]
+        alone = [exact.rounded((kind,), bits, range(number, number + 1), held=True) for kind, bits in tried]
         _through_layer(config, rounder, number, [exact, *together, *streams, *alone], step)
         for stream in alone:
             errors.setdefault(Place(stream.kinds[0], number), {})[stream.bits] = stream.error(exact)
@@ -88,11 +88,6 @@ def measure(
         total = sum(known[stream.bits] for known in costs.values())
         for known in costs.values():
             known[stream.bits] *= divergence / total if total else 0.0
-    for place, known in costs.items():
-        near = max(known)
-        for bits in set(widths) - set(known):
-            quotient = errors[place][bits] / errors[place][near] if errors[place][near] else 0.0
-            known[bits] = known[near] * quotient
     costs[Place(HEAD_KIND, config.num_hidden_layers)] = dict(_head_divergences(config, rounder, exact, widths))
     step()
     return {
@@ -107,8 +102,8 @@ def steps(config: PhiMoEConfig) -> int:
 
 def memory(config: PhiMoEConfig, widths: int, tokens: int) -> int:
     """Bytes of the states that `measure` holds at once, by arithmetic, for so many widths and tokens."""
-    streamed, alone = (widths - 1) * (1 + len(KINDS) * min(SPANS, config.num_hidden_layers)), widths * len(KINDS)
-    return (1 + streamed + alone) * 3 * 4 * tokens * config.hidden_size
+    streams = 1 + len(KINDS) * (min(SPANS, config.num_hidden_layers) + 1)
+    return (1 + widths * streams) * 3 * 4 * tokens * config.hidden_size
 
 
 @dataclass
@@ -120,9 +115,12 @@ class _Stream:
     bits: int = 0
     layers: range = range(0)
 
-    def rounded(self, kinds: tuple[str, ...], bits: int, layers: range) -> _Stream:
-        """Another one, that is where this one is."""
-        return _Stream([state.copy() for state in self.states], kinds, bits, layers)
+    def rounded(self, kinds: tuple[str, ...], bits: int, layers: range, *, held: bool = False) -> _Stream:
+        """Another one, that is where this one is, and `held` to the experts that this one chooses before it."""
+        states = [state.copy() for state in self.states]
+        for state, other in zip(self.states, states, strict=True):
+            other.replay = state.routing if held else None
+        return _Stream(states, kinds, bits, layers)
 
     def width(self, kind: str, layer: int) -> int | None:
         """The bits that a kind has in a layer; None: it is not rounded."""
