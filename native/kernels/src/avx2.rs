@@ -8,6 +8,7 @@
 //! Few rows read codes where they lie. More rows share a panel: a superblock of one strip as unsigned bytes, in the
 //! order in which 8-bit codes lie anyway.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use crate::activations::{Row, RowMut};
@@ -18,6 +19,9 @@ use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 
 /// From so many rows on a panel is made.
 const PANEL_ROWS: usize = 9;
+/// So many bytes before they are read, codes are asked for. The processor's own look-ahead lets a core wait: with this
+/// the products of a step read 1.25 times as fast on the first Zen, from 1.5 to 8 KB alike.
+const AHEAD: usize = 2048;
 
 pub(crate) fn available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -93,6 +97,34 @@ pub(crate) fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
     [load(bytes, 64 * r), load(bytes, 64 * r + 32)]
 }
 
+/// Row r of a tile in memory. What lies `AHEAD` of it is asked for, be it there or not.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn load_ahead<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(64 * r + AHEAD).cast());
+    load_halves(bytes, r)
+}
+
+/// sum + codes * activations, of pairs of bytes in 16 bits. LLVM would add up products in another order, first among each
+/// other, and then has not enough registers.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_products(mut sum: __m256i, codes: __m256i, activations: __m256i) -> __m256i {
+    // SAFETY: both instructions are AVX2's, and use registers alone.
+    unsafe {
+        asm!(
+            "vpmaddubsw {products}, {codes}, {activations}",
+            "vpaddw {sum}, {sum}, {products}",
+            sum = inout(ymm_reg) sum,
+            codes = in(ymm_reg) codes,
+            activations = in(ymm_reg) activations,
+            products = out(ymm_reg) _,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
 /// Four activations, for each output.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
@@ -163,7 +195,7 @@ fn groups_3<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, us
     let table = table(|i| LEVELS_3[i & 7]);
     let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(4));
     for r in 0..4 {
-        let codes = load_halves(tile, r);
+        let codes = load_ahead(tile, r);
         let highest = load_halves(tile, 4 + r % 2);
         for i in 0..4 {
             let bit = 2 * i + r / 2;
@@ -182,7 +214,7 @@ fn groups_3<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, us
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn nibbles<const SIZE: usize>(tile: &[u8; SIZE], r: usize) -> [Halves; 2] {
-    let [first, second] = load_halves(tile, r);
+    let [first, second] = load_ahead(tile, r);
     [
         [low_nibbles(first), low_nibbles(second)],
         [low_nibbles(_mm256_srli_epi16::<4>(first)), low_nibbles(_mm256_srli_epi16::<4>(second))],
@@ -268,8 +300,7 @@ fn in_place<const SIZE: usize, const N: usize>(strip: &Strip, rows: &[Row], out:
                 for n in 0..N {
                     let a = broadcast(&q[n][t], BLOCK * block + 4 * r);
                     for h in 0..2 {
-                        let products = _mm256_maddubs_epi16(codes[h], a);
-                        block_sums[n][block][h] = _mm256_add_epi16(block_sums[n][block][h], products);
+                        block_sums[n][block][h] = add_products(block_sums[n][block][h], codes[h], a);
                     }
                 }
             });
@@ -350,8 +381,7 @@ impl Superblock<'_> {
                     for n in 0..N {
                         let a = broadcast(&q[n][t], BLOCK * block + 4 * r);
                         for h in 0..2 {
-                            let products = _mm256_maddubs_epi16(codes[h], a);
-                            block_sums[n][h] = _mm256_add_epi16(block_sums[n][h], products);
+                            block_sums[n][h] = add_products(block_sums[n][h], codes[h], a);
                         }
                     }
                 }
@@ -379,7 +409,7 @@ impl Superblock<'_> {
         let ones = _mm256_set1_epi16(1);
         for (t, tile) in self.panel.iter().enumerate() {
             for r in 0..16 {
-                let codes = load_halves(tile, r);
+                let codes = load_ahead(tile, r);
                 let magnitudes = codes.map(|codes| _mm256_abs_epi8(codes));
                 for n in 0..N {
                     let a = broadcast(&q[n][t], 4 * r);
