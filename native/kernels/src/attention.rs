@@ -21,8 +21,10 @@ const WIDTH: usize = 16;
 const QUERIES: usize = 4;
 /// Keys that such queries meet together.
 const KEYS: usize = 3;
-/// Keys or values that stay in the first cache while all queries pass.
+/// Keys or values that stay in the first cache while all queries pass. Those of the next tile are asked for meanwhile.
 const TILE: usize = 24;
+/// Bytes of a cache's line.
+const LINE: usize = 64;
 
 /// What the queries of one head look at: keys and values [T, D], float32, float16 or int8.
 #[derive(Clone, Copy)]
@@ -182,6 +184,8 @@ pub trait Lanes: Copy {
     fn to_half(self, to: &mut [Half; 8]);
     /// self * b + c.
     fn mul_add(self, b: Self, c: Self) -> Self;
+    /// Asks for the cache's line with an address, be it there or not.
+    fn ask(_address: *const u8) {}
 }
 
 impl Lanes for [f32; 8] {
@@ -269,6 +273,12 @@ impl Lanes for std::arch::x86_64::__m256 {
     fn mul_add(self, b: Self, c: Self) -> Self {
         // SAFETY: as above.
         unsafe { std::arch::x86_64::_mm256_fmadd_ps(self, b, c) }
+    }
+
+    #[inline(always)]
+    fn ask(address: *const u8) {
+        // SAFETY: as above.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast()) }
     }
 }
 
@@ -404,6 +414,9 @@ fn score<L: Lanes, E: Cached>(
     if queries.len() == QUERIES * size {
         let queries: [&[f32]; QUERIES] = std::array::from_fn(|r| &queries[r * size..][..size]);
         for key in (tile.start..full).step_by(KEYS) {
+            for line in 0..KEYS * size * size_of::<E>() / LINE {
+                L::ask(head.keys.as_ptr().wrapping_add((key + TILE) * size).cast::<u8>().wrapping_add(LINE * line));
+            }
             let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
             write(dots::<L, E, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
         }
@@ -572,6 +585,9 @@ fn add<L: Lanes, E: Cached, const Q: usize>(
         }
         for (value, weights) in values.chunks_exact(size).zip(&by_key) {
             let (halves, _) = value[at..at + WIDTH].as_chunks::<8>();
+            if (at * size_of::<E>()).is_multiple_of(LINE) {
+                L::ask(value.as_ptr().wrapping_add(TILE * size + at).cast());
+            }
             let value: [L; 2] = [E::lanes(&halves[0]), E::lanes(&halves[1])];
             for r in 0..Q {
                 let weight = L::splat(weights[r]);
