@@ -191,21 +191,37 @@ fn groups_2<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, us
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn groups_3<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, usize, Halves)) {
-    // A table's index is three bits; the fourth may be anything.
-    let table = table(|i| LEVELS_3[i & 7]);
-    let (low, high) = (_mm256_set1_epi8(3), _mm256_set1_epi8(4));
-    for r in 0..4 {
-        let codes = load_ahead(tile, r);
-        let highest = load_halves(tile, 4 + r % 2);
-        for i in 0..4 {
-            let bit = 2 * i + r / 2;
-            let mut levels = [table; 2];
+    // A nibble holds a code's low two bits, and beside them the high bits of two codes, one of which the table ignores:
+    // those of row r and of row r + 2 lie side by side.
+    let tables = [
+        [table(|i| LEVELS_3[(i & 3) | (i & 4)]), table(|i| LEVELS_3[(i >> 2) | (i & 1) << 2])],
+        [table(|i| LEVELS_3[(i & 3) | (i & 8) >> 1]), table(|i| LEVELS_3[(i >> 2) | (i & 2) << 1])],
+    ];
+    let (outer, inner) = (_mm256_set1_epi8(0x33), _mm256_set1_epi8(0xcc_u8 as i8));
+    for odd in 0..2 {
+        let highest = load_halves(tile, 4 + odd);
+        let (mut to_outer, mut to_inner) = (highest, highest);
+        for h in 0..2 {
+            to_outer[h] = _mm256_and_si256(_mm256_slli_epi16::<2>(highest[h]), inner);
+            to_inner[h] = _mm256_and_si256(_mm256_srli_epi16::<2>(highest[h]), outer);
+        }
+        for k in 0..2 {
+            let r = odd + 2 * k;
+            let codes = load_ahead(tile, r);
+            let (mut first, mut second) = (codes, codes);
             for h in 0..2 {
-                let lows = _mm256_and_si256(shifted_right(codes[h], 2 * i as i32), low);
-                let highs = _mm256_and_si256(shifted_right(highest[h], bit as i32 - 2), high);
-                levels[h] = _mm256_shuffle_epi8(table, _mm256_or_si256(lows, highs));
+                first[h] = _mm256_or_si256(_mm256_and_si256(codes[h], outer), to_outer[h]);
+                second[h] = _mm256_or_si256(_mm256_and_si256(codes[h], inner), to_inner[h]);
             }
-            each(i / 2, 4 * (i % 2) + r, levels);
+            let levels = |table, nibbles: Halves| {
+                [_mm256_shuffle_epi8(table, nibbles[0]), _mm256_shuffle_epi8(table, nibbles[1])]
+            };
+            let [low, high] = split(first);
+            each(0, r, levels(tables[k][0], low));
+            each(1, r, levels(tables[k][0], high));
+            let [low, high] = split(second);
+            each(0, 4 + r, levels(tables[k][1], low));
+            each(1, 4 + r, levels(tables[k][1], high));
         }
     }
 }
@@ -214,22 +230,17 @@ fn groups_3<const SIZE: usize>(tile: &[u8; SIZE], mut each: impl FnMut(usize, us
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn nibbles<const SIZE: usize>(tile: &[u8; SIZE], r: usize) -> [Halves; 2] {
-    let [first, second] = load_ahead(tile, r);
+    split(load_ahead(tile, r))
+}
+
+/// Bytes as [low nibbles, high nibbles].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn split([first, second]: Halves) -> [Halves; 2] {
     [
         [low_nibbles(first), low_nibbles(second)],
         [low_nibbles(_mm256_srli_epi16::<4>(first)), low_nibbles(_mm256_srli_epi16::<4>(second))],
     ]
-}
-
-/// Bits moved to the right, or to the left where `by` is negative.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn shifted_right(bytes: __m256i, by: i32) -> __m256i {
-    if by < 0 {
-        _mm256_sll_epi16(bytes, _mm_cvtsi32_si128(-by))
-    } else {
-        _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(by))
-    }
 }
 
 /// A tile's scales of blocks, [block], twice in 16 bits for each output.
