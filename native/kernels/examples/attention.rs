@@ -1,6 +1,5 @@
 //! Time of attention by one thread: `cargo run --release --example attention`. Sizes of Phi-mini-MoE: four queries share
-//! the keys of a head of 128. Medians, of one head again and again, and of many that lie in
-//! memory.
+//! the keys of a head of 128. Medians: of one head again and again, and of many that lie in memory.
 
 use std::time::Instant;
 

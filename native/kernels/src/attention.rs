@@ -185,6 +185,7 @@ pub trait Lanes: Copy {
     /// self * b + c.
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// Asks for the cache's line with an address, be it there or not.
+    #[inline(always)]
     fn ask(_address: *const u8) {}
 }
 
