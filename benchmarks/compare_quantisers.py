@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import math
 import os
 import platform
 import shutil
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 
 from phimoe_onnx import operators
 from phimoe_onnx._version import __version__
+from phimoe_onnx.checkpoint.rows import Rows
 from phimoe_onnx.checkpoint.tensors import parameters, read_headers
 from phimoe_onnx.config import PhiMoEConfig, read_config
 from phimoe_onnx.exporter import pipeline
@@ -153,36 +155,49 @@ def prepare(folder: Path, layers: int) -> Path:
 
 def read_tensors(checkpoint: Path, config: PhiMoEConfig) -> dict[str, torch.Tensor]:
     """The model under llama.cpp's names, each layer's experts stacked, bf16."""
+    parts = {name: [part.read() for part in rows] for name, rows in rows_of(checkpoint, config).items()}
+    return {name: torch.stack(read) if is_stack(name) else read[0] for name, read in parts.items()}
+
+
+def rows_of(checkpoint: Path, config: PhiMoEConfig) -> dict[str, tuple[Rows, ...]]:
+    """The checkpoint's rows under llama.cpp's names; of a stack of experts each expert's matrix."""
     rows = parameters(config, read_headers(checkpoint))
-
-    def read(name: str, start: int = 0, step: int = 1) -> torch.Tensor:
-        parts = [part.read() for part in rows[name][start::step]]
-        return torch.stack(parts) if "experts" in name else parts[0]
-
-    tensors = {"token_embd.weight": read("model.embed_tokens.weight"), "output.weight": read("lm_head.weight")}
-    tensors |= {f"output_norm.{kind}": read(f"model.norm.{kind}") for kind in ("weight", "bias")} | {
-        "output.bias": read("lm_head.bias")
-    }
+    found = {"token_embd.weight": rows["model.embed_tokens.weight"], "output.weight": rows["lm_head.weight"]}
+    found |= {f"output_norm.{kind}": rows[f"model.norm.{kind}"] for kind in ("weight", "bias")}
+    found["output.bias"] = rows["lm_head.bias"]
     for n in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{n}.", f"blk.{n}."
         for kind in ("weight", "bias"):
             for part in ("q", "k", "v"):
-                tensors[f"{theirs}attn_{part}.{kind}"] = read(f"{ours}self_attn.{part}_proj.{kind}")
-            tensors[f"{theirs}attn_output.{kind}"] = read(f"{ours}self_attn.o_proj.{kind}")
-            tensors[f"{theirs}attn_norm.{kind}"] = read(f"{ours}input_layernorm.{kind}")
-            tensors[f"{theirs}ffn_norm.{kind}"] = read(f"{ours}post_attention_layernorm.{kind}")
+                found[f"{theirs}attn_{part}.{kind}"] = rows[f"{ours}self_attn.{part}_proj.{kind}"]
+            found[f"{theirs}attn_output.{kind}"] = rows[f"{ours}self_attn.o_proj.{kind}"]
+            found[f"{theirs}attn_norm.{kind}"] = rows[f"{ours}input_layernorm.{kind}"]
+            found[f"{theirs}ffn_norm.{kind}"] = rows[f"{ours}post_attention_layernorm.{kind}"]
         moe = f"{ours}block_sparse_moe."
-        tensors[f"{theirs}ffn_gate_inp.weight"] = read(f"{moe}gate.weight")
-        tensors[f"{theirs}ffn_gate_exps.weight"] = read(f"{moe}experts.gate_up_proj", 0, 2)
-        tensors[f"{theirs}ffn_up_exps.weight"] = read(f"{moe}experts.gate_up_proj", 1, 2)
-        tensors[f"{theirs}ffn_down_exps.weight"] = read(f"{moe}experts.down_proj")
-    return tensors
+        found[f"{theirs}ffn_gate_inp.weight"] = rows[f"{moe}gate.weight"]
+        found[f"{theirs}ffn_gate_exps.weight"] = rows[f"{moe}experts.gate_up_proj"][0::2]
+        found[f"{theirs}ffn_up_exps.weight"] = rows[f"{moe}experts.gate_up_proj"][1::2]
+        found[f"{theirs}ffn_down_exps.weight"] = rows[f"{moe}experts.down_proj"]
+    return found
 
 
 def write_gguf(path: Path, config: PhiMoEConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
     """The tensors as a GGUF file, matrices in `dtype`, a tensor in memory at a time."""
     if path.exists():
         return path
+    kept = {name: dtype if is_quantised(name) else torch.float32 for name in tensors}
+    shapes = {name: (tuple(tensor.shape), GGML_TYPES[kept[name]]) for name, tensor in tensors.items()}
+    writer = begin_gguf(path, config, shapes)
+    for name, tensor in tensors.items():
+        writer.write_tensor_data(tensor_bytes(tensor.to(kept[name])))
+    writer.close()
+    return path
+
+
+def begin_gguf(path: Path, config: PhiMoEConfig, tensors: dict[str, tuple[tuple[int, ...], str]]) -> Any:
+    """gguf's writer of a file whose metadata is written: each tensor has a shape and one of ggml's types, and all
+    are to be written in that order.
+    """
     writer = gguf.GGUFWriter(path, "phimoe")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -195,19 +210,19 @@ def write_gguf(path: Path, config: PhiMoEConfig, tensors: dict[str, torch.Tensor
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")  # it is given token ids
-    kept = {name: dtype if is_quantised(name) else torch.float32 for name in tensors}
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * kept[name].itemsize
-        writer.add_tensor_info(
-            name, tensor.shape, np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[GGML_TYPES[kept[name]]]
-        )
+    for name, (shape, form) in tensors.items():
+        kind = gguf.GGMLQuantizationType[form]
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in tensors.items():
-        writer.write_tensor_data(tensor_bytes(tensor.to(kept[name])))
-    writer.close()
-    return path
+    return writer
+
+
+def is_stack(name: str) -> bool:
+    """Whether llama.cpp's tensor is a matrix of each expert."""
+    return "_exps." in name
 
 
 def is_quantised(name: str) -> bool:

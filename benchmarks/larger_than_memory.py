@@ -10,6 +10,10 @@ Then a process of its own, in a control group whose memory counts the pages of f
 once as it is and once with PHIMOE_READ_AHEAD=0. Before each, the bundle's pages are let go, so that the first prompt
 finds nothing in memory. The disk's bandwidth is measured before and after, on the same files.
 
+With `--gguf FILE --llama-python PEERS/llama.cpp/bin/python` llama.cpp does the same with the same model in its own form
+(draw_gguf.py), in its own interpreter (set_up_peers.py, limited_llama.py). It reads the whole file when it loads it, so
+its first prompt finds the end of it in memory.
+
 "Read" is what the process has had read from the disk. "In memory" is the share of the weights that a step needs
 which were not read. "Of the disk" is read bytes over the time of all, computing included, over the disk's bandwidth.
 """
@@ -102,11 +106,12 @@ def read_bytes() -> int:
 
 def serve(bundle: str, tokens: int, steps: int, turns: int) -> None:
     """The limited process: prints a list of turns, each with the seconds and bytes of its prompt and of its steps."""
+    begun = time.perf_counter(), read_bytes()
     model = PhiMoE.load(bundle)
+    loading = {"seconds": time.perf_counter() - begun[0], "bytes": read_bytes() - begun[1]}
     model.eos = frozenset()
     found, texts = [], []
-    for turn in range(turns):
-        prompt = [3 + (7 + turn) * place * place % 2000 for place in range(tokens)]
+    for turn, prompt in enumerate(prompts(tokens, turns)):
         marks = [(time.perf_counter(), read_bytes())]
         ids = []
         options = {"temperature": 1.0, "seed": turn, "speculate": False}
@@ -127,18 +132,19 @@ def serve(bundle: str, tokens: int, steps: int, turns: int) -> None:
         "steps": statistics.mean(of_steps),
         "again": statistics.mean(again),
     }
-    print(json.dumps({"turns": found, "routing": routing}))
+    print(json.dumps({"turns": found, "load": loading, "routing": routing}))
 
 
-def run(bundle: Path, limit: int, ahead: bool, arguments: argparse.Namespace) -> dict[str, Any]:
+def prompts(tokens: int, turns: int) -> list[list[int]]:
+    """A text of so many tokens for each turn."""
+    return [[3 + (7 + turn) * place * place % 2000 for place in range(tokens)] for turn in range(turns)]
+
+
+def run(command: list[str], limit: int, **environment: str) -> dict[str, Any]:
     """What the limited process found."""
-    here = str(Path(__file__).parent)
-    values = f"{str(bundle)!r}, {arguments.tokens}, {arguments.steps}, {arguments.turns}"
-    code = f"import sys; sys.path.insert(0, {here!r}); import larger_than_memory as it; it.serve({values})"
-    environment = os.environ | ({} if ahead else {"PHIMOE_READ_AHEAD": "0"})
     with limited(limit) as enter:
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, preexec_fn=enter, stdout=subprocess.PIPE, check=False
+            command, env=os.environ | environment, preexec_fn=enter, stdout=subprocess.PIPE, check=False
         )
     if done.returncode:
         sys.exit(f"the limited process ended with {done.returncode}; see above")
@@ -146,8 +152,31 @@ def run(bundle: Path, limit: int, ahead: bool, arguments: argparse.Namespace) ->
     return found
 
 
+def ours(bundle: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command of the limited process for a bundle."""
+    here = str(Path(__file__).parent)
+    values = f"{str(bundle)!r}, {arguments.tokens}, {arguments.steps}, {arguments.turns}"
+    code = f"import sys; sys.path.insert(0, {here!r}); import larger_than_memory as it; it.serve({values})"
+    return [sys.executable, "-c", code]
+
+
+def llama(arguments: argparse.Namespace) -> list[str]:
+    """The command of the limited process for a GGUF file."""
+    work = {
+        "model": str(arguments.gguf),
+        "prompts": prompts(arguments.tokens, arguments.turns),
+        "steps": arguments.steps,
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    script = Path(__file__).with_name("limited_llama.py")
+    return [str(arguments.llama_python), "-P", str(script), json.dumps(work)]
+
+
 def rows(name: str, found: dict[str, Any], needed: int, disk: float, tokens: int) -> Iterator[str]:
-    """The table's, two for each turn."""
+    """The table's: one for loading, and two for each turn."""
+    loading = found["load"]
+    cells = (name, f"loading, {loading['seconds']:.1f} s", "", f"{loading['bytes'] / 1e6:,.0f} in all", "", "")
+    yield f"| {' | '.join(cells)} |"
     for number, turn in enumerate(found["turns"], 1):
         (first, *seconds), (read, *nbytes) = turn["seconds"], turn["bytes"]
         share = read / first / disk
@@ -171,10 +200,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a prompt")
     parser.add_argument("--steps", type=int, default=24, help="after each prompt")
     parser.add_argument("--turns", type=int, default=2, help="prompts, each a text of its own")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each has its turns, one after another")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp, by draw_gguf.py")
+    parser.add_argument("--llama-python", type=Path, metavar="PATH", help="the interpreter that has llama-cpp-python")
     parser.add_argument("--make", action="store_true", help="make the bundle, and no more")
     arguments = parser.parse_args()
     if sys.platform != "linux":
         parser.error("limits of memory are set by Linux's control groups")
+    if (arguments.gguf is None) != (arguments.llama_python is None):
+        parser.error("--gguf and --llama-python go together")
+    if arguments.gguf is not None and not arguments.gguf.is_file():
+        parser.error(f"{arguments.gguf}: there is no such file; draw_gguf.py writes it")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     bundle = arguments.folder / f"phi-3.5-{arguments.layers}-layers"
     if not bundle.exists():
@@ -188,16 +224,24 @@ def main() -> None:
     print(f"{size / 1e9:.1f} GB of weights, {needed / 1e9:.2f} a step, under a limit of {arguments.limit:g} GB\n")
     columns = ("", "what", "tokens/s", "read, MB a token", "in memory", "of the disk")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-    found: dict[str, Any] = {}
-    for name, ahead in {"asked ahead": True, "page faults alone": False}.items():
-        let_go(files)
-        before = bandwidth(files)
-        found = run(bundle, int(arguments.limit * 1e9), ahead, arguments)
-        let_go(files)
-        after = bandwidth(files)
-        print(f"{name}: the disk reads {before / 1e9:.2f} GB/s before and {after / 1e9:.2f} after", file=sys.stderr)
-        print(*rows(name, found, needed, (before + after) / 2, arguments.tokens), sep="\n", flush=True)
-    routing = found["routing"]
+    limit, routing = int(arguments.limit * 1e9), {}
+    candidates = {
+        "asked ahead": (files, lambda: run(ours(bundle, arguments), limit)),
+        "page faults alone": (files, lambda: run(ours(bundle, arguments), limit, PHIMOE_READ_AHEAD="0")),
+    }
+    if arguments.gguf is not None:
+        candidates["llama.cpp"] = ([arguments.gguf], lambda: run(llama(arguments), limit))
+    for _ in range(arguments.rounds):
+        for name, (read, measure) in candidates.items():
+            let_go(read)
+            before = bandwidth(read)
+            found = measure()
+            let_go(read)
+            after = bandwidth(read)
+            print(f"{name}: the disk reads {before / 1e9:.2f} GB/s before and {after / 1e9:.2f} after", file=sys.stderr)
+            of_step = found.get("needed", needed)
+            print(*rows(name, found, of_step, (before + after) / 2, arguments.tokens), sep="\n", flush=True)
+            routing = found.get("routing", routing)
     print(
         f"\nExperts of a layer, of 16: {routing['prompt']:.1f} for the prompt, {routing['steps']:.1f} in all "
         f"{arguments.steps} steps; {routing['again']:.0%} of a step's were the step's before, too."
