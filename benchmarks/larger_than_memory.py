@@ -14,8 +14,9 @@ With `--gguf FILE --llama-python PEERS/llama.cpp/bin/python` llama.cpp does the 
 (draw_gguf.py), in its own interpreter (set_up_peers.py, limited_llama.py). It reads the whole file when it loads it, so
 its first prompt finds the end of it in memory.
 
-"Read" is what the process has had read from the disk. "In memory" is the share of the weights that a step needs
-which were not read. "Of the disk" is read bytes over the time of all, computing included, over the disk's bandwidth.
+"Processor" is seconds of all cores together. "Read" is what the process has had read from the disk. "In memory" is the
+share of the weights that a step needs which were not read: below nothing, it read more than that. "Of the disk" is read
+bytes over the time of all, computing included, over the disk's bandwidth.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from drawn import make
+from marks import between, mark
 
 from phimoe_onnx import PhiMoE
 from phimoe_onnx.bench.traffic import step_bytes
@@ -98,29 +99,22 @@ def limited(nbytes: int) -> Iterator[Callable[[], None]]:
         sys.exit(f"no limit can be set here: {error}; run as root, or where {parent} may be written")
 
 
-def read_bytes() -> int:
-    """Bytes that this process has had read from a disk so far."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["read_bytes"])
-
-
 def serve(bundle: str, tokens: int, steps: int, turns: int) -> None:
-    """The limited process: prints a list of turns, each with the seconds and bytes of its prompt and of its steps."""
-    begun = time.perf_counter(), read_bytes()
+    """The limited process: prints a list of turns, each with what its prompt and its steps took."""
+    begun = mark()
     model = PhiMoE.load(bundle)
-    loading = {"seconds": time.perf_counter() - begun[0], "bytes": read_bytes() - begun[1]}
+    loaded = mark()
     model.eos = frozenset()
     found, texts = [], []
     for turn, prompt in enumerate(prompts(tokens, turns)):
-        marks = [(time.perf_counter(), read_bytes())]
+        marks = [mark()]
         ids = []
         options = {"temperature": 1.0, "seed": turn, "speculate": False}
         for piece in model.generate(prompt, max_new_tokens=steps + 1, stream=True, **options):  # type: ignore[call-overload]
             ids.append(piece.token_id)
-            marks.append((time.perf_counter(), read_bytes()))
+            marks.append(mark())
             print(f"turn {turn + 1}: {len(ids)} of {steps + 1} tokens", file=sys.stderr, end="\r", flush=True)
-        seconds, nbytes = ([b - a for a, b in pairwise(one)] for one in zip(*marks, strict=True))
-        found.append({"seconds": seconds, "bytes": nbytes, "ids": ids})
+        found.append(between(marks) | {"ids": ids})
         texts.append(prompt + ids)
     print(file=sys.stderr)
     experts = model.routing(texts[0]).experts  # [layers, tokens, 2]
@@ -132,7 +126,7 @@ def serve(bundle: str, tokens: int, steps: int, turns: int) -> None:
         "steps": statistics.mean(of_steps),
         "again": statistics.mean(again),
     }
-    print(json.dumps({"turns": found, "load": loading, "routing": routing}))
+    print(json.dumps({"turns": found, "load": between([begun, loaded]), "routing": routing}))
 
 
 def prompts(tokens: int, turns: int) -> list[list[int]]:
@@ -169,24 +163,28 @@ def llama(arguments: argparse.Namespace) -> list[str]:
         "threads": len(os.sched_getaffinity(0)),
     }
     script = Path(__file__).with_name("limited_llama.py")
-    return [str(arguments.llama_python), "-P", str(script), json.dumps(work)]
+    return [str(arguments.llama_python), str(script), json.dumps(work)]
 
 
 def rows(name: str, found: dict[str, Any], needed: int, disk: float, tokens: int) -> Iterator[str]:
     """The table's: one for loading, and two for each turn."""
-    loading = found["load"]
-    cells = (name, f"loading, {loading['seconds']:.1f} s", "", f"{loading['bytes'] / 1e6:,.0f} in all", "", "")
+    (took,), (busy,), (read,) = (found["load"][key] for key in ("seconds", "processor", "bytes"))
+    cells = (name, f"loading, {took:.1f} s", "", f"{busy:.1f} in all", f"{read / 1e6:,.0f} in all", "", "")
     yield f"| {' | '.join(cells)} |"
     for number, turn in enumerate(found["turns"], 1):
-        (first, *seconds), (read, *nbytes) = turn["seconds"], turn["bytes"]
-        share = read / first / disk
-        cells = (name, f"prompt {number}", f"{tokens / first:.1f}", f"{read / tokens / 1e6:,.0f}", "", f"{share:.0%}")
+        (first, *seconds), (busy, *processor), (read, *nbytes) = (
+            turn[key] for key in ("seconds", "processor", "bytes")
+        )
+        cells = (
+            name, f"prompt {number}", f"{tokens / first:.1f}", f"{busy / tokens:.2f}", f"{read / tokens / 1e6:,.0f}",
+            "", f"{read / first / disk:.0%}",
+        )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
         taken, each = statistics.median(seconds), statistics.mean(nbytes)
-        share = sum(nbytes) / sum(seconds) / disk
         cells = (
             name, f"steps {number}", f"{len(seconds) / sum(seconds):.2f} (median {1 / taken:.2f})",
-            f"{each / 1e6:,.0f}", f"{1 - each / needed:.0%}", f"{share:.0%}",
+            f"{statistics.mean(processor):.2f}", f"{each / 1e6:,.0f}", f"{1 - each / needed:.0%}",
+            f"{sum(nbytes) / sum(seconds) / disk:.0%}",
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
@@ -222,7 +220,7 @@ def main() -> None:
     manifest = read_manifest(bundle)
     needed = step_bytes(bundle, manifest, 1, 0)
     print(f"{size / 1e9:.1f} GB of weights, {needed / 1e9:.2f} a step, under a limit of {arguments.limit:g} GB\n")
-    columns = ("", "what", "tokens/s", "read, MB a token", "in memory", "of the disk")
+    columns = ("", "what", "tokens/s", "processor, s a token", "read, MB a token", "in memory", "of the disk")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     limit, routing = int(arguments.limit * 1e9), {}
     candidates = {

@@ -1,7 +1,7 @@
 """What llama.cpp does in larger_than_memory.py's control group. It runs in the interpreter of llama.cpp's environment
 (set_up_peers.py), and imports nothing of this package:
 
-    PYTHON -P limited_llama.py '{"model": FILE, "prompts": [[...], ...], "steps": ..., "threads": ...}'
+    PYTHON limited_llama.py '{"model": FILE, "prompts": [[...], ...], "steps": ..., "threads": ...}'
 
 The file stays mapped: mlock is off, and so is `use_extra_bufts`, llama.cpp's `--no-repack`. Repacked weights would be a
 copy of all of them that no file stands behind.
@@ -12,20 +12,12 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-import time
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
-
-
-def mark() -> tuple[float, int]:
-    """The clock, and the bytes that this process has had read from a disk so far."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return time.perf_counter(), int(lines["read_bytes"])
+from marks import between, mark
 
 
 def step_bytes(model: str) -> int:
@@ -66,7 +58,7 @@ def logits_of(context: Any, ids: list[int], vocab: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Prints a list of turns, each with the seconds and bytes of its prompt and of its steps."""
+    """Prints a list of turns, each with what its prompt and its steps took."""
     work = json.loads(sys.argv[1])
     prompts, steps = work["prompts"], work["steps"]
     needed = step_bytes(work["model"])
@@ -87,11 +79,9 @@ def main() -> None:
             ids += given
             marks.append(mark())
             print(f"turn {turn + 1}: {len(ids)} of {steps + 1} tokens", file=sys.stderr, end="\r", flush=True)
-        seconds, nbytes = ([b - a for a, b in pairwise(one)] for one in zip(*marks, strict=True))
-        turns.append({"seconds": seconds, "bytes": nbytes, "ids": ids})
+        turns.append(between(marks) | {"ids": ids})
     print(file=sys.stderr)
-    loading = {"seconds": loaded[0] - begun[0], "bytes": loaded[1] - begun[1]}
-    print(json.dumps({"turns": turns, "load": loading, "needed": needed}))
+    print(json.dumps({"turns": turns, "load": between([begun, loaded]), "needed": needed}))
 
 
 if __name__ == "__main__":
