@@ -10,18 +10,20 @@ const INFINITE: u32 = 0x7f80_0000;
 // Adding 1.5 * 2 ** 23 rounds to an integer, to even, which then is in the low bits of the sum.
 const ROUND: f32 = 12_582_912.0;
 
-/// x [K] -> signed bytes, scales and corrections. Bytes beyond K are zero already.
+/// x [K] -> signed bytes, scales, corrections and starts. Bytes beyond K are zero already.
 #[inline(always)]
 pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
     let size = row.superblock_size;
     let blocks = row.corrections.chunks_mut(size / BLOCK);
-    for (((x, q), scale), corrections) in x.chunks(size).zip(row.values.chunks_mut(size)).zip(row.scales).zip(blocks) {
+    let superblocks = x.chunks(size).zip(row.values.chunks_mut(size)).zip(row.scales).zip(blocks).zip(row.starts);
+    for ((((x, q), scale), corrections), start) in superblocks {
         let largest = largest_magnitude(x);
         let m = f32::from_bits(largest);
         if largest >= INFINITE || m < SMALLEST {
             *scale = if largest >= INFINITE { f32::NAN } else { 0.0 };
             q.fill(0);
             corrections.fill([0; 2]);
+            *start = 0;
             continue;
         }
         *scale = m / 127.0;
@@ -29,6 +31,7 @@ pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
         for (q, x) in q.iter_mut().zip(x) {
             *q = ((x * factor + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32) as i8;
         }
+        *start = 0;
         for (q, correction) in q.as_chunks::<BLOCK>().0.iter().zip(corrections) {
             let mut sums = [0; 4];
             for q in q.as_chunks::<4>().0 {
@@ -37,6 +40,7 @@ pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
                 }
             }
             *correction = [-8 * (sums[0] + sums[1]), -8 * (sums[2] + sums[3])];
+            *start += 16 * (i32::from(correction[0]) + i32::from(correction[1]));
         }
     }
 }
