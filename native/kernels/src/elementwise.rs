@@ -3,10 +3,13 @@
 use crate::activations::RowMut;
 use crate::exp;
 use crate::format::{BLOCK, STRIP};
+use crate::memory::ask;
 
 /// Below this largest magnitude 127 / m would be infinite; such a superblock counts as zeros.
 const SMALLEST: f32 = f32::from_bits((127 - 120) << 23); // 2 ** -120
 const INFINITE: u32 = 0x7f80_0000;
+/// Bytes by which a router's weights are asked for ahead of what is read.
+const AHEAD: usize = 2048;
 // Adding 1.5 * 2 ** 23 rounds to an integer, to even, which then is in the low bits of the sum.
 const ROUND: f32 = 12_582_912.0;
 
@@ -97,6 +100,7 @@ fn dot<const N: usize>(x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
     for (c, chunk) in chunks.iter().enumerate() {
         for n in 0..N {
             let row = &tiled[n].0[c];
+            ask(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
             for l in 0..16 {
                 lanes[n][l] = chunk[l].mul_add(row[l], lanes[n][l]);
             }
