@@ -407,9 +407,6 @@ fn score<L: Lanes, E: Cached>(
     if queries.len() == QUERIES * size {
         let queries: [&[f32]; QUERIES] = std::array::from_fn(|r| &queries[r * size..][..size]);
         for key in (tile.start..full).step_by(KEYS) {
-            for line in 0..KEYS * size * size_of::<E>() / LINE {
-                ask(head.keys.as_ptr().wrapping_add((key + TILE) * size).cast::<u8>().wrapping_add(LINE * line));
-            }
             let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
             write(dots::<L, E, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
         }
@@ -448,6 +445,10 @@ fn dots<L: Lanes, E: Cached, const Q: usize, const K: usize>(queries: [&[f32]; Q
     for i in 0..length {
         let mut key = [L::splat(0.0); K];
         for j in 0..K {
+            if (8 * i * size_of::<E>()).is_multiple_of(LINE) {
+                // of the next tile
+                ask(keys[j].as_ptr().wrapping_add(TILE * keys[j].len() + 8 * i).cast());
+            }
             key[j] = E::lanes(eight(keys[j], i));
         }
         for r in 0..Q {
