@@ -235,18 +235,9 @@ def recipe_for(
         ExportError: an option is unknown, or the target or its operators do not take it; it says why.
     """
     if operators is None:
-        operators, _ = default_operators(
-            config,
-            target,
-            [quantize],
-            task=task,
-            block_size=block_size,
-            kv_cache=kv_cache,
-            dtype=dtype,
-            store=store,
-            rounding=rounding,
-            calibrate=calibrate,
-        )
+        options: dict[str, Any] = {"task": task, "block_size": block_size, "kv_cache": kv_cache, "dtype": dtype}
+        options |= {"store": store, "rounding": rounding, "calibrate": calibrate}
+        operators, _ = default_operators(config, target, [quantize], **options)
     store = store or {}
     wanted = (quantize, *store.values())
     chosen = _operators(target, operators, wanted, block_size)
