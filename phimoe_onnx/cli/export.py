@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "phimoe-export",
         "Turn a PhiMoE checkpoint into an ONNX bundle: a folder with everything that a program needs to run the model.",
         "microsoft/Phi-tiny-MoE-instruct --quantize int4",
-        "microsoft/Phi-tiny-MoE-instruct --quantize int4 --operators stock",
+        "CHECKPOINT -o bundle --quantize int4 --operators stock",
         "CHECKPOINT -o bundle --quantize int4 --store lm_head.weight=int8",
         "models/phimoe-austen --plan",
         "bundle -o bundle-stock --operators stock",
