@@ -154,7 +154,8 @@ def export_all(case: Case, scratch: Path, mobius: Path) -> dict[str, Candidate]:
     for name, quantize in zip(OURS, ("none", "int4"), strict=True):
         code = "import sys; from phimoe_onnx.cli.export import main; sys.exit(main())"
         folder = out / f"ours-{quantize}"
-        seconds = run([sys.executable, "-c", code, case.checkpoint, "-o", folder, "--quantize", quantize])
+        options = ["--quantize", quantize, "--operators", "stock"]
+        seconds = run([sys.executable, "-c", code, case.checkpoint, "-o", folder, *options])
         candidates[name] = Candidate(folder / "model.onnx", seconds)
     for name, provider in zip((MOBIUS[0], MOBIUS[2]), ("cpu", "default"), strict=True):
         folder = out / f"mobius-{provider}"

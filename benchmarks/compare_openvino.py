@@ -60,7 +60,7 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNA
 HINTS: dict[str, dict[str, str]] = {"OpenVINO, float32": FLOAT32, "OpenVINO as it comes": {}}
 # --weight-format int4 alone takes groups of 128, which do not divide the family's narrower experts
 INT4 = {
-    "phimoe-onnx, int4": ["--quantize", "int4"],
+    "phimoe-onnx, int4": ["--quantize", "int4", "--operators", "stock"],
     "OpenVINO, int4": ["--weight-format", "int4", "--group-size", "64"],
 }
 

@@ -38,6 +38,7 @@ def main() -> None:
         count = write_checkpoint(folder / "source", arguments.shape, layers, random_layers=1)
         for quantize in arguments.quantize:
             options = [str(folder / "source"), "--output", str(folder / "bundle"), "--quantize", quantize]
+            options += ["--operators", "stock"]
             seconds, peak, _ = measure([sys.executable, "-c", EXPORT, *options])
             size = sum(path.stat().st_size for path in (folder / "bundle").iterdir())
             speed = count / seconds / 1e6

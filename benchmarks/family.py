@@ -74,8 +74,8 @@ def row(folder: Path, shape: str, layers: int | None, quantize: str) -> str:
     source, bundle = folder / "source", folder / "bundle"
     layers = layers or fitting_layers(folder / "tiny", shape, quantize)
     count = write_checkpoint(source, shape, layers, random_layers=layers)
-    command = [sys.executable, "-c", EXPORT, str(source), "--output", str(bundle), "--quantize", quantize]
-    seconds, peak, _ = measure(command)
+    options = ["--output", str(bundle), "--quantize", quantize, "--operators", "stock"]
+    seconds, peak, _ = measure([sys.executable, "-c", EXPORT, str(source), *options])
     planned = run_memory(source, quantize)
     shutil.rmtree(source)
     size = sum(path.stat().st_size for path in bundle.iterdir())
@@ -108,7 +108,7 @@ def _planned(folder: Path, shape: str, layers: int, quantize: str) -> int:
 def run_memory(source: Path, quantize: str) -> int:
     """Bytes that `phimoe-export --plan` gives for running the checkpoint's bundle."""
     config = read_config(source)
-    return requirements(config, recipe_for(config, TARGETS["cpu"], quantize)).run_memory
+    return requirements(config, recipe_for(config, TARGETS["cpu"], quantize, operators="stock")).run_memory
 
 
 if __name__ == "__main__":

@@ -184,7 +184,12 @@ class Killer:
                 patch.object(staging, "_flush", lambda folder: (reach("renaming"), flush(folder))),
             ):
                 pipeline.export(
-                    self.checkpoint, output, quantize=form, overwrite=True, progress=lambda phase, *_: reach(phase)
+                    self.checkpoint,
+                    output,
+                    quantize=form,
+                    operators="stock",
+                    overwrite=True,
+                    progress=lambda phase, *_: reach(phase),
                 )
             return 0
         except BaseException:

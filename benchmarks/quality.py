@@ -65,10 +65,10 @@ Z = 1.96  # standard errors of a bound of 95 %
 NATIVE: dict[str, Any] = {"operators": "native"}
 FINE = {"*self_attn*": "int8", "lm_head.*": "int8"}
 OURS: dict[str, dict[str, Any]] = {
-    "int8": {"quantize": "int8"},
+    "int8": {"quantize": "int8", "operators": "stock"},
     "int8, native": {"quantize": "int8", **NATIVE},
     "int4 rtn": {"quantize": "int4", "rounding": "rtn"},
-    "int4 two-level": {"quantize": "int4"},
+    "int4 two-level": {"quantize": "int4", "operators": "stock"},
     "int4 rtn, attention and head int8": {"quantize": "int4", "rounding": "rtn", "store": FINE},
     **{
         f"{name}{', calibrated' if calibrate else ''}, native": {**options, **NATIVE, "calibrate": calibrate}

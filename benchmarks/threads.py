@@ -167,10 +167,10 @@ def make(name: str, folder: Path) -> Path:
     if bundle.exists():
         return bundle
     if name == "small":
-        return export(SMALL, bundle, quantize="int4")
+        return export(SMALL, bundle, quantize="int4", operators="stock")
     checkpoint = folder / "checkpoint"
     write_checkpoint(checkpoint, "Phi-mini-MoE", 8, random_layers=8)
-    export(checkpoint, bundle, quantize="int4")
+    export(checkpoint, bundle, quantize="int4", operators="stock")
     shutil.rmtree(checkpoint)
     return bundle
 

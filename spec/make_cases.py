@@ -447,7 +447,7 @@ def main() -> None:
     only.add_argument("--cases", action="store_true", help="write the cases alone, for the bundle that is there")
     arguments = parser.parse_args()
     if not arguments.cases:
-        export(MODEL, BUNDLE, quantize="int4", overwrite=True)
+        export(MODEL, BUNDLE, quantize="int4", operators="stock", overwrite=True)
     old = json.loads(CASES.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         opened = [stack.enter_context(witness) for witness in witnesses(BUNDLE, Path(folder))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,15 +32,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundle(shape, target, quantize, task="text-generation", rounding=None) -> the folder of its bundle; do not change
-    it.
+    """bundle(shape, target, quantize, task="text-generation", rounding=None) -> the folder of its bundle, of stock
+    operators; do not change it.
     """
     folder = tmp_path_factory.mktemp("bundles")
 
     @functools.cache
     def make(shape: str, target: str, quantize: str, task: str, rounding: str | None) -> Path:
         output = folder / task / f"{shape}-{target}-{quantize}-{rounding}"
-        return pipeline.export(checkpoint(shape, task), output, target=target, quantize=quantize, rounding=rounding)
+        options: dict[str, Any] = {"target": target, "quantize": quantize, "rounding": rounding, "operators": "stock"}
+        return pipeline.export(checkpoint(shape, task), output, **options)
 
     return lambda shape, target, quantize, task="text-generation", rounding=None: make(
         shape, target, quantize, task, rounding

@@ -15,6 +15,8 @@ from phimoe_onnx.bundle import describe_files, read_manifest
 from phimoe_onnx.checkpoint.tensors import SINGLE
 from phimoe_onnx.cli import optimum_export
 from phimoe_onnx.cli.export import main
+from phimoe_onnx.exporter import recipe
+from phimoe_onnx.operators import library
 from tests.checkpoints import BASE, write_checkpoint
 
 Bundle = Callable[[str, str, str], Path]
@@ -26,7 +28,7 @@ def test_it_says_where_the_bundle_is(
     tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "bundle"
-    assert main([str(checkpoint("plain")), "-o", str(output), "--quantize", "int4"]) == 0
+    assert main([str(checkpoint("plain")), "-o", str(output), "--quantize", "int4", "--operators", "stock"]) == 0
     out, errors = capsys.readouterr()
     size = sum(path.stat().st_size for path in output.iterdir())
     assert out.startswith(f"{output}: {size / 1e6:.1f} MB in ")
@@ -68,6 +70,38 @@ def test_it_says_how_to_get_the_other_operators(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith("run it; " + other.format(output=output, stock="--operators stock"))
     assert main([str(output), "-o", str(tmp_path / "other"), "--operators", "stock"]) == int(bool(options))
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_by_default_the_operators_are_native_where_their_library_is(
+    tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], quantize: str
+) -> None:
+    kind, output = "stock" if library() is None else "native", tmp_path / "bundle"
+    words = [str(checkpoint("plain")), "-o", str(output), "--overwrite", "--quantize", quantize]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{kind} operators: ")
+    requires = ("phimoe.native.1",) if kind == "native" else ()
+    assert {graph.requires for graph in read_manifest(output).graphs} == {requires}
+    by_default = describe_files(output)
+    assert main([*words, "--operators", kind]) == 0
+    assert describe_files(output) == by_default
+
+
+def test_without_their_library_a_line_says_why_the_operators_are_stock(
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(recipe, "library", lambda: None)
+    words = [str(checkpoint("plain")), "-o", str(tmp_path / "bundle"), "--overwrite", "--quantize", "int4"]
+    assert main(words) == 0
+    assert [record.message for record in caplog.records] == [recipe.NO_LIBRARY]
+    assert describe_files(tmp_path / "bundle") == describe_files(bundle("plain", "cpu", "int4"))
+    caplog.clear()
+    assert main([*words, "--operators", "stock"]) == 0
+    assert not caplog.records
 
 
 def _data_bytes(folder: Path) -> int:

@@ -81,7 +81,8 @@ def hashes(key: Key) -> Hashes | None:
     source = checkpoint(shape, task)
     with tempfile.TemporaryDirectory(dir=scratch().name) as folder:
         try:
-            bundle = export(source, Path(folder) / "bundle", target=target, quantize=form, task=task)
+            options = {"target": target, "quantize": form, "task": task, "operators": "stock"}
+            bundle = export(source, Path(folder) / "bundle", **options)
         except ExportError:
             return None
         data = {path.name: bytearray(path.read_bytes()) for path in sorted(bundle.glob("*.data"))}

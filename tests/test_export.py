@@ -339,7 +339,9 @@ def test_two_exports_are_identical(
     tmp_path: Path, checkpoint: Checkpoint, bundle: Bundle, target: str, quantize: str
 ) -> None:
     first = bundle("longrope-window", target, quantize)
-    second = export(checkpoint("longrope-window"), tmp_path / "again", target=target, quantize=quantize)
+    second = export(
+        checkpoint("longrope-window"), tmp_path / "again", target=target, quantize=quantize, operators="stock"
+    )
     assert {path.name: path.read_bytes() for path in second.iterdir()} == {
         path.name: path.read_bytes() for path in first.iterdir()
     }
@@ -348,7 +350,7 @@ def test_two_exports_are_identical(
 @pytest.mark.parametrize("writer", ["hub", "fused"])
 def test_every_writer_gives_the_same_bundle(tmp_path: Path, bundle: Bundle, writer: str) -> None:
     folder = write_checkpoint(tmp_path / "experts", writer, shards=3, **SHAPES["experts"])
-    again = export(folder, tmp_path / "bundle", quantize="int4")
+    again = export(folder, tmp_path / "bundle", quantize="int4", operators="stock")
     assert describe_files(again) == describe_files(bundle("experts", "cpu", "int4"))
 
 
@@ -433,7 +435,7 @@ def test_the_bundle_says_the_chat_template_in_plain_strings(bundle: Bundle, chec
 
 
 def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:
-    folder = export(MODEL, tmp_path / "bundle", quantize="int4")
+    folder = export(MODEL, tmp_path / "bundle", quantize="int4", operators="stock")
     config, generation = read_config(MODEL), json.loads((MODEL / "generation_config.json").read_text())
     genai = json.loads((folder / "genai_config.json").read_text())
     model, decoder = genai["model"], genai["model"]["decoder"]
@@ -462,7 +464,8 @@ def test_genai_config(tmp_path: Path, bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_block_sizes(tmp_path: Path, checkpoint: Checkpoint, block_size: int) -> None:
-    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4", block_size=block_size)
+    options: dict[str, Any] = {"quantize": "int4", "operators": "stock"}
+    folder = export(checkpoint("plain"), tmp_path / "bundle", block_size=block_size, **options)
     experts = stored_as(read_manifest(folder))["model.layers.0.block_sparse_moe.experts.down_proj"]
     assert (experts.dtype, experts.block_size) == ("int4", block_size)
     scales = ir.load(folder / "model.onnx").graph.initializers["model.layers.0.block_sparse_moe.experts.fc2.scales"]
@@ -668,14 +671,14 @@ def test_an_interrupted_export_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         interrupt_after(patch, 30)
         with pytest.raises(KeyboardInterrupt):
-            export(checkpoint("plain"), output, quantize="int4")
+            export(checkpoint("plain"), output, quantize="int4", operators="stock")
     assert not output.exists()
     jobs = count_jobs(monkeypatch)
-    export(checkpoint("plain"), output, quantize="int4")
+    export(checkpoint("plain"), output, quantize="int4", operators="stock")
     resumed = len(jobs)
     assert describe_files(output) == describe_files(uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    export(checkpoint("plain"), output, quantize="int4", overwrite=True)
+    export(checkpoint("plain"), output, quantize="int4", operators="stock", overwrite=True)
     assert len(jobs) - resumed == resumed + 30 > 30  # all of them
 
 

@@ -35,7 +35,8 @@ TEXTS = [
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's model as a bundle."""
     quantize, kv_cache = request.param
-    return export(MODEL, tmp_path_factory.mktemp("genai") / "bundle", quantize=quantize, kv_cache=kv_cache)
+    folder = tmp_path_factory.mktemp("genai") / "bundle"
+    return export(MODEL, folder, quantize=quantize, kv_cache=kv_cache, operators="stock")
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text])
@@ -132,7 +133,8 @@ def test_without_a_first_token(tmp_path: Path, generation: dict[str, int | None]
 
 def export_random(folder: Path, quantize: str, **config: object) -> Path:
     """A random checkpoint's bundle."""
-    return export(write_checkpoint(folder / "checkpoint", **config), folder / "bundle", quantize=quantize)
+    checkpoint = write_checkpoint(folder / "checkpoint", **config)
+    return export(checkpoint, folder / "bundle", quantize=quantize, operators="stock")
 
 
 def random_ids(length: int) -> list[int]:

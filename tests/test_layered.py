@@ -116,7 +116,7 @@ def test_fp8(tmp_path: Path, writer: str) -> None:
         ("tiles", {"quantize": "fp16"}),
         ("tiles", {"quantize": "int4", "target": "cuda"}),
         ("tiles", {"quantize": "int4", "store": {"*experts.down_proj.3": "int8", "lm_head.weight": "fp16"}}),
-        ("tied", {"quantize": "int4", "kv_cache": "int8"}),
+        ("tied", {"quantize": "int4", "kv_cache": "int8", "operators": "stock"}),
         ("tied", {"quantize": "int4", "kv_cache": "fp16", "operators": "native"}),
     ],
 )
@@ -192,7 +192,7 @@ def test_agreement() -> None:
 
 
 def test_a_graph_without_its_weights_is_named(tmp_path: Path, checkpoint: Make) -> None:
-    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4")
+    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4", operators="stock")
     other = export(checkpoint("plain"), tmp_path / "other")
     config = read_config(folder)
     read = stored_weights(weights(checkpoint("plain")), other, read_manifest(folder), config)

@@ -5,6 +5,7 @@ supported.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -30,7 +31,7 @@ TEXT = Path(parity.__file__).with_name("persuasion.txt").read_text(encoding="utf
     ],
 )
 def test_bundle(tmp_path: Path, target: str, quantize: str, graph: str) -> None:
-    folder = export(MODEL, tmp_path / "bundle", target=target, quantize=quantize)
+    folder = export(MODEL, tmp_path / "bundle", target=target, quantize=quantize, operators="stock")
     manifest = read_manifest(folder)
     assert choose_graph(manifest, "cpu", onnxruntime.__version__).file == graph
     expected = stored_model(reference.load_reference(MODEL), folder, manifest)
@@ -47,7 +48,8 @@ def test_bundle(tmp_path: Path, target: str, quantize: str, graph: str) -> None:
 @pytest.mark.parametrize(("target", "quantize"), [("cpu", "none"), ("portable", "none"), ("cpu", "int4")])
 def test_whole_texts(tmp_path: Path, target: str, quantize: str) -> None:
     """Texts on both sides of the rope boundary in one batch of a graph without a cache."""
-    folder = export(MODEL, tmp_path / "bundle", task="feature-extraction", target=target, quantize=quantize)
+    options: dict[str, Any] = {"task": "feature-extraction", "operators": "stock"}
+    folder = export(MODEL, tmp_path / "bundle", target=target, quantize=quantize, **options)
     manifest = read_manifest(folder)
     expected = stored_model(reference.load_reference(MODEL, manifest.task), folder, manifest)
     if quantize != "none":

@@ -11,8 +11,10 @@ import pytest
 
 from benchmarks.shapes import SHAPES
 from phimoe_onnx import export
+from phimoe_onnx.cli import plan
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import parse_config, read_config
+from phimoe_onnx.exporter import recipe
 from phimoe_onnx.exporter.kinds import stored_sizes
 from phimoe_onnx.exporter.plan import CALIBRATION_ROWS, count_parameters, requirements
 from phimoe_onnx.exporter.quantize.gptq import ROWS
@@ -60,7 +62,7 @@ def test_other_tasks_have_no_cache_and_other_heads(
 ) -> None:
     source = checkpoint("plain", task)
     config = read_config(source)
-    need = requirements(config, recipe_for(config, TARGETS[target], quantize, task=task))
+    need = requirements(config, recipe_for(config, TARGETS[target], quantize, task=task, operators="stock"))
     assert need.cache_per_token == 0
     folder = bundle("plain", target, quantize, task)
     written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".data", ".onnx"))
@@ -107,7 +109,7 @@ def rows(printed: str) -> dict[tuple[str, str], list[str]]:
         (["--quantize", "fp16"], {("cpu", "fp16"), ("cuda", "fp16"), ("portable", "fp16")}),
         (["--target", "portable"], {("portable", form) for form in ("none", "fp16", "int8", "int4")}),
         (
-            ["--kv-cache", "int8"],
+            ["--kv-cache", "int8", "--operators", "stock"],
             {("cpu", form) for form in ("none", "fp16", "int8", "int4", "int2")} | {("cuda", "none")},
         ),
         (["--operators", "native", "--quantize", "int3"], {("cpu", "int3")}),
@@ -121,9 +123,32 @@ def test_plan_shows_what_the_options_leave(
     assert rows(capsys.readouterr().out).keys() == expected
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_plan_says_which_rows_have_native_operators(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    for module in (plan, recipe):
+        monkeypatch.setattr(module, "library", lambda: Path("library") if built else None)
+
+    def show(*options: str) -> str:
+        assert main([str(MODEL), "--plan", "--target", "cpu", *options]) == 0
+        return capsys.readouterr().out
+
+    forms = ("int8", "int4", "int3", "int2") if built else ("int8", "int4", "int2")
+    by_default = show()
+    assert rows(by_default).keys() == {("cpu", form) for form in ("none", "fp16", *forms)}
+    line = f"with native operators: {', '.join(f'cpu {form}' for form in forms)}; --operators stock is without\n"
+    assert (line in by_default, recipe.NO_LIBRARY in by_default) == (built, not built)
+    stock = show("--operators", "stock")
+    assert "native" not in stock
+    assert (rows(by_default)["cpu", "int4"] == rows(stock)["cpu", "int4"]) is not built
+
+
 def test_plan_counts_what_the_options_change(capsys: pytest.CaptureFixture[str]) -> None:
+    int4 = ("--quantize", "int4", "--target", "cpu", "--operators", "stock")
+
     def row(*options: str) -> list[str]:
-        assert main([str(MODEL), "--plan", "--quantize", "int4", "--target", "cpu", *options]) == 0
+        assert main([str(MODEL), "--plan", *int4, *options]) == 0
         return rows(capsys.readouterr().out)["cpu", "int4"]
 
     plain, cache, head = row(), row("--kv-cache", "int4"), row("--store", "lm_head.weight=int8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from phimoe_onnx.checkpoint.tensors import shapes
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter import recipe as module
 from phimoe_onnx.exporter.kinds import stored_sizes
 from phimoe_onnx.exporter.plan import requirements
 from phimoe_onnx.exporter.quantize.format import Format, Plain
-from phimoe_onnx.exporter.recipe import recipe_for
+from phimoe_onnx.exporter.recipe import default_operators, recipe_for
 from phimoe_onnx.exporter.staging import Journal
 from phimoe_onnx.exporter.target import TARGETS
 from phimoe_onnx.parity.stored import stored_as
@@ -44,7 +46,7 @@ def test_every_parameter_of_modeling_has_a_form(shape: str, task: str) -> None:
     config = parse_config(raw)
     expected = {name: tuple(parameter.shape) for name, parameter in make_model(raw).named_parameters()}
     assert shapes(config, task) == expected
-    recipe = recipe_for(config, CPU, "int4", task=task)
+    recipe = recipe_for(config, CPU, "int4", task=task, operators="stock")
     tied = {"lm_head.weight"} if config.tie_word_embeddings and task == "text-generation" else set()
     assert recipe.forms.keys() == expected.keys() | tied
     described = [name for group in recipe.stored_weights() for name in group.names()]
@@ -53,7 +55,7 @@ def test_every_parameter_of_modeling_has_a_form(shape: str, task: str) -> None:
 
 def test_the_last_pattern_that_matches_counts() -> None:
     store = {"*": "int8", "model.layers.0.*": "int4", "lm_head.weight": "fp16", "*.1.*down_proj": "none"}
-    recipe = recipe_for(CONFIG, CPU, "none", store=store, block_size=16)
+    recipe = recipe_for(CONFIG, CPU, "none", store=store, block_size=16, operators="stock")
     assert recipe.form("model.embed_tokens.weight") == Format(8, 16)
     assert recipe.form("model.layers.0.self_attn.q_proj.weight") == Format(4, 16)
     assert recipe.form("model.layers.1.self_attn.q_proj.weight") == Format(8, 16)
@@ -66,7 +68,7 @@ def test_the_last_pattern_that_matches_counts() -> None:
 def test_runs_of_equal_layers_are_one_group() -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=5)
     store = {DOWN.format(2): "int8", DOWN.format(4) + ".3": "int8"}
-    groups = recipe_for(config, CPU, "int4", store=store).stored_weights()
+    groups = recipe_for(config, CPU, "int4", store=store, operators="stock").stored_weights()
     experts = [
         (group.layers, group.dtype, [name.rpartition("experts.")[2] for name in group.parameters if "experts" in name])
         for group in groups
@@ -97,7 +99,7 @@ def test_runs_of_equal_layers_are_one_group() -> None:
 def test_experts_of_one_layer_that_differ_have_branches_only(
     target: str, quantize: str, store: dict[str, str], graphs: list[str]
 ) -> None:
-    recipe = recipe_for(CONFIG, TARGETS[target], quantize, store=store)
+    recipe = recipe_for(CONFIG, TARGETS[target], quantize, store=store, operators="stock")
     assert [experts for experts, _ in recipe.graphs().values()] == graphs
 
 
@@ -148,7 +150,7 @@ def test_experts_of_one_layer_that_differ_have_branches_only(
 def test_what_cannot_be_stored_is_refused_with_the_reason(options: dict[str, Any], words: list[str]) -> None:
     target = TARGETS[options.pop("target", "cpu")]
     with pytest.raises(ExportError) as error:
-        recipe_for(CONFIG, target, options.pop("quantize", "none"), **options)
+        recipe_for(CONFIG, target, options.pop("quantize", "none"), **{"operators": "stock"} | options)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -174,27 +176,79 @@ def test_int4_for_the_cpu_is_on_the_grid_of_the_native_operators(
 ) -> None:
     """And whatever is beside it, but for 2 bits; all else is to nearest."""
     config = parse_config(BASE | SHAPES["tiles"])
-    recipe = recipe_for(config, TARGETS[target], **options)
+    recipe = recipe_for(config, TARGETS[target], **options, operators="stock")
     forms = {form for each in recipe.forms.values() for form in each}
     assert recipe.rounding == rounding
     assert {form.bits: form.block_size for form in forms if isinstance(form, Format)} == block_sizes
 
 
+FORMS = {"lm_head.weight": "int8", "*.down_proj": "int8"}
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(
+    ("target", "quantize", "options", "native"),
+    [
+        ("cpu", "int8", {}, True),
+        ("cpu", "int4", {}, True),
+        ("cpu", "int2", {}, True),
+        ("cpu", "int4", {"store": FORMS, "kv_cache": "int8", "block_size": 32, "rounding": "two-level"}, True),
+        ("cpu", "int4", {"calibrate": True, "dtype": "float32"}, True),
+        ("cpu", "none", {"store": {"*.experts.*": "int8"}}, True),
+        ("cpu", "none", {}, False),
+        ("cpu", "fp16", {}, False),
+        ("cpu", "none", {"store": {"lm_head.weight": "int8"}}, False),
+        ("cpu", "int4", {"store": {"*.gate_up_proj.3": "int8"}}, False),
+        ("cpu", "int4", {"rounding": "rtn"}, False),
+        ("cpu", "int4", {"block_size": 16}, False),
+        ("cpu", "int4", {"kv_cache": "int4"}, False),
+        ("cpu", "int4", {"task": "text-classification"}, False),
+        ("cpu", "int4", {"task": "feature-extraction"}, False),
+        ("cuda", "int4", {}, False),
+        ("portable", "int4", {}, False),
+    ],
+)
+def test_operators_are_native_by_default_where_they_take_everything(
+    monkeypatch: pytest.MonkeyPatch, target: str, quantize: str, options: dict[str, Any], native: bool, built: bool
+) -> None:
+    monkeypatch.setattr(module, "library", lambda: Path("library") if built else None)
+    config = parse_config(BASE | SHAPES["tiles"] | TASKS[options.get("task", "text-generation")])
+    expected = "native" if native and built else "stock"
+    recipe = recipe_for(config, TARGETS[target], quantize, **options)
+    assert recipe.operators == expected
+    assert recipe == recipe_for(config, TARGETS[target], quantize, **options, operators=expected)
+    lacking = native and not built
+    assert default_operators(config, TARGETS[target], [quantize], **options) == (expected, lacking)
+
+
+def test_what_native_operators_alone_take_needs_their_library_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "library", lambda: Path("library"))
+    assert recipe_for(CONFIG, CPU, "int3").operators == "native"
+    assert recipe_for(CONFIG, CPU, "int4", kv_cache="fp16").operators == "native"
+    monkeypatch.setattr(module, "library", lambda: None)
+    with pytest.raises(ExportError, match=r"--target cpu has no int3: .*--operators native 3 as well"):
+        recipe_for(CONFIG, CPU, "int3")
+    with pytest.raises(ExportError, match=r"--target cpu has no --kv-cache fp16: .*use --operators native"):
+        recipe_for(CONFIG, CPU, "int4", kv_cache="fp16")
+
+
 def test_larger_blocks_of_int4_need_the_other_rounding() -> None:
     config = parse_config(BASE | SHAPES["tiles"])
     with pytest.raises(ExportError, match=r"--block-size is 64, .* 16 or 32 weights share .* --rounding rtn"):
-        recipe_for(config, CPU, "int4", block_size=64)
+        recipe_for(config, CPU, "int4", block_size=64, operators="stock")
     assert recipe_for(config, CPU, "int4", block_size=64, rounding="rtn").form("lm_head.weight") == Format(4, 64)
 
 
 def test_the_digest_tells_recipes_apart() -> None:
+    int4 = partial(recipe_for, CONFIG, CPU, "int4", operators="stock")
     recipes = [
-        recipe_for(CONFIG, CPU, "int4"),
-        recipe_for(CONFIG, CPU, "int4", block_size=16),
-        recipe_for(CONFIG, CPU, "int4", kv_cache="int8"),
-        recipe_for(CONFIG, CPU, "int4", store={"lm_head.weight": "int8"}),
-        recipe_for(CONFIG, CPU, "int4", store={"*.down_proj.1": "int8"}),
-        recipe_for(CONFIG, CPU, "int4", store={"*.down_proj.2": "int8"}),
+        int4(),
+        int4(operators="native"),
+        int4(block_size=16),
+        int4(kv_cache="int8"),
+        int4(store={"lm_head.weight": "int8"}),
+        int4(store={"*.down_proj.1": "int8"}),
+        int4(store={"*.down_proj.2": "int8"}),
         recipe_for(CONFIG, TARGETS["portable"], "none"),
         recipe_for(CONFIG, CPU, "none"),
     ]
@@ -222,13 +276,13 @@ def test_a_bundle_of_several_widths_goes_through_every_tool(
 ) -> None:
     source, store, output = checkpoint("longrope-window"), MIXES[mix], tmp_path / "bundle"
     options = [f"--store={pattern}={form}" for pattern, form in store.items()]
-    arguments = [str(source), "--quantize", "int4", "-o", str(output), *options]
+    arguments = [str(source), "--quantize", "int4", "--operators", "stock", "-o", str(output), *options]
 
     # the plan
     assert main([*arguments, "--target", "cpu", "--plan"]) == 0
     assert "cpu     int4" in capsys.readouterr().out
     config = read_config(source)
-    recipe = recipe_for(config, CPU, "int4", store=store)
+    recipe = recipe_for(config, CPU, "int4", store=store, operators="stock")
 
     # the export, its summary and what lies on the disk
     assert main(arguments) == 0
@@ -268,10 +322,10 @@ def test_a_bundle_of_several_widths_goes_through_every_tool(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            export(source, again, quantize="int4", store=store)
+            export(source, again, quantize="int4", store=store, operators="stock")
     before = len(written)
     monkeypatch.setattr(Journal, "add", lambda journal, job: (written.append(job), add(journal, job))[1])
-    export(source, again, quantize="int4", store=store)
+    export(source, again, quantize="int4", store=store, operators="stock")
     assert describe_files(again) == whole
     assert sorted(written) == list(range(len(written)))  # every job once
     assert len(written) > before
@@ -324,7 +378,7 @@ def test_jobs_begin_in_the_order_of_layers(
 
     monkeypatch.setattr(write, "_write", note)
     monkeypatch.setattr(write.os, "cpu_count", lambda: 1)
-    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4")
+    folder = export(checkpoint("plain"), tmp_path / "bundle", quantize="int4", operators="stock")
     assert begun == sorted(begun)
     assert {0, 1} < set(begun)
     assert len(ir.load(folder / "model.onnx").graph.initializers) > 0

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not PROGRAM.exists() or LIBRARY is None, reason=
 
 BUNDLES = {
     "cpu": {},
-    "int4": {"quantize": "int4"},
+    "int4": {"quantize": "int4", "operators": "stock"},
     "int8 cache": {"kv_cache": "int8"},
     "portable": {"target": "portable"},
 }

@@ -123,7 +123,8 @@ def test_a_bundle_says_what_transformers_says(folder: Path) -> None:
 def test_genai_opens_a_bundle_of_several_templates(folder: Path) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     named = [{"name": "tool_use", "template": "{{ tools | tojson }}"}, {"name": "default", "template": TEMPLATE}]
-    bundle = export(configure(folder, chat_template=named), folder.parent / "bundle", quantize="int8")
+    configure(folder, chat_template=named)
+    bundle = export(folder, folder.parent / "bundle", quantize="int8", operators="stock")
     tokenizer = og.Tokenizer(og.Model(str(bundle)))
     expected = "<|user|>\nHi<|end|>\n<|assistant|>\n"
     assert tokenizer.apply_chat_template(json.dumps(USER), add_generation_prompt=True) == expected

@@ -19,6 +19,7 @@ from phimoe_onnx.checkpoint.tensors import parameters, read_headers, shapes
 from phimoe_onnx.cli.export import main
 from phimoe_onnx.config import parse_config, read_config
 from phimoe_onnx.errors import ExportError
+from phimoe_onnx.exporter import recipe as recipe_module
 from phimoe_onnx.exporter import widths as module
 from phimoe_onnx.exporter.places import KINDS, Place, places
 from phimoe_onnx.exporter.plan import EXPORTER, requirements
@@ -89,7 +90,7 @@ def bytes_of_a_step(source: Path) -> float:
 def test_stock_operators_compute_with_2_bits(tmp_path: Path, checkpoint: Checkpoint) -> None:
     """In both graphs."""
     source = checkpoint("longrope-window")
-    folder = export(source, tmp_path / "bundle", quantize="int2")
+    folder = export(source, tmp_path / "bundle", quantize="int2", operators="stock")
     manifest = read_manifest(folder)
     devices = {graph.file: graph.devices["cpu"] for graph in manifest.graphs}
     assert devices == {"model.onnx": "1.31", "model.branches.onnx": "1.29"}
@@ -181,7 +182,7 @@ def better_steps(widths: Widths, recipe: Recipe) -> list[int]:
 def test_stock_widths_have_one_rounding() -> None:
     """What is measured is what is written: 2 bits to nearest, the others on the grid of both kinds of operators."""
     config = parse_config(BASE | SHAPES["tiles"])
-    widths = Widths(config, CPU, {})
+    widths = Widths(config, CPU, {"operators": "stock"})
     assert {recipe.rounding for recipe in widths.recipes.values()} == {"two-level"}
     forms = {bits: str(recipe.form("lm_head.weight")) for bits, recipe in widths.recipes.items()}
     assert forms == {2: "int2, block 64", 4: "int4, block 32", 8: "int8, block 32"}
@@ -288,11 +289,30 @@ def test_what_store_fixes_stays(checkpoint: Checkpoint) -> None:
 
 def test_the_target_and_its_operators_say_what_may_be_chosen() -> None:
     assert sorted(Widths(CONFIG, CPU, {"operators": "native"}).recipes) == [2, 3, 4, 8]
-    assert sorted(Widths(CONFIG, CPU, {}).recipes) == [2, 4, 8]
+    assert sorted(Widths(CONFIG, CPU, {"operators": "stock"}).recipes) == [2, 4, 8]
     assert sorted(Widths(CONFIG, CPU, {"block_size": 16}).recipes) == [4, 8]
     assert sorted(Widths(CONFIG, TARGETS["portable"], {}).recipes) == [4, 8]
-    assert [len(item) for item in Widths(CONFIG, CPU, {}).items] == [1, 1, 2] * 2 + [1]
+    assert [len(item) for item in Widths(CONFIG, CPU, {"operators": "stock"}).items] == [1, 1, 2] * 2 + [1]
     assert [len(item) for item in Widths(CONFIG, TARGETS["portable"], {}).items] == [1] * 9
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_by_default_the_widths_are_those_of_native_operators(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    monkeypatch.setattr(recipe_module, "library", lambda: Path("library") if built else None)
+    kind = "native" if built else "stock"
+    widths = Widths(CONFIG, CPU, {})
+    assert widths.recipes == Widths(CONFIG, CPU, {"operators": kind}).recipes
+    assert {recipe.operators for recipe in widths.recipes.values()} == {kind}
+    # of int8 alone native operators would take it, and so have no choice
+    options: dict[str, Any] = {"store": {"*.gate_up_proj.3": "int8"}}
+    assert widths_of("native", options) == [8]
+    for each in (options, {"rounding": "rtn"}, {"kv_cache": "int4"}):
+        assert widths_of(None, each) == widths_of("stock", each)
+        assert {recipe.operators for recipe in Widths(CONFIG, CPU, each).recipes.values()} == {"stock"}
+
+
+def widths_of(kind: str | None, options: dict[str, Any]) -> list[int]:
+    return sorted(Widths(CONFIG, CPU, options | {"operators": kind}).recipes)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 import phimoe_onnx
-from phimoe_onnx.bundle import MANIFEST, TASKS, Manifest, StoredWeights, read_manifest
+from phimoe_onnx.bundle import MANIFEST, NATIVE_OPERATORS, TASKS, Manifest, StoredWeights, read_manifest
 from phimoe_onnx.cli._common import Parser, run
 from phimoe_onnx.cli._start import imports
 from phimoe_onnx.config import read_config
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "phimoe-export",
         "Turn a PhiMoE checkpoint into an ONNX bundle: a folder with everything that a program needs to run the model.",
         "microsoft/Phi-tiny-MoE-instruct --quantize int4",
+        "CHECKPOINT -o bundle --quantize int4 --operators stock",
         "CHECKPOINT -o bundle --quantize int4 --store lm_head.weight=int8",
         "models/phimoe-austen --plan",
         "bundle -o bundle-stock --operators stock",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source",
         metavar="SOURCE",
         help="the folder of a checkpoint, or a hub id such as microsoft/Phi-tiny-MoE-instruct; or the folder of a "
-        "bundle, whose operators become those of --operators",
+        "bundle, whose operators become the other kind",
     )
     add("-o", "--output", metavar="DIR", help="the bundle's folder (default: NAME-TARGET-QUANTIZE, or NAME-OPERATORS)")
     add(
@@ -87,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--target", choices=TARGETS, help="what the bundle is for; portable is standard ONNX alone (default: cpu)")
     add(
         "--operators",
-        default="stock",
         choices=OPERATORS,
-        help="what computes with int4 and int8 weights: ONNX Runtime's operators, which every program has, or native "
-        "ones, this project's own (default: stock)",
+        help="what computes with weights in integers: ONNX Runtime's operators, which every program has, or native "
+        "ones, this project's own, which need its library (default: native for the CPU where the library is here and "
+        "they take the other options, else stock; for a bundle, the kind that it has not)",
     )
     add(
         "--rounding",
@@ -182,6 +183,12 @@ def _is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and not any(folder.glob("*.safetensors"))
 
 
+def _other_operators(bundle: Path) -> str:
+    """The kind that a bundle has not."""
+    native = any(NATIVE_OPERATORS in graph.requires for graph in read_manifest(bundle).graphs)
+    return "stock" if native else "native"
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     """A bundle for other operators."""
     others = [
@@ -201,7 +208,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         folder = convert(
             arguments.source,
             arguments.output,
-            operators=arguments.operators,
+            operators=arguments.operators or _other_operators(Path(arguments.source)),
             block_size=arguments.block_size,
             overwrite=arguments.overwrite,
             progress=phases,

@@ -27,9 +27,10 @@ from phimoe_onnx.exporter.plan import (
     this_machine,
     tokens_to_read,
 )
-from phimoe_onnx.exporter.recipe import MIXED, QUANTIZE, Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import INTEGERS, MIXED, NO_LIBRARY, QUANTIZE, Recipe, default_operators, recipe_for
 from phimoe_onnx.exporter.sizes import average_bits, stored_bytes
 from phimoe_onnx.exporter.target import TARGETS, Target, target_named
+from phimoe_onnx.operators import library
 from phimoe_onnx.progress import Progress
 
 
@@ -53,13 +54,19 @@ def show_plan(
     machine = this_machine(Path(arguments.output or ".").resolve().parent)
     table = _table()
     refused: dict[str, ExportError] = {}
+    native: list[str] = []
+    lacking = False
     chosen = _chosen(arguments, store, config, task, text, progress)
     for target, quantize in _wanted(arguments, store):
         try:
-            recipe = chosen or recipe_for(config, target, quantize, **_options(arguments, store, task))
+            options, lacks = _options(arguments, store, config, task, target, quantize)
+            recipe = chosen or recipe_for(config, target, quantize, **options)
         except ExportError as error:
             refused[f"{target.name} {quantize}"] = error
             continue
+        lacking = lacking or lacks
+        if recipe.operators == "native":
+            native.append(f"{target.name} {quantize}")
         need = requirements(config, recipe, tokens)
         sizes = (need.bundle, need.export_memory, need.run_memory, 1000 * need.cache_per_token)
         shown = (decimal(size, precision=2) for size in sizes)
@@ -75,6 +82,10 @@ def show_plan(
         console.print(_layers(config, chosen))
         console.print(f"{average_bits(config, chosen):.3f} bits a weight")
     console.print(table)
+    if native:
+        console.print(f"with native operators: {', '.join(native)}; --operators stock is without", soft_wrap=True)
+    if lacking:
+        console.print(NO_LIBRARY, soft_wrap=True)
     gpu = "no NVIDIA GPU" if machine.gpu is None else f"{decimal(machine.gpu)} on the GPU"
     memory = "an unknown amount" if machine.memory is None else decimal(machine.memory)
     console.print(f"free here: {decimal(machine.disk)} of disk, {memory} of memory, {gpu}")
@@ -95,23 +106,34 @@ def _wanted(arguments: argparse.Namespace, store: Mapping[str, str]) -> Iterator
         for quantize in [arguments.quantize] if arguments.quantize else QUANTIZE:
             # half the activations' width, or nothing new
             same = quantize == "fp16" and target.activations(None) != "float32" and not arguments.quantize
-            known = target.forms_for(arguments.operators)
+            known = target.forms_for(arguments.operators or ("stock" if library() is None else "native"))
             if not same and (quantize in known or arguments.quantize):
                 yield target, quantize
 
 
-def _options(arguments: argparse.Namespace, store: Mapping[str, str], task: str) -> dict[str, Any]:
-    """Those of `recipe_for`."""
-    return {
+def _options(
+    arguments: argparse.Namespace,
+    store: Mapping[str, str],
+    config: PhiMoEConfig,
+    task: str,
+    target: Target,
+    quantize: str,
+) -> tuple[dict[str, Any], bool]:
+    """Those of `recipe_for`, and whether the operators are stock only because the native ones' library is not here."""
+    options = {
         "task": task,
         "block_size": arguments.block_size,
         "kv_cache": arguments.kv_cache,
         "dtype": arguments.dtype,
         "store": store,
-        "operators": arguments.operators,
         "rounding": arguments.rounding,
         "calibrate": arguments.calibrate is not False,
     }
+    operators, lacking = arguments.operators, False
+    if operators is None:
+        forms = INTEGERS if quantize == MIXED else [quantize]
+        operators, lacking = default_operators(config, target, forms, **options)
+    return options | {"operators": operators}, lacking
 
 
 def _chosen(
@@ -129,7 +151,9 @@ def _chosen(
         from phimoe_onnx.exporter.pipeline import plan_widths
         from phimoe_onnx.exporter.widths import Widths, check_widths
     check_widths(arguments.quantize or "none", arguments.bits, arguments.fit, text)
-    widths = Widths(config, target_named(arguments.target or "cpu"), _options(arguments, store, task))
+    target = target_named(arguments.target or "cpu")
+    options, _ = _options(arguments, store, config, task, target, MIXED)
+    widths = Widths(config, target, options)
     with progress as report:
         return plan_widths(
             arguments.source,

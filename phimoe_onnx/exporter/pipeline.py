@@ -49,7 +49,7 @@ from phimoe_onnx.exporter.passes.norms import FuseSkipLayerNorm
 from phimoe_onnx.exporter.passes.projections import StoreProjections
 from phimoe_onnx.exporter.passes.quantized_cache import QuantizeCache
 from phimoe_onnx.exporter.plan import tokens_to_read
-from phimoe_onnx.exporter.recipe import MIXED, Recipe, recipe_for
+from phimoe_onnx.exporter.recipe import INTEGERS, MIXED, NO_LIBRARY, Recipe, default_operators, recipe_for
 from phimoe_onnx.exporter.sampling import sampling_graph
 from phimoe_onnx.exporter.staging import Journal, check_output, staged
 from phimoe_onnx.exporter.target import target_named
@@ -82,7 +82,7 @@ def export(
     kv_cache: str = "none",
     dtype: str | None = None,
     store: Mapping[str, str] | None = None,
-    operators: str = "stock",
+    operators: str | None = None,
     rounding: str | None = None,
     calibrate: bool | str | Path = False,
     calibration_tokens: int | None = None,
@@ -114,8 +114,9 @@ def export(
         store: forms of `quantize` for single matrices, on top of it: {"lm_head.weight": "int8"}. A key is a name or a
             pattern (fnmatch) over modeling.py's parameter names, for one expert of a stack with its number behind:
             "model.layers.0.block_sparse_moe.experts.down_proj.3"; the last that matches counts.
-        operators: whose operators compute with int4 and int8 weights: "stock", ONNX Runtime's, which run anywhere, or
-            "native", this project's, which the program that loads the bundle must have.
+        operators: whose operators compute with weights in integers: "stock", ONNX Runtime's, which run anywhere, or
+            "native", this project's, which the program that loads the bundle must have; by default native where their
+            library is here and they take all other options, attention and cache too, else stock.
         rounding: how weights are rounded: "rtn", to nearest, or "two-level", the grid of the native operators, on which
             both kinds of operators compute with the same weights (2 bits of stock operators are to nearest there, too);
             by default two-level with native operators and, for the CPU, wherever int4 is among the forms.
@@ -158,10 +159,14 @@ def export(
         "kv_cache": kv_cache,
         "dtype": dtype,
         "store": store,
-        "operators": operators,
         "rounding": rounding,
         "calibrate": calibrate is not False,
     }
+    if operators is None:
+        operators, lacking = default_operators(config, wanted, INTEGERS if chooses else [quantize], **options)
+        if lacking:
+            logger.warning(NO_LIBRARY)
+    options["operators"] = operators
     widths = Widths(config, wanted, options) if chooses else None
     recipe = recipe_for(config, wanted, quantize, **options) if widths is None else widths.smallest()
     check_tokens(config, folder)
@@ -306,8 +311,7 @@ def _lower(model: ir.Model, config: PhiMoEConfig, rows: dict[str, tuple[Rows, ..
     """The traced graph in the target's operators over stored weights, but for the experts."""
     target, layers, cached = recipe.target, config.num_hidden_layers, recipe.task == "text-generation"
     if target.attention == "GroupQueryAttention":
-        native = recipe.operators == "native" and cached and recipe.kv_cache != "int4"  # the others are known
-        FuseAttention(config, target.rotates(config), native)(model)
+        FuseAttention(config, target.rotates(config), recipe.native_attention)(model)
     elif cached:
         ReshapeCache(config)(model)
     if target.skip_norm:

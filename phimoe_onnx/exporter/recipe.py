@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,11 +22,13 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.quantize.format import WIDTHS, Format, Plain
 from phimoe_onnx.exporter.quantize.strips import BLOCK, LARGEST_SUPERBLOCK, Strips
 from phimoe_onnx.exporter.target import Dtype, Experts, Form, Operators, Target
+from phimoe_onnx.operators import library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 QUANTIZE = ("none", "fp16", "int8", "int4", "int3", "int2")
+INTEGERS = tuple(form for form in QUANTIZE if form.startswith("int"))
 KV_CACHE = ("none", "fp16", "int8", "int4")
 MIXED = "mixed"  # what stands for one of them where each width is chosen by itself (widths.py)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -38,6 +40,10 @@ ROUTER = "gate.weight"
 EXACT = (ROUTER, "score.weight")  # router and a classifier's head: float32 in every form, a tie would decide
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+NO_LIBRARY = (
+    "the library of the native operators is not built here, so the operators are ONNX Runtime's, which are slower on "
+    "the CPU; install Rust's cargo and then phimoe-onnx again, or ask for --operators stock"
+)
 
 # (rows [..., N, K], form, parameter's name in modeling.py, expert) -> codes, scales and, without form.symmetric, zeros,
 # as format.py lays them out, or strips. It may be given a parameter's matrix in several calls of some rows each.
@@ -130,6 +136,13 @@ class Recipe:
         return "native" in self.target.operators and self.rounding != "rtn" and integers
 
     @property
+    def native_attention(self) -> bool:
+        """Whether attention is a native operator, too. Over an int4 cache, and over whole texts without a cache, it
+        stays ONNX Runtime's.
+        """
+        return self.operators == "native" and self.task == "text-generation" and self.kv_cache != "int4"
+
+    @property
     def draws_on_device(self) -> bool:
         """Whether the bundle has a graph that draws tokens."""
         return self.task == "text-generation" and self.target.sampling_graph
@@ -211,15 +224,20 @@ def recipe_for(
     kv_cache: str = "none",
     dtype: str | None = None,
     store: Mapping[str, str] | None = None,
-    operators: str = "stock",
+    operators: str | None = None,
     rounding: str | None = None,
     calibrate: bool = False,
 ) -> Recipe:
-    """Decides how a checkpoint of this shape is stored; options are those of `export`.
+    """Decides how a checkpoint of this shape is stored; options are those of `export`, whose `operators` None is what
+    `default_operators` says.
 
     Raises:
         ExportError: an option is unknown, or the target or its operators do not take it; it says why.
     """
+    if operators is None:
+        options: dict[str, Any] = {"task": task, "block_size": block_size, "kv_cache": kv_cache, "dtype": dtype}
+        options |= {"store": store, "rounding": rounding, "calibrate": calibrate}
+        operators, _ = default_operators(config, target, [quantize], **options)
     store = store or {}
     wanted = (quantize, *store.values())
     chosen = _operators(target, operators, wanted, block_size)
@@ -271,6 +289,30 @@ def recipe_for(
         _check_packed(config, forms)
     experts = _native(config, forms) if chosen == "native" else _experts(config, target, forms)
     return Recipe(target, task, quantize, activations, kv_cache, chosen, rounding, forms, experts)
+
+
+def default_operators(
+    config: PhiMoEConfig, target: Target, forms: Iterable[str], **options: Any
+) -> tuple[Operators, bool]:
+    """What computes with rounded weights where nobody says it: native operators where their library is and a whole
+    graph can be of them, attention too, which is what was measured to be faster (docs/native.md); else stock ones.
+
+    Args:
+        config: the checkpoint's shape.
+        target: what the bundle is for.
+        forms: each `quantize` that they must take.
+        options: the others of `recipe_for`, but for `operators`.
+
+    Returns:
+        The operators, and whether they are stock only because the library is not here.
+    """
+    try:
+        recipes = [recipe_for(config, target, form, **options, operators="native") for form in forms]
+    except ExportError:  # if stock operators refuse it too, they say why
+        return "stock", False
+    if not all(recipe.native_attention for recipe in recipes):
+        return "stock", False
+    return ("stock", True) if library() is None else ("native", False)
 
 
 def default_rounding(target: Target, operators: Operators, forms: Collection[str]) -> str:

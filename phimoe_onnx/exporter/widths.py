@@ -20,7 +20,15 @@ from phimoe_onnx.errors import ExportError
 from phimoe_onnx.exporter.places import Place, places
 from phimoe_onnx.exporter.quantize.allocate import Choice, allocate
 from phimoe_onnx.exporter.quantize.measure import measure, steps
-from phimoe_onnx.exporter.recipe import CALIBRATED, MIXED, Recipe, default_rounding, recipe_for
+from phimoe_onnx.exporter.recipe import (
+    CALIBRATED,
+    INTEGERS,
+    MIXED,
+    Recipe,
+    default_operators,
+    default_rounding,
+    recipe_for,
+)
 from phimoe_onnx.exporter.sizes import average_bits, count_weights, shown, stored_bytes, weight_bytes
 from phimoe_onnx.exporter.target import Target
 from phimoe_onnx.exporter.tokenizer import tokenizer_files
@@ -51,9 +59,12 @@ class Widths:
                 f"a model expects; use --quantize and --store"
             )
         self.config, self.target, self.options = config, target, dict(options)
+        operators = self.options.pop("operators", None)
+        if operators is None:
+            operators, _ = default_operators(config, target, INTEGERS, **self.options)
+        self.options["operators"] = operators
         if not (options.get("rounding") or options.get("calibrate")):  # int8 alone would have another than int4
-            operators = options.get("operators", "stock")
-            self.options["rounding"] = default_rounding(target, operators, [f"int{bits}" for bits in WIDTHS])
+            self.options["rounding"] = default_rounding(target, operators, INTEGERS)
         self.recipes: dict[int, Recipe] = {}
         refused = None
         for bits in WIDTHS:  # those that these options allow

@@ -107,7 +107,7 @@ class Exports:
         for name, function in self._original.items():
             setattr(pipeline, name, self._trace if name == "trace" else function if whole else getattr(self, name))
         try:
-            pipeline.export(checkpoint, output, target=target, quantize=quantize, adapter=adapter)
+            pipeline.export(checkpoint, output, target=target, quantize=quantize, operators="stock", adapter=adapter)
         except PhiMoEError as error:
             _check_error(error, folder, checkpoint, adapter)
             assert [path.name for path in folder.iterdir() if "bundle" in path.name] == [".bundle.lock"] or not any(

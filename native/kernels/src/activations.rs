@@ -12,6 +12,7 @@ pub struct QuantizedRows {
     values: Vec<i8>,
     scales: Vec<f32>,
     corrections: Vec<[i16; 2]>,
+    starts: Vec<i32>,
 }
 
 /// One row of `QuantizedRows`.
@@ -25,6 +26,8 @@ pub struct Row<'a> {
     pub(crate) scales: &'a [f32],
     /// As `Row::corrections` says.
     pub(crate) corrections: &'a [[i16; 2]],
+    /// As `Row::starts` says.
+    pub(crate) starts: &'a [i32],
 }
 
 /// A row to be written.
@@ -33,6 +36,7 @@ pub(crate) struct RowMut<'a> {
     pub(crate) values: &'a mut [i8],
     pub(crate) scales: &'a mut [f32],
     pub(crate) corrections: &'a mut [[i16; 2]],
+    pub(crate) starts: &'a mut [i32],
 }
 
 impl QuantizedRows {
@@ -47,6 +51,7 @@ impl QuantizedRows {
             values: vec![0; rows * inputs],
             scales: vec![0.0; rows * (inputs / superblock_size)],
             corrections: vec![[0; 2]; rows * (inputs / BLOCK)],
+            starts: vec![0; rows * (inputs / superblock_size)],
         })
     }
 
@@ -69,6 +74,7 @@ impl QuantizedRows {
             values: &self.values[index * self.inputs..][..self.inputs],
             scales: &self.scales[index * superblocks..][..superblocks],
             corrections: &self.corrections[index * blocks..][..blocks],
+            starts: &self.starts[index * superblocks..][..superblocks],
         }
     }
 
@@ -84,6 +90,7 @@ impl QuantizedRows {
             values: &mut self.values[index * self.inputs..][..self.inputs],
             scales: &mut self.scales[index * superblocks..][..superblocks],
             corrections: &mut self.corrections[index * blocks..][..blocks],
+            starts: &mut self.starts[index * superblocks..][..superblocks],
         }
     }
 }
@@ -103,5 +110,10 @@ impl Row<'_> {
     /// level + 8, which has no sign, start from here.
     pub fn corrections(&self) -> &[[i16; 2]] {
         self.corrections
+    }
+
+    /// [K' / G]: -128 times the sum of the superblock's q, where kernels start that multiply with weights + 128.
+    pub fn starts(&self) -> &[i32] {
+        self.starts
     }
 }

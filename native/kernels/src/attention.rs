@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use crate::memory::ask;
 use crate::{Error, Half, Kernels, exp};
 
 /// Head sizes are multiples of this: two vectors of `Lanes`.
@@ -184,9 +185,6 @@ pub trait Lanes: Copy {
     fn to_half(self, to: &mut [Half; 8]);
     /// self * b + c.
     fn mul_add(self, b: Self, c: Self) -> Self;
-    /// Asks for the cache's line with an address, be it there or not.
-    #[inline(always)]
-    fn ask(_address: *const u8) {}
 }
 
 impl Lanes for [f32; 8] {
@@ -274,12 +272,6 @@ impl Lanes for std::arch::x86_64::__m256 {
     fn mul_add(self, b: Self, c: Self) -> Self {
         // SAFETY: as above.
         unsafe { std::arch::x86_64::_mm256_fmadd_ps(self, b, c) }
-    }
-
-    #[inline(always)]
-    fn ask(address: *const u8) {
-        // SAFETY: as above.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast()) }
     }
 }
 
@@ -415,9 +407,6 @@ fn score<L: Lanes, E: Cached>(
     if queries.len() == QUERIES * size {
         let queries: [&[f32]; QUERIES] = std::array::from_fn(|r| &queries[r * size..][..size]);
         for key in (tile.start..full).step_by(KEYS) {
-            for line in 0..KEYS * size * size_of::<E>() / LINE {
-                L::ask(head.keys.as_ptr().wrapping_add((key + TILE) * size).cast::<u8>().wrapping_add(LINE * line));
-            }
             let keys = std::array::from_fn(|j| &head.keys[(key + j) * size..][..size]);
             write(dots::<L, E, QUERIES, KEYS>(queries, keys), head.scale, key - first, width, scores);
         }
@@ -456,6 +445,10 @@ fn dots<L: Lanes, E: Cached, const Q: usize, const K: usize>(queries: [&[f32]; Q
     for i in 0..length {
         let mut key = [L::splat(0.0); K];
         for j in 0..K {
+            if (8 * i * size_of::<E>()).is_multiple_of(LINE) {
+                // of the next tile
+                ask(keys[j].as_ptr().wrapping_add(TILE * keys[j].len() + 8 * i).cast());
+            }
             key[j] = E::lanes(eight(keys[j], i));
         }
         for r in 0..Q {
@@ -587,7 +580,7 @@ fn add<L: Lanes, E: Cached, const Q: usize>(
         for (value, weights) in values.chunks_exact(size).zip(&by_key) {
             let (halves, _) = value[at..at + WIDTH].as_chunks::<8>();
             if (at * size_of::<E>()).is_multiple_of(LINE) {
-                L::ask(value.as_ptr().wrapping_add(TILE * size + at).cast());
+                ask(value.as_ptr().wrapping_add(TILE * size + at).cast());
             }
             let value: [L; 2] = [E::lanes(&halves[0]), E::lanes(&halves[1])];
             for r in 0..Q {

@@ -14,6 +14,7 @@ use std::arch::x86_64::*;
 use crate::activations::{Row, RowMut};
 use crate::elementwise;
 use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, Layout, STRIP, Strip, TILE};
+use crate::memory::ask;
 use crate::round::{self, Rounded, Weights};
 use crate::tiling::{PANEL_TILE, corrections, in_quartets, values};
 
@@ -101,7 +102,7 @@ pub(crate) fn load_halves<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn load_ahead<const N: usize>(bytes: &[u8; N], r: usize) -> Halves {
-    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(64 * r + AHEAD).cast());
+    ask(bytes.as_ptr().wrapping_add(64 * r + AHEAD));
     load_halves(bytes, r)
 }
 

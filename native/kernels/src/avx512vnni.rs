@@ -16,7 +16,7 @@ use std::arch::x86_64::*;
 use crate::activations::{Row, RowMut};
 use crate::elementwise;
 use crate::format::{BLOCK, LARGEST_SUPERBLOCK, LEVELS_2, LEVELS_3, STRIP, Strip, TILE};
-use crate::tiling::{PANEL_TILE, corrections, in_even_parts, in_quartets, start, values};
+use crate::tiling::{PANEL_TILE, corrections, in_even_parts, in_quartets, values};
 
 /// From so many rows on a panel is made.
 const PANEL_ROWS: usize = 8;
@@ -309,7 +309,7 @@ impl Superblock<'_> {
         let mut sums = [[_mm512_setzero_si512(); 2]; N];
         for n in 0..N {
             q[n] = values(&rows[n], self.g, self.panel.len());
-            sums[n][0] = _mm512_set1_epi32(start(&rows[n], self.g, self.panel.len()));
+            sums[n][0] = _mm512_set1_epi32(rows[n].starts[self.g]);
         }
         for (t, tile) in self.panel.iter().enumerate() {
             for pair in 0..8 {

@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use crate::activations::Row;
 use crate::avx2::{Halves, add_superblock, block_scales, broadcast, groups, load_halves};
 use crate::format::{BLOCK, LARGEST_SUPERBLOCK, STRIP, Strip, TILE};
-use crate::tiling::{PANEL_TILE, corrections, in_even_parts, start, values};
+use crate::tiling::{PANEL_TILE, corrections, in_even_parts, values};
 
 /// From so many rows on a panel is made.
 const PANEL_ROWS: usize = 9;
@@ -154,7 +154,7 @@ impl Superblock<'_> {
         let mut sums: [[Halves; 2]; N] = [[[_mm256_setzero_si256(); 2]; 2]; N];
         for n in 0..N {
             q[n] = values(&rows[n], self.g, self.panel.len());
-            sums[n][0] = [_mm256_set1_epi32(start(&rows[n], self.g, self.panel.len())); 2];
+            sums[n][0] = [_mm256_set1_epi32(rows[n].starts[self.g]); 2];
         }
         for (t, tile) in self.panel.iter().enumerate() {
             for pair in 0..8 {

@@ -3,25 +3,30 @@
 use crate::activations::RowMut;
 use crate::exp;
 use crate::format::{BLOCK, STRIP};
+use crate::memory::ask;
 
 /// Below this largest magnitude 127 / m would be infinite; such a superblock counts as zeros.
 const SMALLEST: f32 = f32::from_bits((127 - 120) << 23); // 2 ** -120
 const INFINITE: u32 = 0x7f80_0000;
+/// Bytes by which a router's weights are asked for ahead of what is read.
+const AHEAD: usize = 2048;
 // Adding 1.5 * 2 ** 23 rounds to an integer, to even, which then is in the low bits of the sum.
 const ROUND: f32 = 12_582_912.0;
 
-/// x [K] -> signed bytes, scales and corrections. Bytes beyond K are zero already.
+/// x [K] -> signed bytes, scales, corrections and starts. Bytes beyond K are zero already.
 #[inline(always)]
 pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
     let size = row.superblock_size;
     let blocks = row.corrections.chunks_mut(size / BLOCK);
-    for (((x, q), scale), corrections) in x.chunks(size).zip(row.values.chunks_mut(size)).zip(row.scales).zip(blocks) {
+    let superblocks = x.chunks(size).zip(row.values.chunks_mut(size)).zip(row.scales).zip(blocks).zip(row.starts);
+    for ((((x, q), scale), corrections), start) in superblocks {
         let largest = largest_magnitude(x);
         let m = f32::from_bits(largest);
         if largest >= INFINITE || m < SMALLEST {
             *scale = if largest >= INFINITE { f32::NAN } else { 0.0 };
             q.fill(0);
             corrections.fill([0; 2]);
+            *start = 0;
             continue;
         }
         *scale = m / 127.0;
@@ -29,6 +34,7 @@ pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
         for (q, x) in q.iter_mut().zip(x) {
             *q = ((x * factor + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32) as i8;
         }
+        *start = 0;
         for (q, correction) in q.as_chunks::<BLOCK>().0.iter().zip(corrections) {
             let mut sums = [0; 4];
             for q in q.as_chunks::<4>().0 {
@@ -37,6 +43,7 @@ pub(crate) fn quantize(x: &[f32], row: RowMut<'_>) {
                 }
             }
             *correction = [-8 * (sums[0] + sums[1]), -8 * (sums[2] + sums[3])];
+            *start += 16 * (i32::from(correction[0]) + i32::from(correction[1]));
         }
     }
 }
@@ -93,6 +100,7 @@ fn dot<const N: usize>(x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
     for (c, chunk) in chunks.iter().enumerate() {
         for n in 0..N {
             let row = &tiled[n].0[c];
+            ask(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
             for l in 0..16 {
                 lanes[n][l] = chunk[l].mul_add(row[l], lanes[n][l]);
             }

@@ -66,11 +66,13 @@ fn nothing_around_inputs_and_outputs_is_touched() {
                     let mut values = Guarded::new(&vec![0; inputs], end);
                     let mut scales = Guarded::new(&vec![0.0; inputs / size], end);
                     let mut corrections = Guarded::new(&vec![[0; 2]; inputs / 32], end);
+                    let mut starts = Guarded::new(&vec![0; inputs / size], end);
                     let row = RowMut {
                         superblock_size: size,
                         values: values.get_mut(),
                         scales: scales.get_mut(),
                         corrections: corrections.get_mut(),
+                        starts: starts.get_mut(),
                     };
                     kernels.quantize_row(x.get(), row);
                     let row = Row {
@@ -79,6 +81,7 @@ fn nothing_around_inputs_and_outputs_is_touched() {
                         values: values.get(),
                         scales: scales.get(),
                         corrections: corrections.get(),
+                        starts: starts.get(),
                     };
                     let mut expected = [[0.0; STRIP]];
                     Kernels::plain().strip(&strip, &[row], &mut expected);

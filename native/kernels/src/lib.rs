@@ -35,6 +35,7 @@ mod format;
 mod guarded;
 mod half;
 mod kernels;
+mod memory;
 mod mixer;
 #[cfg(target_arch = "aarch64")]
 mod neon;

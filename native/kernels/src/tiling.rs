@@ -19,17 +19,6 @@ pub(crate) fn corrections<'a>(row: &Row<'a>, g: usize, tiles: usize) -> &'a [[[i
     &row.corrections.as_chunks().0[g * tiles..][..tiles]
 }
 
-/// -128 times the sum of a superblock's values of a row.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn start(row: &Row, g: usize, tiles: usize) -> i32 {
-    let mut sum = 0;
-    for correction in corrections(row, g, tiles).as_flattened().as_flattened() {
-        sum += i32::from(*correction);
-    }
-    16 * sum
-}
-
 /// Rows four at a time, then the rest, if any.
 #[inline(always)]
 pub(crate) fn in_quartets(

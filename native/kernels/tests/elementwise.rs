@@ -55,6 +55,9 @@ fn rows_are_rounded_as_the_format_says() {
                         |pair: usize| -> i16 { (0..32).filter(|j| j % 4 / 2 == pair).map(|j| i16::from(q[j])).sum() };
                     assert_eq!(*correction, [-8 * sum(0), -8 * sum(1)]);
                 }
+                for (q, start) in row.values().chunks(size).zip(row.starts()) {
+                    assert_eq!(*start, -128 * q.iter().map(|q| i32::from(*q)).sum::<i32>());
+                }
                 for (g, x) in x[index * k..][..k].chunks(size).enumerate() {
                     let q = &row.values()[g * size..][..x.len()];
                     let m = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
@@ -70,7 +73,7 @@ fn rows_are_rounded_as_the_format_says() {
                     }
                 }
             }
-            // Comparing by text, as NaN is not itself; corrections are part of it.
+            // Comparing by text, as NaN is not itself; corrections and starts are part of it.
             let plain = Kernels::plain().quantize(&x, 9, k, size).unwrap();
             assert!(format!("{quantized:?}") == format!("{plain:?}"), "{} {k}", kernels.name());
             // Over rows that held something else.

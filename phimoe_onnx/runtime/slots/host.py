@@ -98,8 +98,9 @@ class SharedCache:
         """See `Cache`."""
         capacity = round_up(capacity)
         shape = (slots, self._heads, capacity, self._width)
-        # zeros, not empty: the pages of a long buffer then cost no memory before they are written
-        larger = [np.zeros(shape, self._dtype) for _ in self._past]
+        # Zeros, not empty: the pages of a long buffer then cost no memory before they are written. A layer's two in one
+        # piece: NumPy asks the system for huge pages from 4 MB on.
+        larger = [part for _ in self._past[::2] for part in np.zeros((2, *shape), self._dtype)]
         places = {slot: place for place, slot in enumerate(sorted(self._places, key=self._places.__getitem__))}
         for number, before in enumerate(self._buffers):
             for slot, place in places.items():
