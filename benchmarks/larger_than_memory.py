@@ -7,7 +7,7 @@ Weights are random, and come from the tensors' names (drawn.py): no checkpoint l
 FOLDER if it is not there.
 
 Then a process of its own, in a control group whose memory counts the pages of files as well, reads prompts and goes on,
-once as it is and once with PHIMOE_READ_AHEAD=0. Before each, the bundle's pages are let go, so that the first prompt
+once with PHIMOE_READ_AHEAD=1 and once as it is. Before each, the bundle's pages are let go, so that the first prompt
 finds nothing in memory. The disk's bandwidth is measured before and after, on the same files.
 
 With `--gguf FILE --llama-python PEERS/llama.cpp/bin/python` llama.cpp does the same with the same model in its own form
@@ -224,7 +224,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     limit, routing = int(arguments.limit * 1e9), {}
     candidates = {
-        "asked ahead": (files, lambda: run(ours(bundle, arguments), limit)),
+        "asked ahead": (files, lambda: run(ours(bundle, arguments), limit, PHIMOE_READ_AHEAD="1")),
         "page faults alone": (files, lambda: run(ours(bundle, arguments), limit, PHIMOE_READ_AHEAD="0")),
     }
     if arguments.gguf is not None:

@@ -1,8 +1,9 @@
 //! Weights that are not in memory, as a mapped file may be larger: asked for in the order in which they are computed
 //! with, so that the disk reads while the processor works.
 //!
-//! All of it is advice to the kernel, which may do otherwise: numbers and errors are the same without it. Linux alone;
-//! elsewhere, or with `PHIMOE_READ_AHEAD=0` in the environment, every page counts as being there.
+//! All of it is advice to the kernel, which may do otherwise: numbers and errors are the same without it. Linux alone, and
+//! with `PHIMOE_READ_AHEAD=1` in the environment: on the disks that were measured it did not pay
+//! (`../../../docs/larger-than-memory.md`).
 
 use std::env;
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, Once, PoisonError};
@@ -23,11 +24,18 @@ pub struct Piece {
     bytes: usize,
 }
 
-/// Asks for what is not in memory of some matrices, and then of others, and gives it back.
+/// Asks for what is not in memory of some matrices, and then of others, and gives it back; nothing unless the
+/// environment wants it.
 ///
 /// `first` are read one after the other, each worker beginning at its share of the whole; `then` all at once, each
 /// worker at its share of each.
 pub fn ask(first: &[&[u8]], then: &[&[u8]]) -> Vec<Piece> {
+    static WANTED: LazyLock<bool> =
+        LazyLock::new(|| env::var_os("PHIMOE_READ_AHEAD").is_some_and(|value| value == "1"));
+    if *WANTED { ask_for(first, then) } else { Vec::new() }
+}
+
+fn ask_for(first: &[&[u8]], then: &[&[u8]]) -> Vec<Piece> {
     let pieces = |matrices: &[&[u8]]| matrices.iter().flat_map(|bytes| absent(bytes)).collect::<Vec<_>>();
     let mut wanted = in_turns(shares(&pieces(first)));
     wanted.extend(in_turns(then.iter().map(|bytes| in_turns(shares(&absent(bytes)))).collect()));
@@ -74,10 +82,6 @@ fn keep_asking() {
 
 /// The pieces whose first page is not in memory.
 fn absent(bytes: &[u8]) -> Vec<Piece> {
-    static WANTED: LazyLock<bool> = LazyLock::new(|| env::var_os("PHIMOE_READ_AHEAD").is_none_or(|value| value != "0"));
-    if !*WANTED {
-        return Vec::new();
-    }
     let whole = Piece { address: bytes.as_ptr() as usize, bytes: bytes.len() };
     cut(whole, PIECE).filter(|piece| system::is_absent(*piece)).collect()
 }
@@ -173,7 +177,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn what_was_dropped_is_asked_for_and_what_is_there_is_not() {
-        use super::{PIECE, ask, let_go, system};
+        use super::{PIECE, ask_for, let_go, system};
         use std::io::Write;
         use std::os::fd::AsRawFd;
         use std::ptr::null_mut;
@@ -195,13 +199,13 @@ mod tests {
         if !system::is_absent(Piece { address: map as usize, bytes: 1 }) {
             return; // a file system in memory drops nothing
         }
-        let asked = ask(&[first], &[then]);
+        let asked = ask_for(&[first], &[then]);
         let mut addresses: Vec<usize> = asked.iter().map(|piece| piece.address - map as usize).collect();
         addresses.sort_unstable();
         assert_eq!(addresses, [0, 1, 2, 3, 4, 5].map(|number| 64 + number * PIECE)); // the last has 36 bytes
         assert_eq!(asked.iter().map(|piece| piece.bytes).sum::<usize>(), content.len() - 64);
         assert!(bytes == content);
-        assert_eq!(ask(&[first], &[then]), []);
+        assert_eq!(ask_for(&[first], &[then]), []);
         let_go(&asked);
         assert!(bytes == content);
         // SAFETY: the mapping of above, and nobody reads it any more.
