@@ -81,6 +81,18 @@ static ALL: &[Kernels] = &[
     },
     #[cfg(target_arch = "aarch64")]
     Kernels {
+        name: "i8mm",
+        available: crate::neon::i8mm_available,
+        on_request: false,
+        products: crate::neon::products_i8mm,
+        quantize: crate::neon::quantize,
+        swiglu: crate::neon::swiglu,
+        router_scores: crate::neon::router_scores,
+        weighted_sum: crate::neon::weighted_sum,
+        round: crate::neon::round,
+    },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
         name: "dotprod",
         available: crate::neon::dotprod_available,
         on_request: false,

@@ -1,8 +1,9 @@
-//! NEON, with `sdot` where the processor has it: four products of signed bytes are added to each of four 32-bit sums.
+//! NEON, with `sdot` where the processor has it: four products of signed bytes are added to each of four 32-bit sums. And
+//! with `smmla`, which multiplies two rows of eight bytes with two columns: four sums, eight products added to each.
 //!
 //! Codes become levels by a table look-up. A block's sums are multiplied with its scales in 32 bits. One row reads codes
 //! where they lie. Several rows share a panel: a superblock of one strip as levels, in the order in which 8-bit codes lie
-//! anyway.
+//! anyway. Two of the panel's rows, each four inputs of four outputs, are zipped to eight inputs of two outputs for `smmla`.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -22,16 +23,31 @@ pub(crate) fn dotprod_available() -> bool {
     available() && is_aarch64_feature_detected!("dotprod")
 }
 
-/// The products of a strip with rows: out [rows][16].
-#[target_feature(enable = "neon,dotprod")]
-pub(crate) fn products_dotprod(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
-    any_bits::<true>(strip, rows, out);
+pub(crate) fn i8mm_available() -> bool {
+    dotprod_available() && is_aarch64_feature_detected!("i8mm")
 }
 
-/// As `products_dotprod`.
+/// By what bytes are multiplied: NEON's own products, `sdot`, or `smmla` for four rows and `sdot` for fewer.
+const PLAIN: u8 = 0;
+const DOT: u8 = 1;
+const MATRIX: u8 = 2;
+
+/// The products of a strip with rows: out [rows][16].
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(crate) fn products_i8mm(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    any_bits::<MATRIX>(strip, rows, out);
+}
+
+/// As `products_i8mm`.
+#[target_feature(enable = "neon,dotprod")]
+pub(crate) fn products_dotprod(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    any_bits::<DOT>(strip, rows, out);
+}
+
+/// As `products_i8mm`.
 #[target_feature(enable = "neon")]
 pub(crate) fn products(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
-    any_bits::<false>(strip, rows, out);
+    any_bits::<PLAIN>(strip, rows, out);
 }
 
 #[target_feature(enable = "neon")]
@@ -65,13 +81,13 @@ type Sums = [int32x4_t; 4];
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn any_bits<const DOT: bool>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+fn any_bits<const KIND: u8>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
     out.fill([0.0; STRIP]);
     match strip.layout().bits() {
-        2 => codes::<DOT, 256>(strip, rows, out),
-        3 => codes::<DOT, 384>(strip, rows, out),
-        4 => codes::<DOT, 512>(strip, rows, out),
-        _ => bytes::<DOT>(strip, rows, out),
+        2 => codes::<KIND, 256>(strip, rows, out),
+        3 => codes::<KIND, 384>(strip, rows, out),
+        4 => codes::<KIND, 512>(strip, rows, out),
+        _ => bytes::<KIND>(strip, rows, out),
     }
 }
 
@@ -100,10 +116,10 @@ fn broadcast(q: &[i8; TILE], at: usize) -> int8x16_t {
 /// sums + the products of levels and activations, four for each output.
 #[inline]
 #[target_feature(enable = "neon")]
-fn dot<const DOT: bool>(sums: int32x4_t, levels: int8x16_t, a: int8x16_t) -> int32x4_t {
-    if DOT {
+fn dot<const KIND: u8>(sums: int32x4_t, levels: int8x16_t, a: int8x16_t) -> int32x4_t {
+    if KIND != PLAIN {
         let mut sums = sums;
-        // SAFETY: registers alone; DOT is true in `products_dotprod` alone, where the processor has `sdot`.
+        // SAFETY: registers alone; the others are taken where the processor has `sdot`.
         unsafe {
             asm!(
                 ".arch_extension dotprod",
@@ -119,6 +135,24 @@ fn dot<const DOT: bool>(sums: int32x4_t, levels: int8x16_t, a: int8x16_t) -> int
     let low = vpaddlq_s16(vmull_s8(vget_low_s8(levels), vget_low_s8(a)));
     let high = vpaddlq_s16(vmull_high_s8(levels, a));
     vaddq_s32(sums, vpaddq_s32(low, high))
+}
+
+/// sums [row][column] + the products of two rows' activations and two columns' levels, eight for each.
+#[inline]
+#[target_feature(enable = "neon")]
+fn dots(mut sums: int32x4_t, a: int8x16_t, levels: int8x16_t) -> int32x4_t {
+    // SAFETY: registers alone; `MATRIX` is taken where the processor has `smmla`.
+    unsafe {
+        asm!(
+            ".arch_extension i8mm",
+            "smmla {sums:v}.4s, {a:v}.16b, {levels:v}.16b",
+            sums = inout(vreg) sums,
+            a = in(vreg) a,
+            levels = in(vreg) levels,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
 }
 
 #[inline]
@@ -229,14 +263,14 @@ fn add_superblock(y: &mut [f32; STRIP], sums: Sums, scales: &[u8; 2 * STRIP], a:
 /// 2, 3 and 4 bits: SIZE bytes a tile.
 #[inline]
 #[target_feature(enable = "neon")]
-fn codes<const DOT: bool, const SIZE: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+fn codes<const KIND: u8, const SIZE: usize>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
     let tiles = strip.layout().superblock_size() / TILE;
     let codes = strip.codes().as_chunks::<SIZE>().0.chunks_exact(tiles);
     let superblocks = codes.zip(strip.block_scales().chunks_exact(tiles)).zip(strip.superblock_scales());
     let mut panel = [[0; PANEL_TILE]; LARGEST_SUPERBLOCK / TILE];
     for (g, ((codes, s), scales)) in superblocks.enumerate() {
         if let [row] = rows {
-            let sums = in_place::<DOT, SIZE>(codes, s, values(row, g, tiles));
+            let sums = in_place::<KIND, SIZE>(codes, s, values(row, g, tiles));
             add_superblock(&mut out[0], sums, scales, row.scales[g]);
             continue;
         }
@@ -249,21 +283,21 @@ fn codes<const DOT: bool, const SIZE: usize>(strip: &Strip, rows: &[Row], out: &
                 }
             });
         }
-        Superblock { g, panel: &panel[..tiles], s, scales }.add_all::<DOT>(rows, out);
+        Superblock { g, panel: &panel[..tiles], s, scales }.add_all::<KIND>(rows, out);
     }
 }
 
 /// A superblock's sums with one row, whose codes are unpacked in registers.
 #[inline]
 #[target_feature(enable = "neon")]
-fn in_place<const DOT: bool, const SIZE: usize>(codes: &[[u8; SIZE]], s: &[[u8; STRIP]], q: &[[i8; TILE]]) -> Sums {
+fn in_place<const KIND: u8, const SIZE: usize>(codes: &[[u8; SIZE]], s: &[[u8; STRIP]], q: &[[i8; TILE]]) -> Sums {
     let mut sums = [vdupq_n_s32(0); 4];
     for ((tile, s), q) in codes.iter().zip(s).zip(q) {
         let mut block_sums = [[vdupq_n_s32(0); 4]; 2];
         groups(tile, |block, r, levels| {
             let a = broadcast(q, BLOCK * block + 4 * r);
             for quad in 0..4 {
-                block_sums[block][quad] = dot::<DOT>(block_sums[block][quad], levels[quad], a);
+                block_sums[block][quad] = dot::<KIND>(block_sums[block][quad], levels[quad], a);
             }
         });
         let s = block_scales(s);
@@ -287,15 +321,15 @@ struct Superblock<'a> {
 impl Superblock<'_> {
     #[inline]
     #[target_feature(enable = "neon")]
-    fn add_all<const DOT: bool>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    fn add_all<const KIND: u8>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
         in_quartets(
             rows,
             out,
-            |rows, out| self.add::<DOT, 4>(rows, out),
+            |rows, out| if KIND == MATRIX { self.add_pairs(rows, out) } else { self.add::<KIND, 4>(rows, out) },
             |rows, out| match rows.len() {
-                3 => self.add::<DOT, 3>(rows, out),
-                2 => self.add::<DOT, 2>(rows, out),
-                _ => self.add::<DOT, 1>(rows, out),
+                3 => self.add::<KIND, 3>(rows, out),
+                2 => self.add::<KIND, 2>(rows, out),
+                _ => self.add::<KIND, 1>(rows, out),
             },
         );
     }
@@ -303,7 +337,7 @@ impl Superblock<'_> {
     /// Adds the superblock's products with N rows.
     #[inline]
     #[target_feature(enable = "neon")]
-    fn add<const DOT: bool, const N: usize>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
+    fn add<const KIND: u8, const N: usize>(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
         let mut q: [&[_]; N] = [&[]; N];
         for n in 0..N {
             q[n] = values(&rows[n], self.g, self.panel.len());
@@ -319,7 +353,7 @@ impl Superblock<'_> {
                         let a = broadcast(&q[n][t], BLOCK * block + 4 * r);
                         for quad in 0..4 {
                             let levels = vreinterpretq_s8_u8(levels[quad]);
-                            block_sums[n][quad] = dot::<DOT>(block_sums[n][quad], levels, a);
+                            block_sums[n][quad] = dot::<KIND>(block_sums[n][quad], levels, a);
                         }
                     }
                 }
@@ -336,13 +370,83 @@ impl Superblock<'_> {
     }
 }
 
+impl Superblock<'_> {
+    /// Adds the superblock's products with four rows, by `smmla`.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn add_pairs(&self, rows: &[Row], out: &mut [[f32; STRIP]]) {
+        const PAIRS: usize = 2;
+        let mut q: [&[_]; 2 * PAIRS] = [&[]; 2 * PAIRS];
+        for n in 0..2 * PAIRS {
+            q[n] = values(&rows[n], self.g, self.panel.len());
+        }
+        // [pair of rows][pair of columns]
+        let mut sums = [[vdupq_n_s32(0); STRIP / 2]; PAIRS];
+        for (t, tile) in self.panel.iter().enumerate() {
+            let s = self.s.get(t).map_or([[vdupq_n_s32(1); 4]; 2], |s| block_scales(s));
+            for block in 0..2 {
+                let mut block_sums = [[vdupq_n_s32(0); STRIP / 2]; PAIRS];
+                for r in (0..8).step_by(2) {
+                    let mut a = [vdupq_n_s8(0); PAIRS];
+                    for pair in 0..PAIRS {
+                        a[pair] = vcombine_s8(
+                            eight(&q[2 * pair][t], BLOCK * block + 4 * r),
+                            eight(&q[2 * pair + 1][t], BLOCK * block + 4 * r),
+                        );
+                    }
+                    let (first, second) = (load_row(tile, 8 * block + r), load_row(tile, 8 * block + r + 1));
+                    for quad in 0..4 {
+                        let (first, second) = (vreinterpretq_s32_u8(first[quad]), vreinterpretq_s32_u8(second[quad]));
+                        let columns = [vzip1q_s32(first, second), vzip2q_s32(first, second)];
+                        for (half, levels) in columns.into_iter().enumerate() {
+                            for pair in 0..PAIRS {
+                                let sums = &mut block_sums[pair][2 * quad + half];
+                                *sums = dots(*sums, a[pair], vreinterpretq_s8_s32(levels));
+                            }
+                        }
+                    }
+                }
+                for quad in 0..4 {
+                    let (low, high) = (vget_low_s32(s[block][quad]), vget_high_s32(s[block][quad]));
+                    for (half, s) in [vcombine_s32(low, low), vcombine_s32(high, high)].into_iter().enumerate() {
+                        for pair in 0..PAIRS {
+                            let at = 2 * quad + half;
+                            sums[pair][at] = vmlaq_s32(sums[pair][at], block_sums[pair][at], s);
+                        }
+                    }
+                }
+            }
+        }
+        for pair in 0..PAIRS {
+            let (mut first, mut second) = ([vdupq_n_s32(0); 4], [vdupq_n_s32(0); 4]);
+            for quad in 0..4 {
+                let [left, right] = [sums[pair][2 * quad], sums[pair][2 * quad + 1]];
+                first[quad] = vcombine_s32(vget_low_s32(left), vget_low_s32(right));
+                second[quad] = vcombine_s32(vget_high_s32(left), vget_high_s32(right));
+            }
+            for (row, sums) in [(2 * pair, first), (2 * pair + 1, second)] {
+                add_superblock(&mut out[row], sums, self.scales, rows[row].scales[self.g]);
+            }
+        }
+    }
+}
+
+/// Eight activations of a row.
+#[inline]
+#[target_feature(enable = "neon")]
+fn eight(q: &[i8; TILE], at: usize) -> int8x8_t {
+    let bytes = &q[at..at + 8];
+    // SAFETY: 8 bytes, at any address.
+    unsafe { vld1_s8(bytes.as_ptr()) }
+}
+
 /// 8 bits, whose codes are a panel as they lie.
 #[inline]
 #[target_feature(enable = "neon")]
-fn bytes<const DOT: bool>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
+fn bytes<const KIND: u8>(strip: &Strip, rows: &[Row], out: &mut [[f32; STRIP]]) {
     let tiles = strip.layout().superblock_size() / TILE;
     let codes = strip.codes().as_chunks::<PANEL_TILE>().0.chunks_exact(tiles);
     for (g, (panel, scales)) in codes.zip(strip.superblock_scales()).enumerate() {
-        Superblock { g, panel, s: &[], scales }.add_all::<DOT>(rows, out);
+        Superblock { g, panel, s: &[], scales }.add_all::<KIND>(rows, out);
     }
 }

@@ -188,4 +188,13 @@ fn kernels_by_name() {
         assert_eq!(Kernels::all().map(Kernels::name).collect::<Vec<_>>(), expected);
         println!("{}", expected.join(", "));
     }
+    #[cfg(target_arch = "aarch64")]
+    {
+        use std::arch::is_aarch64_feature_detected as has;
+        let dotprod = has!("dotprod");
+        let expected = [("i8mm", dotprod && has!("i8mm")), ("dotprod", dotprod), ("neon", true), ("plain", true)];
+        let expected: Vec<_> = expected.iter().filter(|(_, has)| *has).map(|(name, _)| *name).collect();
+        assert_eq!(Kernels::all().map(Kernels::name).collect::<Vec<_>>(), expected);
+        println!("{}", expected.join(", "));
+    }
 }
