@@ -368,9 +368,7 @@ impl Superblock<'_> {
             add_superblock(&mut out[n], sums[n], self.scales, rows[n].scales[self.g]);
         }
     }
-}
 
-impl Superblock<'_> {
     /// Adds the superblock's products with four rows, by `smmla`.
     #[inline]
     #[target_feature(enable = "neon")]

@@ -2,7 +2,7 @@
 //! with, so that the disk reads while the processor works.
 //!
 //! All of it is advice to the kernel, which may do otherwise: numbers and errors are the same without it. Linux alone, and
-//! with `PHIMOE_READ_AHEAD=1` in the environment: on the disks that were measured it did not pay
+//! with `PHIMOE_READ_AHEAD=1` in the environment: on the disk that was measured it did not pay
 //! (`../../../docs/larger-than-memory.md`).
 
 use std::env;
